@@ -1,0 +1,54 @@
+"""Names and types of the tables. Knows no file system and no model.
+
+A name keeps its spelling from the Parquet column to the argument that takes it.
+
+Shapes used throughout PixRec:
+    B users or histories · L items in a history · N items of a catalog · U distinct items of a batch
+    T tokens · D width of the shared embedding space · S side of a square picture in pixels
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+# Columns of the input tables (DESIGN §5).
+ITEM_ID, TITLE, BRAND, CATEGORY, DESCRIPTION, PRICE = "item_id", "title", "brand", "category", "description", "price"
+IMAGE, IMAGE_URI, IMAGE_STATUS = "image", "image_uri", "image_status"
+USER_ID, TIMESTAMP, RATING = "user_id", "timestamp", "rating"
+ITEM_IDS, TIMESTAMPS = "item_ids", "timestamps"
+SOURCE, KEY, REASON = "source", "key", "reason"
+EMBEDDING, CONTENT_HASH = "embedding", "content_hash"
+
+# The fields that make up an item's text, in the order in which they are read out.
+TEXT_FIELDS = (TITLE, BRAND, CATEGORY, PRICE, DESCRIPTION)
+
+# Values of `image_status`.
+OK, MISSING, REJECTED = "ok", "missing", "rejected"
+
+# Values of `source` in rejects/.
+ITEMS, INTERACTIONS, IMAGES = "items", "interactions", "images"
+
+REJECTS = pa.schema([(SOURCE, pa.string()), (KEY, pa.string()), (REASON, pa.string())])
+
+SEQUENCES = pa.schema([(USER_ID, pa.string()), (ITEM_IDS, pa.list_(pa.string())), (TIMESTAMPS, pa.list_(pa.int64()))])
+
+# The known columns of a prepared item; further columns of the input pass through after them.
+PREPARED_ITEM_FIELDS = [
+    (ITEM_ID, pa.string()),
+    (TITLE, pa.string()),
+    (BRAND, pa.string()),
+    (CATEGORY, pa.string()),
+    (DESCRIPTION, pa.string()),
+    (PRICE, pa.float64()),
+    (
+        IMAGE,
+        pa.binary(),
+    ),  # the picture re-encoded at prepare.image_size_px on its longer side; null unless status is ok
+    (IMAGE_STATUS, pa.string()),
+]
+
+
+def index_schema(width: int, dtype: str) -> pa.Schema:
+    """Schema of an index part: `embedding` is a fixed-size list of `width` values of `dtype` (float32 or float16)."""
+    value = {"float32": pa.float32(), "float16": pa.float16()}[dtype]
+    return pa.schema([(ITEM_ID, pa.string()), (EMBEDDING, pa.list_(value, width)), (CONTENT_HASH, pa.string())])

@@ -1,0 +1,297 @@
+"""The only room that knows file systems (local paths and s3://) and Parquet.
+
+A URI is a local path or `s3://bucket/key`; credentials and endpoint come from the usual AWS_* variables.
+A folder that is published here is complete or invisible: it is written beside its place and moved there whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from pixrec.errors import ArtifactError, InputError, OutputError
+
+_REMOTE = ("s3://",)
+
+
+def is_remote(uri: str) -> bool:
+    return uri.startswith(_REMOTE)
+
+
+def _locate(uri: str) -> tuple[Any, str]:
+    if "://" in uri and not is_remote(uri):
+        raise InputError(f"{uri}: only local paths and s3:// URIs are known")
+    if not is_remote(uri):
+        return fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(uri))
+    fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    return fs, path.rstrip("/")
+
+
+def arrow_location(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """File system and path for readers that want Arrow's own types (Ray Data, datasets)."""
+    fs, path = _locate(uri)
+    if not is_remote(uri):
+        return pyarrow.fs.LocalFileSystem(), path
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), path
+
+
+def absolute(uri: str) -> str:
+    return uri.rstrip("/") if is_remote(uri) else os.path.abspath(os.path.expanduser(uri))
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def parent(uri: str) -> str:
+    uri = absolute(uri)
+    return uri.rsplit("/", 1)[0] or "/"
+
+
+def name(uri: str) -> str:
+    return PurePosixPath(absolute(uri)).name
+
+
+def resolve(uri: str, folder: str) -> str:
+    """`uri` as it stands when absolute, else below `folder`; `..` steps are taken."""
+    if "://" in uri or uri.startswith("/"):
+        return uri
+    if is_remote(folder):
+        scheme, _, rest = folder.partition("://")
+        return f"{scheme}://{os.path.normpath(f'{rest}/{uri}')}"
+    return os.path.normpath(os.path.join(folder, uri))
+
+
+def exists(uri: str) -> bool:
+    fs, path = _locate(uri)
+    try:
+        return fs.exists(path)
+    except (OSError, PermissionError) as error:
+        raise _failed(uri, error) from None
+
+
+def is_folder(uri: str) -> bool:
+    fs, path = _locate(uri)
+    return fs.isdir(path)
+
+
+def list_files(uri: str, suffix: str = "") -> list[str]:
+    """URIs of all files below a folder that end in `suffix`, sorted; hidden ones are skipped."""
+    fs, path = _locate(uri)
+    if not fs.exists(path):
+        return []
+    scheme = "s3://" if is_remote(uri) else ""
+    below = (f for f in fs.find(path) if not any(p.startswith((".", "_")) for p in f[len(path) :].split("/")))
+    return sorted(f"{scheme}{f}" for f in below if f.endswith(suffix))
+
+
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders directly below a folder, sorted."""
+    fs, path = _locate(uri)
+    if not fs.exists(path):
+        return []
+    entries = fs.ls(path, detail=True)
+    return sorted(PurePosixPath(e["name"]).name for e in entries if e["type"] == "directory")
+
+
+def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
+    """Content of one file. Raises FileNotFoundError, or InputError when it is larger than `max_bytes`."""
+    fs, path = _locate(uri)
+    if fs.isdir(path):
+        raise FileNotFoundError(path)
+    with fs.open(path, "rb") as file:
+        data = file.read() if max_bytes is None else file.read(max_bytes + 1)
+    if max_bytes is not None and len(data) > max_bytes:
+        raise InputError(f"{uri} is larger than {max_bytes} bytes")
+    return data
+
+
+def read_text(uri: str) -> str:
+    try:
+        return read_bytes(uri).decode("utf-8")
+    except (OSError, PermissionError) as error:
+        raise _failed(uri, error) from None
+
+
+def read_json(uri: str) -> Any:
+    try:
+        return json.loads(read_text(uri))
+    except ValueError:
+        raise ArtifactError(f"{uri} is not valid JSON; make the artifact again") from None
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write one file whole: readers see the old content or the new, never a part."""
+    fs, path = _locate(uri)
+    try:
+        if is_remote(uri):
+            fs.pipe_file(path, data)  # one PUT
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, PermissionError) as error:
+        raise _unwritable(uri, error) from None
+
+
+def write_json(uri: str, value: Any) -> None:
+    write_bytes(uri, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def table_files(uri: str) -> list[str]:
+    """The Parquet files behind a table URI: the file itself, or all below a folder or prefix."""
+    if not exists(uri):
+        raise InputError(f"{uri}: no such file or folder")
+    files = list_files(uri, ".parquet") if is_folder(uri) else [uri]
+    if not files:
+        raise InputError(f"{uri}: holds no .parquet file")
+    return files
+
+
+def read_schema(uri: str) -> pa.Schema:
+    fs, path = arrow_location(table_files(uri)[0])
+    try:
+        return pq.read_schema(path, filesystem=fs)
+    except (pa.ArrowException, OSError) as error:
+        raise _failed(uri, error) from None
+
+
+def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """A whole table in memory, files in name order. Raises InputError when it is absent or not Parquet."""
+    tables = []
+    for file in table_files(uri):
+        fs, path = arrow_location(file)
+        try:
+            tables.append(pq.ParquetFile(path, filesystem=fs).read(columns))
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise _failed(file, error) from None
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(f"{uri}: its files disagree about a column: {_one_line(error)}") from None
+
+
+def write_table(uri: str, table: pa.Table) -> None:
+    """Write one Parquet file whole."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def remove(uri: str) -> None:
+    fs, path = _locate(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+@contextlib.contextmanager
+def staged_folder(uri: str, marker: str, kind: str) -> Iterator[str]:
+    """A folder to write into that becomes `uri` when the block ends well, and vanishes when it does not.
+
+    `marker` is the file every complete folder of this `kind` holds. An older one at `uri` is replaced whole;
+    anything else there is refused, so that a mistyped --out destroys nothing. On s3:// the marker is copied last
+    and readers go by it.
+    """
+    check_writable(uri, marker, kind)
+    staging = join(parent(uri), f".{name(uri)}.partial-{uuid.uuid4().hex[:8]}")
+    fs, staging_path = _locate(staging)
+    try:
+        if not is_remote(uri):
+            os.makedirs(staging_path)
+        yield staging
+        if not exists(join(staging, marker)):
+            raise RuntimeError(f"{kind} was left without its {marker}")
+        _move(staging, uri, marker)
+    finally:
+        if fs.exists(staging_path):
+            fs.rm(staging_path, recursive=True)
+
+
+def check_writable(uri: str, marker: str, kind: str) -> None:
+    """Raise OutputError when `uri` cannot become a folder of this `kind`, before any work is spent on it."""
+    fs, path = _locate(uri)
+    try:
+        if fs.exists(path) and not fs.isdir(path):
+            raise OutputError(f"{uri} is a file; --out must name a folder")
+        if fs.isdir(path) and fs.ls(path) and not fs.exists(f"{path}/{marker}"):
+            raise OutputError(f"{uri} is not empty and holds no {kind}; choose another --out or empty it")
+        if not is_remote(uri):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            probe = os.path.join(os.path.dirname(path), f".pixrec-probe-{uuid.uuid4().hex[:8]}")
+            os.mkdir(probe)
+            os.rmdir(probe)
+        else:
+            probe = f"{path}.pixrec-probe"
+            fs.pipe_file(probe, b"")
+            fs.rm_file(probe)
+    except (OSError, PermissionError) as error:
+        raise _unwritable(uri, error) from None
+
+
+def _move(source: str, target: str, marker: str) -> None:
+    fs, source_path = _locate(source)
+    _, target_path = _locate(target)
+    if not is_remote(target):
+        old = None
+        if os.path.exists(target_path):
+            old = f"{source_path}-old"
+            os.replace(target_path, old)
+        os.replace(source_path, target_path)
+        if old:
+            shutil.rmtree(old)
+        return
+    if fs.exists(f"{target_path}/{marker}"):
+        fs.rm_file(f"{target_path}/{marker}")  # readers see an incomplete folder from here on
+    if fs.exists(target_path):
+        fs.rm(target_path, recursive=True)
+    files = sorted(fs.find(source_path), key=lambda f: f == f"{source_path}/{marker}")
+    for file in files:
+        fs.copy(file, target_path + file[len(source_path) :])
+
+
+def copy_folder(source: str, target: str) -> None:
+    """Copy all files below one folder to another place, across file systems, one file in memory at a time."""
+    for file in list_files(source):
+        write_bytes(target.rstrip("/") + file[len(absolute(source)) :], read_bytes(file))
+
+
+@contextlib.contextmanager
+def local_folder(uri: str) -> Iterator[str]:
+    """A local path with the content of `uri`, for libraries that only read local folders."""
+    if not is_remote(uri):
+        yield absolute(uri)
+        return
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="pixrec-") as folder:
+        copy_folder(uri, folder)
+        yield folder
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _failed(uri: str, error: BaseException) -> InputError:
+    if isinstance(error, FileNotFoundError):
+        return InputError(f"{uri}: no such file or folder")
+    return InputError(f"{uri}: cannot be read: {_one_line(error)}")
+
+
+def _unwritable(uri: str, error: BaseException) -> OutputError:
+    return OutputError(f"{uri} cannot be written: {_one_line(error)}; choose another --out")
