@@ -50,9 +50,7 @@ class PrepareConfig:
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"prepare.{name} is {getattr(self, name)}: must lie between 0 and 1")
         if self.temporal_valid_fraction + self.temporal_test_fraction >= 1:
-            raise ConfigError(
-                "prepare.temporal_valid_fraction + prepare.temporal_test_fraction leave no training period"
-            )
+            raise ConfigError("prepare.temporal_valid_fraction and temporal_test_fraction leave no training period")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +146,7 @@ class TrainConfig:
     alpha: float = 0.05
     """Weight of L_TT; the paper's is 0.125."""
     beta: float = 0.9
-    """Weight of L_UT; the paper's is 0.025. L_NIG has the rest, 1 − alpha − beta."""
+    """Weight of L_UT; the paper's is 0.025. L_NIG has the rest, 1 - alpha - beta."""
     temperature: float = 0.07
     """Initial temperature of both InfoNCE terms; the paper's is 0.5."""
     learnable_temperature: bool = True
@@ -180,7 +178,8 @@ class TrainConfig:
             )
         if self.num_workers > 1 and self.histories_per_step % self.num_workers:
             raise ConfigError(
-                f"train.histories_per_step {self.histories_per_step} is not a multiple of train.num_workers {self.num_workers}"
+                f"train.histories_per_step {self.histories_per_step} is not a multiple of "
+                f"train.num_workers {self.num_workers}"
             )
 
 
@@ -325,14 +324,13 @@ def load_config(text: str = "", overrides: typing.Sequence[str] = (), *, base: C
 
 def to_dict(node: Any, *, redact: bool = True) -> Any:
     """Plain nested dicts and lists, as `dump_config` writes them; secrets are replaced unless `redact` is off."""
-    if dataclasses.is_dataclass(node):
-        return {
-            f.name: "***"
-            if redact and f.name in SECRET_KEYS and getattr(node, f.name)
-            else to_dict(getattr(node, f.name), redact=redact)
-            for f in dataclasses.fields(node)
-        }
-    return list(node) if isinstance(node, tuple) else node
+    if not dataclasses.is_dataclass(node):
+        return list(node) if isinstance(node, tuple) else node
+    values = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+    return {
+        key: "***" if redact and key in SECRET_KEYS and value else to_dict(value, redact=redact)
+        for key, value in values.items()
+    }
 
 
 def dump_config(config: Config) -> str:
@@ -407,6 +405,6 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
             pass
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    if hint is int and isinstance(value, bool) or not isinstance(value, hint):
+    if (hint is int and isinstance(value, bool)) or not isinstance(value, hint):
         raise ConfigError(f"config key {path!r} is {value!r}: must be of type {hint.__name__}")
     return value
