@@ -233,20 +233,40 @@ class ServeConfig:
     """Replicas of the model deployment."""
     cpus_per_replica: float = 0.5
     """CPUs Ray reserves for each model replica."""
+    gpus_per_replica: float = 0.0
+    """GPUs Ray reserves for each model replica."""
+    threads_per_replica: int = 2
+    """Torch threads in each model replica."""
+    num_ingress_replicas: int = 1
+    """Replicas of the HTTP deployment, which checks requests and holds no model."""
+    cpus_per_ingress: float = 0.1
+    """CPUs Ray reserves for each HTTP replica."""
     max_ongoing_requests: int = 256
     """Requests under way in a replica; must hold at least one full batch."""
     max_queued_requests: int = 512
     """Requests waiting beyond that; more are answered 503 with Retry-After."""
+    retry_after_seconds: int = 1
+    """What Retry-After says."""
+    request_timeout_seconds: float = 30.0
+    """A request the model has not answered by then is answered 503."""
     max_k: int = 200
     """Largest k a request may ask for."""
     max_request_items: int = 1000
-    """Longest history or exclusion list a request may hold."""
+    """Longest history, exclusion list or list of filter values a request may hold."""
+    max_text_characters: int = 10_000
+    """Longest text a search may hold."""
     max_body_bytes: int = 12_000_000
     """Largest request body."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "num_replicas", "max_ongoing_requests", "max_k", "max_request_items"):
             _at_least(self, name, 1)
+        for name in ("threads_per_replica", "num_ingress_replicas", "max_queued_requests", "retry_after_seconds"):
+            _at_least(self, name, 1)
+        for name in ("max_text_characters", "max_body_bytes"):
+            _at_least(self, name, 1)
+        if self.request_timeout_seconds <= 0:
+            raise ConfigError(f"serve.request_timeout_seconds is {self.request_timeout_seconds}: must be above 0")
         if self.max_ongoing_requests < self.max_batch_size:
             raise ConfigError(
                 f"serve.max_ongoing_requests {self.max_ongoing_requests} is below serve.max_batch_size "
@@ -371,14 +391,14 @@ def _suggest(key: str, where: str) -> str:
 
 def _paths(cls: type, where: str) -> typing.Iterator[str]:
     for name, hint in typing.get_type_hints(cls).items():
-        yield f"{where}{name}"
         if dataclasses.is_dataclass(hint):
             yield from _paths(typing.cast(type, hint), f"{where}{name}.")
+        else:
+            yield f"{where}{name}"
 
 
 def _children(where: str) -> list[str]:
-    depth = where.count(".")
-    return [p.rsplit(".", 1)[-1] for p in _paths(Config, "") if p.startswith(where) and p.count(".") == depth]
+    return list(dict.fromkeys(p[len(where) :].split(".")[0] for p in _paths(Config, "") if p.startswith(where)))
 
 
 def _coerce(value: Any, hint: Any, path: str) -> Any:

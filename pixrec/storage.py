@@ -7,13 +7,14 @@ A folder that is published here is complete or invisible: it is written beside i
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 import pyarrow as pa
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 from pixrec.errors import ArtifactError, InputError, OutputError
 
 _REMOTE = ("s3://",)
+_STREAM_BYTES = 4 * 1024**2
 
 
 def is_remote(uri: str) -> bool:
@@ -108,10 +110,11 @@ def list_folders(uri: str) -> list[str]:
 def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
     """Content of one file. Raises FileNotFoundError, or InputError when it is larger than `max_bytes`."""
     fs, path = _locate(uri)
-    if fs.isdir(path):
-        raise FileNotFoundError(path)
-    with fs.open(path, "rb") as file:
-        data = file.read() if max_bytes is None else file.read(max_bytes + 1)
+    try:
+        with fs.open(path, "rb") as file:
+            data = file.read() if max_bytes is None else file.read(max_bytes + 1)
+    except (IsADirectoryError, NotADirectoryError):
+        raise FileNotFoundError(path) from None
     if max_bytes is not None and len(data) > max_bytes:
         raise InputError(f"{uri} is larger than {max_bytes} bytes")
     return data
@@ -186,11 +189,48 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
         raise InputError(f"{uri}: its files disagree about a column: {_one_line(error)}") from None
 
 
-def write_table(uri: str, table: pa.Table) -> None:
-    """Write one Parquet file whole."""
+class RowGroup(NamedTuple):
+    """One of the pieces in which a Parquet file can be read; `num_bytes` is its size in memory, about."""
+
+    rows: int
+    num_bytes: int
+
+
+def row_groups(uri: str) -> list[RowGroup]:
+    """The row groups of one Parquet file, in order. Raises InputError when it cannot be read."""
+    fs, path = arrow_location(uri)
+    try:
+        metadata = pq.read_metadata(path, filesystem=fs)
+    except (pa.ArrowException, OSError) as error:
+        raise _failed(uri, error) from None
+    groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
+    return [RowGroup(group.num_rows, group.total_byte_size) for group in groups]
+
+
+def read_rows(uri: str, group: int, start: int, stop: int) -> pa.Table:
+    """Rows `start` to `stop` of one row group, all columns, without holding the rest of the group in memory."""
+    fs, path = arrow_location(uri)
+    pieces, seen = [], 0
+    try:
+        file = pq.ParquetFile(path, filesystem=fs, pre_buffer=False, buffer_size=_STREAM_BYTES)
+        for batch in file.iter_batches(batch_size=stop - start, row_groups=[group]):
+            if seen + len(batch) > start and seen < stop:
+                pieces.append(batch.slice(max(start - seen, 0), stop - max(start, seen)))
+            seen += len(batch)
+            if seen >= stop:
+                break
+        return pa.Table.from_batches(pieces, file.schema_arrow)
+    except (pa.ArrowException, OSError) as error:
+        raise _failed(uri, error) from None
+
+
+def write_table(uri: str, table: pa.Table) -> str:
+    """Write one Parquet file whole; the answer is the hash of its bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    write_bytes(uri, sink.getvalue().to_pybytes())
+    data = sink.getvalue().to_pybytes()
+    write_bytes(uri, data)
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def remove(uri: str) -> None:
@@ -231,8 +271,10 @@ def check_writable(uri: str, marker: str, kind: str) -> None:
         if fs.isdir(path) and fs.ls(path) and not fs.exists(f"{path}/{marker}"):
             raise OutputError(f"{uri} is not empty and holds no {kind}; choose another --out or empty it")
         if not is_remote(uri):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            probe = os.path.join(os.path.dirname(path), f".pixrec-probe-{uuid.uuid4().hex[:8]}")
+            above = os.path.dirname(path)
+            while not os.path.exists(above):
+                above = os.path.dirname(above)
+            probe = os.path.join(above, f".pixrec-probe-{uuid.uuid4().hex[:8]}")
             os.mkdir(probe)
             os.rmdir(probe)
         else:
@@ -251,7 +293,12 @@ def _move(source: str, target: str, marker: str) -> None:
         if os.path.exists(target_path):
             old = f"{source_path}-old"
             os.replace(target_path, old)
-        os.replace(source_path, target_path)
+        try:
+            os.replace(source_path, target_path)
+        except OSError:
+            if old:
+                os.replace(old, target_path)
+            raise
         if old:
             shutil.rmtree(old)
         return

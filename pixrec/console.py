@@ -1,0 +1,60 @@
+"""Progress for people, on stderr: a live line on a terminal, sparse plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+_PLAIN_SECONDS = 5.0
+
+
+class Console:
+    """Use as a context manager; `progress` and `training` are handed to the work."""
+
+    def __init__(self) -> None:
+        self._rich = RichConsole(stderr=True)
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._spoken: dict[str, float] = {}
+
+    def __enter__(self) -> Console:
+        if self._rich.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bars = Progress(*columns, TextColumn("{task.fields[note]}"), console=self._rich)
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def say(self, text: str) -> None:
+        """One line for people."""
+        (self._bars.console if self._bars else self._rich).print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def progress(self, stage: str, done: int, total: int | None, note: str = "") -> None:
+        """`done` of `total` units of `stage`; None when the total is not known."""
+        if self._bars:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(stage, total=total, note="")
+            self._bars.update(self._tasks[stage], completed=done, total=total, note=note)
+            return
+        now, finished = time.monotonic(), total is not None and done >= total
+        if finished or now - self._spoken.get(stage, 0.0) >= _PLAIN_SECONDS:
+            self._spoken[stage] = now
+            of = f" {done}/{total}" if total else ""
+            print(f"{stage}{of} {note}".rstrip(), file=sys.stderr, flush=True)
+
+    def training(self, row: dict[str, Any]) -> None:
+        """A row of the training log: loss parts as they come, every validation."""
+        stage = f"train {row['part']}"
+        if any(name.startswith("valid_") for name in row):
+            figures = "  ".join(f"{k.removeprefix('valid_')} {v:.4f}" for k, v in row.items() if k.startswith("valid_"))
+            self.say(f"{stage} step {row['step']}: {figures}")
+        elif "loss" in row:
+            note = "  ".join(f"{k} {v:.3f}" for k, v in row.items() if k.startswith("loss"))
+            self.progress(stage, row["step"], row["total_steps"], note)

@@ -1,0 +1,153 @@
+"""The items of a prepared data set, in memory. Knows columns and rows; knows no model and no preparing.
+
+A row number (0 .. N-1) names an item wherever arrays are involved: histories, vectors, masks.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pixrec import storage
+from pixrec.data.text import item_text
+from pixrec.errors import ArtifactError, InputError
+from pixrec.schema import (
+    DESCRIPTION,
+    IMAGE,
+    IMAGE_STATUS,
+    ITEM_ID,
+    ITEMS,
+    PRICE,
+    TEXT_FIELDS,
+    TITLE,
+)
+
+_NOT_A_FILTER = {ITEM_ID, TITLE, DESCRIPTION, PRICE, IMAGE, IMAGE_STATUS}
+
+
+class ItemTable:
+    """The prepared items: an Arrow table with an order, and what the other rooms ask of it."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+        self._columns = {name: table.column(name) for name in table.column_names}
+        self._filters: dict[str, _Filter] = {}
+        self.item_ids: list[str] = self._columns[ITEM_ID].to_pylist()
+        self.row_of: dict[str, int] = {item_id: row for row, item_id in enumerate(self.item_ids)}
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    def text(self, row: int) -> str:
+        """The item as one line of text; empty when nothing is known."""
+        return item_text({name: self._value(name, row) for name in TEXT_FIELDS if name in self._columns})
+
+    def image(self, row: int) -> bytes | None:
+        """The stored picture, or None when it is missing or was rejected."""
+        return self._value(IMAGE, row) if IMAGE in self._columns else None
+
+    def fields(self, row: int) -> dict[str, Any]:
+        """Every column but the picture, as JSON can hold it; nulls are None."""
+        return {name: _jsonable(self._value(name, row)) for name in self._columns if name != IMAGE}
+
+    def content_hash(self, row: int) -> str:
+        """Hash of exactly what the model may see: the item's text and its stored picture."""
+        text, image = self.text(row).encode(), self.image(row)
+        content = hashlib.blake2b(len(text).to_bytes(8, "big") + text, digest_size=16)
+        content.update(b"" if image is None else b"\x01" + image)
+        return content.hexdigest()
+
+    @property
+    def filter_fields(self) -> list[str]:
+        """Names of the columns that `filter_mask` takes: brand, category and the catalog's own further columns."""
+        return [
+            name for name, column in self._columns.items() if name not in _NOT_A_FILTER and _filterable(column.type)
+        ]
+
+    def filter_mask(self, filters: Mapping[str, Sequence[Any]]) -> np.ndarray:
+        """bool (N,): the items that hold, in every field named, one of the values given for it.
+
+        A text field that joins several values with `|`, and a list field, match by any one of them or the whole.
+        Raises InputError on an unknown field, and where a bare string stands for the list of values.
+        """
+        mask = np.ones(len(self), dtype=bool)
+        for name, wanted in filters.items():
+            if name not in self._filters:
+                if name not in self.filter_fields:
+                    known = ", ".join(self.filter_fields) or "none"
+                    raise InputError(f"filters: {name!r} is no filter field of this catalog; known: {known}")
+                self._filters[name] = _Filter(self._columns[name])
+            if isinstance(wanted, str):
+                raise InputError(f"filters: {name!r} must be a list of values, such as [{wanted!r}]")
+            mask &= self._filters[name].mask(wanted, len(self))
+        return mask
+
+    def _value(self, name: str, row: int) -> Any:
+        return self._columns[name][row].as_py()
+
+
+def load_items(data_uri: str) -> ItemTable:
+    """The items of the prepared data set at `data_uri`. Raises ArtifactError when it holds none."""
+    folder = storage.join(data_uri, ITEMS)
+    try:
+        return ItemTable(storage.read_table(folder))
+    except InputError as error:
+        raise ArtifactError(f"{data_uri} is no complete data set ({error}); make it with pixrec prepare") from None
+
+
+class _Filter:
+    """One column, turned around: which rows hold a value. Built on first use, then a lookup per request."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        kind = column.type
+        whole = np.arange(len(column))
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            values, rows = pc.list_flatten(column), pc.list_parent_indices(column).to_numpy()
+        elif kind == pa.string():
+            parts = pc.split_pattern(column, "|")
+            several = pc.fill_null(pc.greater(pc.list_value_length(parts), 1), False)
+            joined = pc.filter(column, several)
+            values = pa.chunked_array([*pc.utf8_trim_whitespace(pc.list_flatten(parts)).chunks, *joined.chunks], kind)
+            rows = np.concatenate([pc.list_parent_indices(parts).to_numpy(), whole[several.to_numpy()]])
+        else:
+            values, rows = column, whole
+        encoded = pa.chunked_array(values).combine_chunks().dictionary_encode()
+        present = encoded.is_valid().to_numpy(zero_copy_only=False)
+        self._rows = rows[present]
+        self._codes = encoded.indices.drop_null().to_numpy()
+        self._code_of = {value: code for code, value in enumerate(encoded.dictionary.to_pylist())}
+
+    def mask(self, wanted: Sequence[Any], num_rows: int) -> np.ndarray:
+        plain = (value for value in wanted if isinstance(value, (str, int, float)))  # what a column can hold
+        codes = [self._code_of[value] for value in plain if value in self._code_of]
+        mask = np.zeros(num_rows, dtype=bool)
+        mask[self._rows[np.isin(self._codes, codes)]] = True
+        return mask
+
+
+def _filterable(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return kind.value_type == pa.string()
+    return kind == pa.string() or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_jsonable(inner) for inner in value]
+    if isinstance(value, decimal.Decimal):
+        return float(value)
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    return value if value is None or isinstance(value, (str, int)) else str(value)

@@ -1,0 +1,138 @@
+"""A prepared data set in memory, and who may see which event. Knows rows and time; knows no model.
+
+The only place that tells training, validation and test apart: whoever trains asks `training_histories`, whoever
+measures asks `held_out`, and no event is a target of one and visible to the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pixrec import storage
+from pixrec.data.items import ItemTable, load_items
+from pixrec.errors import ArtifactError, InputError
+from pixrec.schema import ITEM_IDS, TIMESTAMPS, USER_ID
+
+DATASET_MARKER = "dataset.json"
+ITEMS_FOLDER, SEQUENCES_FOLDER, REJECTS_FOLDER = "items", "sequences", "rejects"
+
+Part = Literal["valid", "test"]
+
+
+class HeldOut(NamedTuple):
+    """B users to measure on: given `histories` (rows, oldest first, never empty), each `targets` row is next."""
+
+    user_ids: list[str]
+    histories: list[np.ndarray]
+    targets: np.ndarray
+
+
+@dataclass(frozen=True)
+class Events:
+    """All events of B users, user by user, oldest first: user b's lie at `offsets[b] .. offsets[b + 1]`."""
+
+    user_ids: list[str]
+    offsets: np.ndarray  # int64 (B + 1,)
+    rows: np.ndarray  # int64 (E,), rows of the item table
+    timestamps: np.ndarray  # int64 (E,), milliseconds since the epoch
+
+    def before(self, moment_ms: int) -> np.ndarray:
+        """int64 (B,): how many events each user had before `moment_ms`."""
+        earlier = np.concatenate([[0], np.cumsum(self.timestamps < moment_ms)])
+        return earlier[self.offsets[1:]] - earlier[self.offsets[:-1]]
+
+
+@dataclass
+class Dataset:
+    """A prepared data set. `info` is its dataset.json."""
+
+    uri: str
+    items: ItemTable
+    info: dict[str, Any]
+    events: Events = field(repr=False)
+
+    def training_histories(self) -> list[np.ndarray]:
+        """Each user's rows visible to training, oldest first; users without any are left out."""
+        starts, ends = self.events.offsets[:-1], self.events.offsets[:-1] + self._training_lengths()
+        return [self.events.rows[start:end] for start, end in zip(starts, ends, strict=True) if end > start]
+
+    def training_counts(self) -> np.ndarray:
+        """int64 (N,): events per item visible to training."""
+        visible = np.repeat(self._training_lengths(), np.diff(self.events.offsets))
+        position = np.arange(len(self.events.rows)) - np.repeat(self.events.offsets[:-1], np.diff(self.events.offsets))
+        return np.bincount(self.events.rows[position < visible], minlength=len(self.items))
+
+    def held_out(self, part: Part) -> HeldOut:
+        """Users to validate or test on. A history holds every event before its target, later parts never."""
+        target = self._target_positions(part)
+        users = np.flatnonzero(target >= 1)  # a target needs a history
+        starts = self.events.offsets[:-1][users]
+        ends = starts + target[users]
+        return HeldOut(
+            [self.events.user_ids[user] for user in users],
+            [self.events.rows[start:end] for start, end in zip(starts, ends, strict=True)],
+            self.events.rows[ends],
+        )
+
+    def _training_lengths(self) -> np.ndarray:
+        lengths, split = np.diff(self.events.offsets), self.info["split"]
+        if split["kind"] == "temporal":
+            return self.events.before(split["valid_start_ms"])
+        return np.maximum(lengths - 2, 1)  # one or two events: the first is training's
+
+    def _target_positions(self, part: Part) -> np.ndarray:
+        """int64 (B,): position of each user's target in the user's own events; below 1 where there is none."""
+        lengths, split = np.diff(self.events.offsets), self.info["split"]
+        if split["kind"] == "leave_one_out":
+            return lengths - 1 if part == "test" else lengths - 2
+        ends = lengths if part == "test" else self.events.before(split["test_start_ms"])
+        starts = self.events.before(split["test_start_ms"] if part == "test" else split["valid_start_ms"])
+        return np.where(ends > starts, ends - 1, -1)
+
+
+def sample_users(held_out: HeldOut, max_users: int | None, seed: int) -> HeldOut:
+    """At most `max_users` of the users, drawn at random by `seed`, in their old order; all of them for None."""
+    if max_users is None or max_users >= len(held_out.targets):
+        return held_out
+    chosen = np.sort(np.random.default_rng(seed).choice(len(held_out.targets), max_users, replace=False))
+    return HeldOut(
+        [held_out.user_ids[i] for i in chosen], [held_out.histories[i] for i in chosen], held_out.targets[chosen]
+    )
+
+
+def load_dataset(uri: str) -> Dataset:
+    """Read a prepared data set. Raises ArtifactError when it is absent, incomplete, or does not agree with itself."""
+    marker = storage.join(uri, DATASET_MARKER)
+    if not storage.exists(marker):
+        raise ArtifactError(f"{uri} holds no {DATASET_MARKER}: no complete data set; make it with pixrec prepare")
+    info = storage.read_json(marker)
+    items = load_items(uri)
+    try:
+        table = storage.read_table(storage.join(uri, SEQUENCES_FOLDER))
+    except InputError as error:
+        raise ArtifactError(f"{uri} is no complete data set ({error}); make it with pixrec prepare") from None
+    return Dataset(uri, items, info, _events(uri, items, table))
+
+
+def _events(uri: str, items: ItemTable, table: pa.Table) -> Events:
+    known = pa.array(items.item_ids, pa.string())
+    rows = pc.index_in(_flat(table.column(ITEM_IDS), pa.string()), value_set=known)
+    if rows.null_count:
+        raise ArtifactError(f"{uri}: sequences/ name {rows.null_count} items that items/ lacks; make it again")
+    lengths = pc.list_value_length(table.column(ITEM_IDS)).to_numpy()
+    timestamps = _flat(table.column(TIMESTAMPS), pa.int64()).to_numpy()
+    return Events(
+        table.column(USER_ID).to_pylist(),
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        rows.to_numpy().astype(np.int64),
+        timestamps,
+    )
+
+
+def _flat(lists: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    return pa.chunked_array([chunk.flatten() for chunk in lists.chunks], kind)

@@ -1,0 +1,89 @@
+"""Exact search among item vectors. Knows vectors and rows; knows no model.
+
+Shapes: B queries · N items · D width · k results.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+# At most QUERY_BLOCK × ITEM_BLOCK scores (64 MB) are alive at a time, however large B and N are.
+QUERY_BLOCK = 256
+ITEM_BLOCK = 65536
+# BLAS sums the last few columns of a product in another order, so equal items could score a last bit apart there
+# (seen at N = 1003); blocks filled up to a multiple of this many rows give equal items equal scores.
+ROW_MULTIPLE = 64
+
+
+@torch.no_grad()
+def top_k(queries: Any, items: Any, k: int) -> tuple[Any, Any]:
+    """The `k` items with the largest inner product for each query, exactly.
+
+    queries (B, D) and items (N, D) are numpy arrays or tensors of any float type; scores are computed in float32.
+    Returns scores (B, min(k, N)) float32, descending, and indices (B, min(k, N)) int64, of the kind `queries` is.
+    Equal scores: the lower row first. Raises ValueError on k < 1, shapes that do not fit, or values that are not
+    finite.
+    """
+    as_numpy = not isinstance(queries, torch.Tensor)
+    queries_BD, items_ND = _tensor(queries), _tensor(items)
+    if k < 1:
+        raise ValueError(f"k is {k}: must be at least 1")
+    if queries_BD.ndim != 2 or items_ND.ndim != 2 or queries_BD.shape[1] != items_ND.shape[1]:
+        raise ValueError(
+            f"queries {tuple(queries_BD.shape)} and items {tuple(items_ND.shape)} "
+            "must be (B, D) and (N, D) of one width"
+        )
+    if not torch.isfinite(queries_BD).all():
+        raise ValueError("queries hold a value that is not finite")
+    parts = [_search(block.float(), items_ND, k) for block in queries_BD.split(QUERY_BLOCK)]
+    scores, indices = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    if not torch.isfinite(scores).all():
+        raise ValueError("items hold a value that is not finite")
+    return (scores.cpu().numpy(), indices.cpu().numpy()) if as_numpy else (scores, indices)
+
+
+def _tensor(array: Any) -> torch.Tensor:
+    if isinstance(array, torch.Tensor):
+        return array.detach()
+    array = np.asarray(array)
+    # torch shares memory with numpy only where it may write; vectors read from Arrow are read-only
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _search(queries_BD: torch.Tensor, items_ND: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`top_k` for one block of float32 queries, item block by item block."""
+    device = queries_BD.device
+    scores = torch.empty(len(queries_BD), 0, device=device)
+    indices = torch.empty(len(queries_BD), 0, dtype=torch.int64, device=device)
+    for first in range(0, len(items_ND), ITEM_BLOCK):
+        block = items_ND[first : first + ITEM_BLOCK].to(device, torch.float32)
+        block_scores, block_rows = _stable_top(_product(queries_BD, block), k)
+        # what was kept so far has the lower rows and stands first, so a stable sort keeps the order of ties
+        scores, order = torch.cat([scores, block_scores], 1).sort(dim=1, descending=True, stable=True)
+        indices = torch.cat([indices, block_rows + first], 1).gather(1, order)
+        scores, indices = scores[:, :k], indices[:, :k]
+    return scores, indices
+
+
+def _product(queries_BD: torch.Tensor, items_ND: torch.Tensor) -> torch.Tensor:
+    missing = -len(items_ND) % ROW_MULTIPLE
+    padded = torch.nn.functional.pad(items_ND, (0, 0, 0, missing)) if missing else items_ND
+    return (queries_BD @ padded.T)[:, : len(items_ND)]
+
+
+def _stable_top(scores_BN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`torch.topk` with ties in row order, which torch itself does not promise."""
+    if k >= scores_BN.shape[1]:
+        return scores_BN.sort(dim=1, descending=True, stable=True)
+    values, rows = scores_BN.topk(k + 1, dim=1)
+    cut_in_a_tie = values[:, k - 1] == values[:, k]
+    rows = rows[:, :k].sort(dim=1).values
+    values, order = scores_BN.gather(1, rows).sort(dim=1, descending=True, stable=True)
+    rows = rows.gather(1, order)
+    if cut_in_a_tie.any():  # which of the equal ones were kept is arbitrary: sort these queries in full
+        whole_values, whole_rows = scores_BN[cut_in_a_tie].sort(dim=1, descending=True, stable=True)
+        values[cut_in_a_tie], rows[cut_in_a_tie] = whole_values[:, :k], whole_rows[:, :k]
+    return values, rows

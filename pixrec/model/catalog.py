@@ -1,0 +1,136 @@
+"""The items of a prepared data set, ready to be encoded, and the one function that turns contents into vectors.
+
+Training, batch embedding, evaluation and serving all embed through `Embedder`. Knows no Ray and no HTTP.
+
+Shapes: U distinct items · B histories · N items of the catalog · D width of the shared space · S side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from pixrec.config import Modalities
+from pixrec.data.images import decode_image
+from pixrec.data.items import ItemTable
+from pixrec.model.encoding import Content, Histories, ItemEncoder, Items
+from pixrec.model.towers import CompactUserTower, DualTower
+
+
+class Catalog:
+    """Items by row, tokenised once and decoded at first use; decoded pictures are kept up to `cache_bytes`."""
+
+    def __init__(self, table: ItemTable, encoder: ItemEncoder, cache_bytes: int = 2_000_000_000) -> None:
+        self.table = table
+        self.encoder = encoder
+        self._text_ids: dict[int, np.ndarray] = {}
+        self._pixels: dict[int, np.ndarray | None] = {}
+        self._room = max(1, cache_bytes // (3 * encoder.image_size_px**2))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def items(self, rows: np.ndarray, modalities: Modalities | Sequence[Modalities] = "both") -> Items:
+        """Encode the items at `rows` (U,)."""
+        new = [int(r) for r in rows if int(r) not in self._text_ids]
+        for row, ids in zip(new, self.encoder.tokenize([self.table.text(r) for r in new]), strict=True):
+            self._text_ids[row] = ids
+        if modalities == "text":
+            pixels: list[np.ndarray | None] = [None] * len(rows)
+        else:
+            pixels = [self._picture(int(r)) for r in rows]
+        return self.encoder.items_from_tokens([self._text_ids[int(r)] for r in rows], pixels, modalities)
+
+    def histories(
+        self, histories: Sequence[np.ndarray], modalities: Modalities = "both"
+    ) -> tuple[np.ndarray, Items, Histories]:
+        """Encode histories of rows: the distinct rows (U,), their items, and the sequences over them."""
+        distinct, local = distinct_rows(histories)
+        items = self.items(distinct, modalities)
+        return distinct, items, self.encoder.histories(items, local)
+
+    def _picture(self, row: int) -> np.ndarray | None:
+        if row not in self._pixels:
+            data = self.table.image(row)
+            pixels = None if data is None else decode_image(data, self.encoder.image_size_px)
+            if len(self._pixels) >= self._room:
+                self._pixels.pop(next(iter(self._pixels)))
+            self._pixels[row] = pixels
+        return self._pixels[row]
+
+
+def distinct_rows(histories: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Distinct rows (U,) of all histories, and each history as indices into them."""
+    distinct, inverse = np.unique(np.concatenate(histories), return_inverse=True)
+    return distinct, np.split(inverse, np.cumsum([len(h) for h in histories])[:-1])
+
+
+class Embedder:
+    """A model in use: contents or rows in, unit vectors out as float32 arrays on the CPU."""
+
+    def __init__(self, tower: DualTower, encoder: ItemEncoder, modalities: Modalities, max_history_items: int) -> None:
+        self.tower = tower.eval()
+        self.encoder = encoder
+        self.modalities = modalities
+        self.max_history_items = max_history_items
+        self.device = tower.log_temperature.device
+
+    @property
+    def reads_item_vectors(self) -> bool:
+        """Whether the user tower is content with the item vectors of the history."""
+        return isinstance(self.tower.user_tower, CompactUserTower)
+
+    def contents(self, contents: Sequence[Content]) -> np.ndarray:
+        """Item vectors (U, D) of contents given directly."""
+        return self._items(self.encoder.items(contents, self.modalities))
+
+    def items(
+        self,
+        catalog: Catalog,
+        rows: np.ndarray,
+        batch_size: int = 256,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """Item vectors (U, D) of the items at `rows`."""
+        parts = []
+        for batch in _batches(rows, batch_size):
+            parts.append(self._items(catalog.items(batch, self.modalities)))
+            if progress:
+                progress(sum(map(len, parts)), len(rows))
+        return np.concatenate(parts)
+
+    def users(self, catalog: Catalog, histories: Sequence[np.ndarray], item_vectors: np.ndarray | None) -> np.ndarray:
+        """User vectors (B, D) of histories of rows, oldest first; only the last `max_history_items` are read.
+
+        `item_vectors` (N, D) spare a compact tower the backbone; an interleaved one does not look at them.
+        """
+        recent = [np.asarray(h)[-self.max_history_items :] for h in histories]
+        if self.reads_item_vectors and item_vectors is not None:
+            return self.users_of_vectors([item_vectors[h] for h in recent])
+        _, items, sequences = catalog.histories(recent, self.modalities)
+        with torch.inference_mode():
+            return self.tower.user_vectors(items.to(self.device), sequences.to(self.device)).float().cpu().numpy()
+
+    def users_of_vectors(self, histories: Sequence[np.ndarray]) -> np.ndarray:
+        """User vectors (B, D) of a compact tower from the item vectors (L, D) of each history."""
+        tower = self.tower.user_tower
+        assert isinstance(tower, CompactUserTower)
+        lengths = torch.tensor([len(h) for h in histories])
+        vectors = torch.zeros(len(histories), int(lengths.max()), histories[0].shape[1])
+        for i, history in enumerate(histories):
+            vectors[i, : len(history)] = torch.from_numpy(history.astype(np.float32))
+        is_item = torch.arange(vectors.shape[1]) < lengths.unsqueeze(1)
+        with torch.inference_mode():
+            prefixes = tower(vectors.to(self.device), is_item.to(self.device))
+            return prefixes[torch.arange(len(histories)), lengths - 1].float().cpu().numpy()
+
+    def _items(self, items: Items) -> np.ndarray:
+        with torch.inference_mode():
+            return self.tower.item_vectors(items.to(self.device)).float().cpu().numpy()
+
+
+def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

@@ -1,0 +1,231 @@
+"""The one way from items to tensors; training, batch embedding and serving all go through it.
+
+An item becomes its text tokens followed by its picture's tokens; a history becomes its items, each closed by a
+separator. Knows the tokenizer and the size of the pictures, not the weights.
+
+Shapes: U distinct items · B histories · L items in a history · T tokens · M pictures · K tokens a picture
+· S side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from pixrec.config import Modalities
+from pixrec.model.families import Family
+
+SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>", "<image>")
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a tower may see of one item: its text and, where there is one, its decoded picture (S, S, 3) uint8."""
+
+    text: str
+    pixels: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Items(_Tensors):
+    """U encoded items."""
+
+    token_ids: Tensor
+    """(U, T) int64, padded on the right"""
+    is_token: Tensor
+    """(U, T) bool, False on padding"""
+    is_text: Tensor
+    """(U, T) bool, True on text tokens"""
+    picture_slot: Tensor
+    """(U, T) int64, row among the (M·K) picture tokens, -1 elsewhere"""
+    pixels: Tensor
+    """(M, S, S, 3) uint8"""
+
+    def __len__(self) -> int:
+        return self.token_ids.shape[0]
+
+
+@dataclass(frozen=True)
+class Histories(_Tensors):
+    """B token sequences over the items of an `Items`."""
+
+    token_ids: Tensor
+    """(B, T) int64, padded on the right"""
+    is_token: Tensor
+    """(B, T) bool"""
+    is_text: Tensor
+    """(B, T) bool"""
+    picture_slot: Tensor
+    """(B, T) int64, as in `Items`"""
+    position: Tensor
+    """(B, T) int64, which item of the history the token belongs to (its separator included); 0 on padding"""
+    is_separator: Tensor
+    """(B, T) bool"""
+    separator_at: Tensor
+    """(B, L) int64, index of the token that closes each item; 0 on padding"""
+    item: Tensor
+    """(B, L) int64, row in `Items`; -1 on padding"""
+
+
+class ItemEncoder:
+    """Text and pictures of items to `Items` and `Histories`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, family: Family, max_text_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_text_tokens = max_text_tokens
+        self.image_size_px = family.image_size_px
+        self.tokens_per_picture = family.tokens_per_picture
+        self.separator_id = int(tokenizer.eos_token_id)
+        self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+        known = tokenizer.get_vocab()
+        prefix, suffix = (
+            [known[token] for token in tokens] for tokens in (family.picture_prefix, family.picture_suffix)
+        )
+        self._picture_ids = np.array(
+            [*prefix, *[family.image_token_id] * self.tokens_per_picture, *suffix], dtype=np.int64
+        )
+        self._picture_start = len(prefix)
+
+    def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Text tokens of each text, cut to `max_text_tokens`, without special tokens."""
+        if not texts:
+            return []
+        rows = self.tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=self.max_text_tokens)
+        return [np.array(ids, dtype=np.int64) for ids in rows["input_ids"]]
+
+    def items(self, contents: Sequence[Content], modalities: Modalities | Sequence[Modalities] = "both") -> Items:
+        """Encode items; `modalities`, one for all or one for each, says what is kept of them."""
+        return self.items_from_tokens(
+            self.tokenize([c.text for c in contents]), [c.pixels for c in contents], modalities
+        )
+
+    def items_from_tokens(
+        self,
+        text_ids: Sequence[np.ndarray],
+        pixels: Sequence[np.ndarray | None],
+        modalities: Modalities | Sequence[Modalities] = "both",
+    ) -> Items:
+        """As `items`, with the text tokenised before."""
+        kept: Sequence[str] = [modalities] * len(text_ids) if isinstance(modalities, str) else modalities
+        rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        pictures: list[np.ndarray] = []
+        for ids, picture, keep in zip(text_ids, pixels, kept, strict=True):
+            text = ids if keep != "image" else ids[:0]
+            seen = picture if keep != "text" else None
+            slot = len(pictures) if seen is not None else None
+            if seen is not None:
+                pictures.append(seen)
+            rows.append(self._row(text, slot))
+        length = max(len(row[0]) for row in rows)
+        padded = [_pad([row[i] for row in rows], length, fill) for i, fill in enumerate((self.pad_id, 0, -1))]
+        is_token = np.arange(length) < np.array([len(row[0]) for row in rows])[:, None]
+        size = self.image_size_px
+        return Items(
+            token_ids=torch.from_numpy(padded[0]),
+            is_token=torch.from_numpy(is_token),
+            is_text=torch.from_numpy(padded[1].astype(bool)),
+            picture_slot=torch.from_numpy(padded[2]),
+            pixels=torch.from_numpy(np.stack(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)),
+        )
+
+    def histories(self, items: Items, histories: Sequence[np.ndarray]) -> Histories:
+        """Write histories, each a row of indices into `items`, oldest first, as token sequences."""
+        lengths = items.is_token.sum(1).numpy()
+        token_ids, is_text, slots = items.token_ids.numpy(), items.is_text.numpy(), items.picture_slot.numpy()
+        parts: dict[str, list[np.ndarray]] = {k: [] for k in ("token_ids", "is_text", "slot", "position", "separator")}
+        ends = []
+        for history in histories:
+            counts = lengths[history] + 1
+            total = int(counts.sum())
+            position = np.repeat(np.arange(len(history)), counts)
+            end = np.cumsum(counts) - 1
+            offset = np.arange(total) - np.repeat(end + 1 - counts, counts)
+            row = history[position]
+            is_separator = np.zeros(total, dtype=np.int64)
+            is_separator[end] = 1
+            column = np.minimum(offset, token_ids.shape[1] - 1)
+            closes = is_separator == 1
+            parts["token_ids"].append(np.where(closes, self.separator_id, token_ids[row, column]))
+            parts["is_text"].append(np.where(closes, 0, is_text[row, column]).astype(np.int64))
+            parts["slot"].append(np.where(closes, -1, slots[row, column]))
+            parts["position"].append(position)
+            parts["separator"].append(is_separator)
+            ends.append(end)
+        length, items_length = max(map(len, parts["token_ids"])), max(map(len, histories))
+        is_token = np.arange(length) < np.array([len(p) for p in parts["token_ids"]])[:, None]
+        return Histories(
+            token_ids=torch.from_numpy(_pad(parts["token_ids"], length, self.pad_id)),
+            is_token=torch.from_numpy(is_token),
+            is_text=torch.from_numpy(_pad(parts["is_text"], length, 0).astype(bool)),
+            picture_slot=torch.from_numpy(_pad(parts["slot"], length, -1)),
+            position=torch.from_numpy(_pad(parts["position"], length, 0)),
+            is_separator=torch.from_numpy(_pad(parts["separator"], length, 0).astype(bool)),
+            separator_at=torch.from_numpy(_pad(ends, items_length, 0)),
+            item=torch.from_numpy(_pad([np.asarray(h) for h in histories], items_length, -1)),
+        )
+
+    def _row(self, text: np.ndarray, slot: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if slot is None and not len(text):
+            nothing = np.array([self.separator_id], dtype=np.int64)  # an item of which nothing is known
+            return nothing, np.zeros(1, np.int64), np.full(1, -1, np.int64)
+        picture = self._picture_ids if slot is not None else self._picture_ids[:0]
+        slots = np.full(len(picture), -1, dtype=np.int64)
+        if slot is not None:
+            first, count = self._picture_start, self.tokens_per_picture
+            slots[first : first + count] = slot * count + np.arange(count)
+        is_text = np.concatenate([np.ones(len(text), np.int64), np.zeros(len(picture), np.int64)])
+        return np.concatenate([text, picture]), is_text, np.concatenate([np.full(len(text), -1, np.int64), slots])
+
+
+def _pad(rows: Sequence[np.ndarray], length: int, fill: int) -> np.ndarray:
+    out = np.full((len(rows), length), fill, dtype=np.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary_tokens: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the catalog's own texts; deterministic."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_tokens,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="<end_of_utterance>",
+        extra_special_tokens=["<fake_token_around_image>", "<global-img>", "<image>"],
+    )
+
+
+def picture_statistics(folder: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the pixels that the backbone was trained with, from its processor's file."""
+    import json
+
+    file = Path(folder) / "preprocessor_config.json"
+    settings: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return settings.get("image_mean", [0.5, 0.5, 0.5]), settings.get("image_std", [0.5, 0.5, 0.5])

@@ -1,0 +1,93 @@
+"""The three parts of the training objective (DESIGN §3) as functions of tensors.
+
+Every part is a sum over examples together with the count it is a sum of, so that workers can be joined exactly.
+
+Shapes: P examples (a history and the item that followed it) · U distinct items of one worker · G items gathered
+from all workers · D width of the shared space · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Part(NamedTuple):
+    """One part of the objective: a sum over a number of examples."""
+
+    total: Tensor
+    examples: Tensor
+
+
+def info_nce(
+    anchors: Tensor,
+    candidates: Tensor,
+    target: Tensor,
+    candidate_ids: Tensor,
+    temperature: Tensor,
+    log_inclusion: Tensor | None = None,
+) -> Part:
+    """InfoNCE (van den Oord et al., 2018) of unit vectors: cross-entropy of each anchor's own candidate among all.
+
+    anchors (P, D), candidates (G, D), target (P,) rows of `candidates`. A candidate with the id of an anchor's
+    target in another row is taken out, so that an item is never its own negative. `log_inclusion` (G,) is the log
+    chance of each candidate to be in the batch; negatives are reweighted by it, which makes the expected
+    denominator that of the whole catalog (logQ correction, Yi et al., RecSys 2019; the positive, which is always
+    there, keeps its weight).
+    """
+    logits = anchors @ candidates.T / temperature
+    own = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, target.unsqueeze(1), True)
+    if log_inclusion is not None:
+        logits = torch.where(own, logits, logits - log_inclusion)
+    same_item = candidate_ids.unsqueeze(0) == candidate_ids[target].unsqueeze(1)
+    logits = logits.masked_fill(same_item & ~own, float("-inf"))
+    total = F.cross_entropy(logits, target, reduction="sum")
+    return Part(total, torch.tensor(float(len(target)), device=logits.device))
+
+
+def next_item_generation(logits: Tensor, token_ids: Tensor) -> Part:
+    """Cross-entropy of the target's text tokens: logits (P, V) of the tokens before them, token_ids (P,)."""
+    total = F.cross_entropy(logits.float(), token_ids, reduction="sum")
+    return Part(total, torch.tensor(float(len(token_ids)), device=logits.device))
+
+
+def gather_with_gradient(tensor: Tensor, fill: float = 0.0) -> tuple[Tensor, int]:
+    """Rows of all workers, (sum of their counts, …), and where this worker's begin; gradients flow to every worker.
+
+    Workers may hold different numbers of rows. In one process the tensor comes back as it is.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return tensor, 0
+    counts = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([tensor.shape[0]], dtype=torch.int64, device=tensor.device))
+    sizes = [int(c) for c in counts]
+    gathered = _Gather.apply(tensor, sizes) if tensor.requires_grad else _all_gather_rows(tensor, sizes)
+    return gathered, sum(sizes[: dist.get_rank()])
+
+
+def _all_gather_rows(tensor: Tensor, sizes: list[int]) -> Tensor:
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    padded[: tensor.shape[0]] = tensor
+    buffers = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(buffers, padded)
+    return torch.cat([buffer[:size] for buffer, size in zip(buffers, sizes, strict=True)])
+
+
+class _Gather(torch.autograd.Function):
+    """all_gather whose backward sums what every worker's loss says of this worker's rows."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes
+        return _all_gather_rows(tensor.detach(), sizes)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        summed = gradient.contiguous().clone()
+        dist.all_reduce(summed)
+        start = sum(ctx.sizes[: dist.get_rank()])
+        return summed[start : start + ctx.sizes[dist.get_rank()]], None

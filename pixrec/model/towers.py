@@ -1,0 +1,178 @@
+"""The item tower and the two user towers, which meet in one space.
+
+Plain torch: knows neither files nor workers. What a tower may see is decided before, in `encoding`.
+
+Shapes: U distinct items · B histories · L items in a history · T tokens · W width of the language model
+· D width of the shared space · P examples (a history and the item that followed it).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pixrec.config import ModelConfig
+from pixrec.model.backbone import Backbone
+from pixrec.model.encoding import Histories, Items
+
+MIN_TEMPERATURE = 0.01
+
+
+@dataclass(frozen=True)
+class TowerOutputs:
+    """What the objective needs of one batch; unit vectors."""
+
+    user: Tensor
+    """v_U of every prefix that has a next item (P, D)"""
+    target_given_user: Tensor | None
+    """v_T|U of that next item (P, D); None where the user tower does not read items with their history"""
+    item: Tensor
+    """v_T of the distinct items (U, D)"""
+    target: Tensor
+    """row in `item` of each example's next item (P,)"""
+    text_logits: Tensor | None
+    """scores of the next items' text tokens (text tokens, V); None as above or when not wanted"""
+    text_ids: Tensor | None
+    """those tokens"""
+
+
+class InterleavedUserTower(nn.Module):
+    """The paper's: the history's text and pictures, in time order, through the backbone.
+
+    The language model is causal, so the states of one sequence hold v_U of every prefix: each position teaches.
+    """
+
+    needs_pictures_of_history = True
+
+    def __init__(self, width: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.pooling = config.user_pooling
+        self.projection = nn.Linear(width, config.embedding_width)
+
+    def forward(self, hidden: Tensor, histories: Histories) -> Tensor:
+        """Hidden states (B, T, W) to unit vectors (B, L, D), one for each prefix of the history."""
+        if self.pooling == "separator":
+            states = _take(hidden, histories.separator_at)
+        else:
+            content = (histories.is_token & ~histories.is_separator).unsqueeze(-1)
+            sums = _take((hidden * content).cumsum(1), histories.separator_at)
+            counts = _take(content.float().cumsum(1), histories.separator_at)
+            states = sums / counts.clamp(min=1)
+        return F.normalize(self.projection(states), dim=-1)
+
+
+class CompactUserTower(nn.Module):
+    """A causal transformer over the item vectors of the history (SASRec, Kang & McAuley 2018, on content vectors)."""
+
+    needs_pictures_of_history = False
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.embedding_width
+        self.position = nn.Embedding(config.max_history_items, width)
+        nn.init.normal_(self.position.weight, std=0.02)
+        layer = nn.TransformerEncoderLayer(
+            width, config.compact_heads, 4 * width, config.compact_dropout, "gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(
+            layer, config.compact_layers, nn.LayerNorm(width), enable_nested_tensor=False
+        )
+        self.projection = nn.Linear(width, width)
+
+    def forward(self, item_vectors: Tensor, is_item: Tensor) -> Tensor:
+        """Unit item vectors (B, L, D) of histories, padded on the right, to unit vectors (B, L, D) of each prefix."""
+        length = item_vectors.shape[1]
+        # Positions count from the end of the window's capacity, so that cutting a history does not shift meaning.
+        inputs = item_vectors * math.sqrt(item_vectors.shape[-1]) + self.position.weight[:length]
+        future = torch.ones(length, length, dtype=torch.bool, device=inputs.device).triu(1)
+        inputs = inputs * is_item.unsqueeze(-1)
+        return F.normalize(self.projection(self.layers(inputs, mask=future, is_causal=True)), dim=-1)
+
+
+class DualTower(nn.Module):
+    """Backbone, heads and user tower of one model."""
+
+    def __init__(self, backbone: Backbone, config: ModelConfig, temperature: float) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.item_proj = nn.Linear(backbone.width, config.embedding_width)
+        self.user_tower: InterleavedUserTower | CompactUserTower
+        if config.user_tower == "interleaved":
+            self.user_tower = InterleavedUserTower(backbone.width, config)
+        else:
+            self.user_tower = CompactUserTower(config)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+
+    @property
+    def temperature(self) -> Tensor:
+        return self.log_temperature.exp().clamp(min=MIN_TEMPERATURE)
+
+    def pictures(self, items: Items) -> Tensor:
+        """Picture tokens (M·K, W) of all pictures of `items`."""
+        if not items.pixels.shape[0]:
+            return torch.zeros(0, self.backbone.width, device=items.pixels.device)
+        return self.backbone.picture_tokens(items.pixels).flatten(0, 1)
+
+    def item_vectors(self, items: Items, pictures: Tensor | None = None) -> Tensor:
+        """v_T: each item encoded alone, unit vectors (U, D)."""
+        pictures = self.pictures(items) if pictures is None else pictures
+        hidden = self.backbone.hidden_states(items.token_ids, items.is_token, items.picture_slot, pictures)
+        return F.normalize(self.item_proj(_mean(hidden, items.is_token)), dim=-1)
+
+    def history_states(self, histories: Histories, pictures: Tensor) -> Tensor:
+        """Last hidden states (B, T, W) of whole histories."""
+        return self.backbone.hidden_states(histories.token_ids, histories.is_token, histories.picture_slot, pictures)
+
+    def user_vectors(self, items: Items, histories: Histories, known: Tensor | None = None) -> Tensor:
+        """v_U of whole histories, unit vectors (B, D). `known` (U, D): item vectors computed before, compact only."""
+        last = (histories.item >= 0).sum(1) - 1
+        if isinstance(self.user_tower, CompactUserTower):
+            vectors = self.item_vectors(items) if known is None else known
+            prefixes = self.user_tower(vectors[histories.item.clamp(min=0)], histories.item >= 0)
+        else:
+            prefixes = self.user_tower(self.history_states(histories, self.pictures(items)), histories)
+        return prefixes[torch.arange(len(last), device=last.device), last]
+
+    def forward(self, items: Items, histories: Histories, generate: bool) -> TowerOutputs:
+        """Everything the objective needs; `generate` asks for the scores of the next items' text."""
+        pictures = self.pictures(items)
+        vectors = self.item_vectors(items, pictures)
+        has_next = histories.item[:, 1:] >= 0
+        target = histories.item[:, 1:][has_next]
+        if isinstance(self.user_tower, CompactUserTower):
+            prefixes = self.user_tower(vectors[histories.item.clamp(min=0)], histories.item >= 0)
+            return TowerOutputs(prefixes[:, :-1][has_next], None, vectors, target, None, None)
+        hidden = self.history_states(histories, pictures)
+        user = self.user_tower(hidden, histories)[:, :-1][has_next]
+        conditioned = F.normalize(self.item_proj(_mean_of_each_item(hidden, histories)), dim=-1)[:, 1:][has_next]
+        if not generate:
+            return TowerOutputs(user, conditioned, vectors, target, None, None)
+        wanted = histories.is_text & (histories.position > 0)  # never the first item: nothing precedes it
+        logits = self.backbone.token_logits(hidden[:, :-1][wanted[:, 1:]])
+        return TowerOutputs(user, conditioned, vectors, target, logits, histories.token_ids[wanted])
+
+
+def _take(states: Tensor, index: Tensor) -> Tensor:
+    """States (B, T, W) at positions (B, L)."""
+    return states.gather(1, index.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+
+
+def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the masked tokens, (B, T, W) to (B, W)."""
+    weight = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def _mean_of_each_item(hidden: Tensor, histories: Histories) -> Tensor:
+    """Mean over the tokens of each item of the histories, separators left out: (B, T, W) to (B, L, W)."""
+    batch, items_length = histories.item.shape
+    content = (histories.is_token & ~histories.is_separator).unsqueeze(-1).to(hidden.dtype)
+    index = histories.position.unsqueeze(-1)
+    sums = hidden.new_zeros(batch, items_length, hidden.shape[-1])
+    sums = sums.scatter_add(1, index.expand_as(hidden), hidden * content)
+    counts = hidden.new_zeros(batch, items_length, 1).scatter_add(1, index, content)
+    return sums / counts.clamp(min=1)

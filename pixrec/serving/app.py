@@ -1,0 +1,125 @@
+"""Builds the Serve application and runs it: in the foreground for `pixrec serve`, on a cluster for `serve deploy`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+from ray import serve
+
+import pixrec
+from pixrec import storage
+from pixrec.cluster.session import connect
+from pixrec.config import Config, load_config
+from pixrec.errors import ArtifactError, ConfigError, InputError
+from pixrec.serving.deployments import bind
+
+APP_NAME = "pixrec"
+API_KEY_VARIABLE = "PIXREC_API_KEY"
+
+# What each artifact holds when it is complete (DESIGN §5), and what makes it.
+_MARKERS = {"model": ("model.json", "train"), "index": ("CURRENT", "embed"), "data": ("dataset.json", "prepare")}
+
+
+def build_app(model: str, index: str, data: str | None, config: Config) -> serve.Application:
+    """The application over a model, an index and a prepared data set (None: the one the index remembers).
+
+    Nothing is loaded here; the replicas load, so the URIs must be readable from where they run.
+    """
+    model, index = storage.absolute(model), storage.absolute(index)  # a replica's working directory is another one
+    data = None if data is None else storage.absolute(data)
+    return bind(functools.partial(pixrec.load_recommender, model, index, data), with_key(config).serve)
+
+
+def builder(args: dict[str, Any]) -> serve.Application:
+    """For `serve deploy`: `args` holds `model`, `index`, `data` and, as a tree of sections, `config`.
+
+    Serve logs the args and keeps them, so the API key comes from PIXREC_API_KEY instead. Raises ConfigError.
+    """
+    unknown = set(args) - {"model", "index", "data", "config"}
+    missing = {"model", "index"} - set(args)
+    if unknown or missing:
+        raise ConfigError(
+            f"the application's args need model and index, and may hold data and config; "
+            f"unknown: {', '.join(sorted(unknown)) or 'none'}; missing: {', '.join(sorted(missing)) or 'none'}"
+        )
+    config = args.get("config") or {}
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"the application's args.config is {config!r}: must be a mapping of sections")
+    tree = load_config(yaml.safe_dump(dict(config)))
+    return build_app(args["model"], args["index"], args.get("data"), tree)
+
+
+def run(model: str, index: str, data: str | None, config: Config, host: str, port: int) -> None:
+    """Serve until SIGINT or SIGTERM, then stop cleanly. Prints the URL to stderr once requests are answered.
+
+    Raises ArtifactError or InputError before anything is started when a part is absent or the port is taken.
+    """
+    check_artifacts(model, index, data)
+    check_port(host, port)
+    with connect(), contextlib.ExitStack() as cleanup, _stopped_by_signals():
+        cleanup.callback(serve.shutdown)
+        serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
+        serve.run(build_app(model, index, data, config), name=APP_NAME, route_prefix="/")
+        print(f"PixRec answers at {_url(host, port)} (stop with Ctrl-C)", file=sys.stderr, flush=True)
+        threading.Event().wait()
+
+
+def with_key(config: Config) -> Config:
+    """The config with the API key from the environment, where it names none itself."""
+    key = os.environ.get(API_KEY_VARIABLE)
+    if config.serve.api_key or not key:
+        return config
+    return dataclasses.replace(config, serve=dataclasses.replace(config.serve, api_key=key))
+
+
+def check_artifacts(model: str, index: str, data: str | None) -> None:
+    """Raise ArtifactError unless each part is there and complete."""
+    for kind, uri in (("model", model), ("index", index), ("data", data)):
+        marker, verb = _MARKERS[kind]
+        if uri is not None and not storage.exists(storage.join(uri, marker)):
+            raise ArtifactError(f"--{kind} {uri} holds no {marker}: make it with pixrec {verb}")
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise InputError unless `host:port` can be bound."""
+    if not 1 <= port <= 65535:
+        raise InputError(f"--port is {port}: must be in 1..65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise InputError(f"{host}:{port} cannot be used ({reason}); choose another --port or --host") from None
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM end the block; a second one, while things shut down, acts as it did before."""
+
+    def stop(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _url(host: str, port: int) -> str:
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"

@@ -1,0 +1,308 @@
+"""The HTTP interface: bodies, routes and what each failure answers. Knows no Ray and no model, only a Backend.
+
+Bodies are strict: a key that is unknown or a value of another type is refused with the field's name, never guessed at.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from typing import Annotated, Any
+
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, Response
+from fastapi.security import HTTPBearer
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+import pixrec
+from pixrec.config import ServeConfig
+from pixrec.serving.backend import Backend, BackendError, Overloaded, Ranking, Refusal
+from pixrec.serving.gate import Gate, JsonResponse, unavailable
+
+MAX_REPORTED_ERRORS = 20
+IMAGE_MAX_AGE_SECONDS = 3600
+SOFTWARE = ("ray", "torch", "transformers")
+
+# The page needs no other host, and a picture or a title must not be able to reach one.
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+# First bytes of the formats a stored picture may have; WebP names itself after its RIFF header.
+IMAGE_TYPES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"GIF8": "image/gif", b"RIFF": "image/webp"}
+
+
+def _encodable(text: str) -> str:
+    text.encode()  # UnicodeEncodeError is a ValueError, which pydantic reports with the field
+    return text
+
+
+# JSON can spell half a character ("\\ud800"), which no tokenizer and no Parquet file takes.
+Text = Annotated[str, AfterValidator(_encodable)]
+# FailFast: a million wrong values are one error, not a million.
+Ids = Annotated[list[Text], FailFast()]
+FilterValue = Text | bool | int | Annotated[float, Field(allow_inf_nan=False)]
+FilterValues = dict[Text, Annotated[list[FilterValue], FailFast()]]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    k: int = Field(10, ge=1, description="How many items to return at most; the server's limit is `serve.max_k`.")
+    filters: FilterValues = Field(
+        default_factory=dict, description="Keep items whose field has one of the values; all fields must match."
+    )
+
+
+class RecommendBody(_Body):
+    history: Ids = Field(description="The shopper's items, oldest first. Ids the catalog does not hold are skipped.")
+    exclude: Ids = Field(default_factory=list, description="Never return these items.")
+    exclude_history: bool = Field(True, description="Do not return items of the history.")
+
+
+class SimilarBody(_Body):
+    item_id: Text
+
+
+class SearchBody(_Body):
+    text: Text | None = Field(None, description="What the item looks like or says.")
+    image_base64: str | None = Field(None, description="A picture, base64 of a JPEG, PNG, WebP or GIF file.")
+
+
+class RankedItem(BaseModel):
+    item_id: str
+    score: float
+
+
+class RankingAnswer(BaseModel):
+    items: list[RankedItem]
+    model_version: str
+    index_version: str
+    unknown_items: list[str]
+    fallback: bool = Field(description="No item of the history is known: these are the popular ones.")
+
+
+class Problem(BaseModel):
+    detail: str
+
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    401: {"model": Problem, "description": "The API key is missing or wrong"},
+    413: {"model": Problem, "description": "The body is too large"},
+    503: {"model": Problem, "description": "Overloaded or starting; see Retry-After"},
+}
+UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "The item is unknown"}}
+
+
+def create_api(backend: Backend, config: ServeConfig) -> FastAPI:
+    """The whole HTTP application over a backend."""
+    api = FastAPI(
+        title="PixRec",
+        version=pixrec.__version__,
+        description="Recommends the next product from what products look like and say.",
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    api.add_middleware(Gate, config=config)
+    api.add_exception_handler(RequestValidationError, _invalid)
+    api.add_exception_handler(StarletteHTTPException, _refused)
+
+    async def no_answer(request: Request, error: Exception) -> Response:
+        return unavailable(str(error) or "the model is not available", config.retry_after_seconds)
+
+    api.add_exception_handler(BackendError, no_answer)
+    keyed = [Security(HTTPBearer(auto_error=False))] if config.api_key else []  # shows the key's field in /docs
+    api.include_router(_ranking_routes(backend, config), responses=PROBLEMS, dependencies=keyed, tags=["rankings"])
+    api.include_router(_item_routes(backend), responses=PROBLEMS | UNKNOWN, dependencies=keyed, tags=["items"])
+    api.include_router(_state_routes(backend), tags=["state"])
+    return api
+
+
+def _ranking_routes(backend: Backend, config: ServeConfig) -> APIRouter:
+    router = APIRouter(prefix="/v1")
+
+    @router.post("/recommend", response_model=RankingAnswer)
+    async def recommend(body: RecommendBody) -> Response:
+        """The items that fit best after this history."""
+        k = _checked_k(body, config)
+        for name in ("history", "exclude"):
+            _check_length(name, len(getattr(body, name)), config.max_request_items, "items")
+        return _ranked(await backend.recommend(body.history, k, body.exclude, body.exclude_history, body.filters))
+
+    @router.post("/similar", response_model=RankingAnswer, responses=UNKNOWN)
+    async def similar(body: SimilarBody) -> Response:
+        """The items closest to one item."""
+        k = _checked_k(body, config)
+        ranking = await backend.similar(body.item_id, k, body.filters)
+        if ranking is None:
+            raise _unknown(body.item_id)
+        return _ranked(ranking)
+
+    @router.post("/search", response_model=RankingAnswer)
+    async def search(body: SearchBody) -> Response:
+        """The items closest to a text, a picture, or both."""
+        k = _checked_k(body, config)
+        text = (body.text or "").strip()
+        _check_length("text", len(text), config.max_text_characters, "characters")
+        image = _decoded(body.image_base64) if body.image_base64 else None
+        if not text and not image:
+            raise _field_error("text", "text and image_base64 are both empty: give one of them")
+        return _ranked(await backend.search(text, image, k, body.filters))
+
+    return router
+
+
+def _item_routes(backend: Backend) -> APIRouter:
+    router = APIRouter(prefix="/v1/items")
+
+    # Ids may hold slashes, so the longer pattern has to come first.
+    @router.get("/{item_id:path}/image", response_class=Response, responses={200: {"content": {"image/*": {}}}})
+    async def item_image(item_id: str, request: Request) -> Response:
+        """The item's picture."""
+        if request.scope.get("raw_path", b"").lower().endswith(b"%2fimage"):  # the id itself ends in /image
+            return await item_fields(f"{item_id}/image")
+        data = await backend.image(item_id)
+        if data is None:
+            raise HTTPException(404, f"item {item_id!r} is unknown or has no picture")
+        tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+        headers = {
+            "ETag": tag,
+            "Cache-Control": f"private, max-age={IMAGE_MAX_AGE_SECONDS}",
+            "X-Content-Type-Options": "nosniff",
+        }
+        if _names_tag(request.headers.get("if-none-match", ""), tag):
+            return Response(status_code=304, headers=headers)
+        return Response(data, media_type=image_type(data), headers=headers)
+
+    @router.get("/{item_id:path}", response_model=dict[str, Any])
+    async def item_fields(item_id: str) -> Response:
+        """Everything the catalog says about the item."""
+        fields = await backend.fields(item_id)
+        if fields is None:
+            raise _unknown(item_id)
+        return JsonResponse(jsonable(fields))
+
+    return router
+
+
+def _state_routes(backend: Backend) -> APIRouter:
+    router = APIRouter()
+    page = files("pixrec.serving").joinpath("static/index.html").read_text("utf-8")
+
+    @router.get("/healthz", responses={503: PROBLEMS[503]})
+    async def healthz() -> Response:
+        """Whether the model answers. A replica that is merely busy is healthy: restarting it would not help."""
+        try:
+            versions = await backend.versions()
+        except Overloaded:
+            return JsonResponse({"status": "ok", "overloaded": True})
+        return JsonResponse({"status": "ok", "overloaded": False, **vars(versions)})
+
+    @router.get("/version", responses={503: PROBLEMS[503]})
+    async def software_versions() -> Response:
+        """Versions of the model, the index and the software."""
+        return JsonResponse(vars(await backend.versions()) | software())
+
+    @router.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def try_it() -> Response:
+        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"})
+
+    return router
+
+
+def software() -> dict[str, str | None]:
+    """Versions of PixRec and what it stands on; null for what is not installed here."""
+    found: dict[str, str | None] = {"pixrec": pixrec.__version__}
+    for name in SOFTWARE:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def image_type(data: bytes) -> str:
+    """Media type by the first bytes; the name or the uploader's word is not to be trusted."""
+    return next((kind for start, kind in IMAGE_TYPES.items() if data.startswith(start)), "application/octet-stream")
+
+
+def jsonable(value: Any) -> Any:
+    """`value` with NaN and infinities as null, and anything JSON has no word for as text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, dict):
+        return {str(key): jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(entry) for entry in value]
+    return str(value)
+
+
+def _ranked(ranking: Ranking | Refusal) -> Response:
+    if isinstance(ranking, Refusal):
+        raise _field_error(ranking.field, ranking.message)
+    answer = {
+        "items": [{"item_id": item_id, "score": jsonable(float(score))} for item_id, score in ranking.items],
+        **vars(ranking.versions),
+        "unknown_items": ranking.unknown_items,
+        "fallback": ranking.fallback,
+    }
+    return JsonResponse(answer)
+
+
+def _checked_k(body: _Body, config: ServeConfig) -> int:
+    for values in body.filters.values():
+        _check_length("filters", len(values), config.max_request_items, "values of one field")
+    if "k" not in body.model_fields_set:
+        return min(body.k, config.max_k)
+    if body.k > config.max_k:
+        raise _field_error("k", f"k is {body.k}: must be at most {config.max_k}")
+    return body.k
+
+
+def _check_length(field: str, length: int, most: int, unit: str) -> None:
+    if length > most:
+        raise _field_error(field, f"{field} holds {length} {unit}: at most {most}")
+
+
+def _decoded(image_base64: str) -> bytes:
+    try:
+        return base64.b64decode(image_base64, validate=True)
+    except ValueError:
+        raise _field_error("image_base64", "image_base64 is not base64") from None
+
+
+def _field_error(field: str, message: str) -> RequestValidationError:
+    return RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": message}])
+
+
+def _unknown(item_id: str) -> HTTPException:
+    return HTTPException(404, f"item {item_id!r} is unknown")
+
+
+def _names_tag(if_none_match: str, tag: str) -> bool:
+    return any(offered.strip().removeprefix("W/") in (tag, "*") for offered in if_none_match.split(","))
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """422 in FastAPI's own shape, without echoing the input: it may hold NaN, which JSON cannot."""
+    assert isinstance(error, RequestValidationError)
+    found = [{"type": e["type"], "loc": list(e["loc"]), "msg": e["msg"]} for e in error.errors()[:MAX_REPORTED_ERRORS]]
+    is_json = "json" in request.headers.get("content-type", "")
+    if not is_json and any(e["loc"] == ["body"] for e in found):
+        found = [{"type": "content_type", "loc": ["body"], "msg": "send JSON with Content-Type: application/json"}]
+    return JsonResponse({"detail": found}, 422)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StarletteHTTPException)
+    if error.status_code == 400:  # the body cannot be parsed for another reason than JSON's grammar
+        return JsonResponse({"detail": [{"type": "body", "loc": ["body"], "msg": "the body is not valid JSON"}]}, 422)
+    return JsonResponse({"detail": error.detail}, error.status_code, headers=error.headers)
