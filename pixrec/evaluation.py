@@ -19,7 +19,14 @@ import torch
 from pixrec.config import EvaluateConfig
 from pixrec.data.sequences import HeldOut, sample_users
 from pixrec.errors import InputError
-from pixrec.metrics import bootstrap_ci, paired_difference_ci, target_ranks, tied_targets, user_metrics
+from pixrec.metrics import (
+    bootstrap_ci,
+    count_ties,
+    paired_difference_ci,
+    random_tie_recall,
+    target_ranks,
+    user_metrics,
+)
 
 Seen = Literal["allowed", "filtered"]
 SEEN: tuple[Seen, Seen] = ("allowed", "filtered")
@@ -43,8 +50,8 @@ class Outcome:
 
     ranks: dict[Seen, np.ndarray]
     """Pessimistic ranks (users,) int64 with seen items allowed and filtered."""
-    tied: np.ndarray
-    """Whether another item had the target's score (users,) bool."""
+    ties: np.ndarray
+    """How many other items had the target's score (users,) int64."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,11 @@ class Evaluation:
         floor = recalls.get("popularity")
         return {
             "repeat_share": float(np.mean(repeats)),
-            "tie_share": {scorer: float(outcome.tied.mean()) for scorer, outcome in self.outcomes.items()},
+            "tie_share": {scorer: float((outcome.ties > 0).mean()) for scorer, outcome in self.outcomes.items()},
+            "random_ties": {
+                scorer: random_tie_recall(outcome.ranks["allowed"], outcome.ties, ALWAYS_REPORTED_KS)
+                for scorer, outcome in self.outcomes.items()
+            },
             "chance_recall@10": min(1.0, 10 / len(self.cold)),
             "popularity_recall@10": floor,
             "below_popularity": [] if floor is None else [s for s, recall in recalls.items() if recall < floor],
@@ -181,7 +192,7 @@ def _rank_all(
     progress: Callable[[str, int, int], None] | None,
 ) -> Outcome:
     users = len(held_out.targets)
-    allowed, filtered, tied = [], [], []
+    allowed, filtered, ties = [], [], []
     for first in range(0, users, batch_size):
         histories = held_out.histories[first : first + batch_size]
         targets = held_out.targets[first : first + batch_size]
@@ -193,7 +204,7 @@ def _rank_all(
             )
         allowed.append(target_ranks(scores, targets))
         filtered.append(target_ranks(scores, targets, histories))
-        tied.append(tied_targets(scores, targets))
+        ties.append(count_ties(scores, targets))
         if progress is not None:
             progress(scorer.name, min(first + batch_size, users), users)
-    return Outcome({"allowed": np.concatenate(allowed), "filtered": np.concatenate(filtered)}, np.concatenate(tied))
+    return Outcome({"allowed": np.concatenate(allowed), "filtered": np.concatenate(filtered)}, np.concatenate(ties))

@@ -38,13 +38,23 @@ def target_ranks(scores: Any, targets: Any, exclude: Sequence[np.ndarray] | None
     return (1 + ahead_BN.sum(dim=1)).cpu().numpy()
 
 
-def tied_targets(scores: Any, targets: Any) -> np.ndarray:
-    """Whether another item ties with the user's target, (B,) bool; arguments as in `target_ranks`."""
+def count_ties(scores: Any, targets: Any) -> np.ndarray:
+    """How many other items tie with the user's target, (B,) int64; arguments as in `target_ranks`."""
     scores_BN, targets_B = _checked(scores, targets)
     target_B1 = scores_BN.gather(1, targets_B[:, None])
     near_BN = (scores_BN - target_B1).abs() <= target_B1 - _tie_line(scores_BN, targets_B)[:, None]
     same_BN = near_BN | (scores_BN == target_B1)  # infinite scores are equal but have no distance
-    return (same_BN.sum(dim=1) > 1).cpu().numpy()
+    return (same_BN.sum(dim=1) - 1).cpu().numpy()
+
+
+def random_tie_recall(ranks: np.ndarray, ties: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
+    """Mean `recall@k` if ties were broken at random, which is generous where many items share a score.
+
+    ranks (B,) pessimistic, ties (B,) as `count_ties` gives. Of t + 1 equal items behind g better ones, the target is
+    among the first k with probability (k - g) / (t + 1), cut to 0 and 1.
+    """
+    better = ranks - 1 - ties
+    return {f"recall@{k}": float(np.clip((k - better) / (ties + 1), 0, 1).mean()) for k in ks}
 
 
 def _checked(scores: Any, targets: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -374,11 +374,23 @@ def _guard_sentences(metrics: Mapping[str, Any]) -> list[str]:
     sentences = [
         f"{_percent(guards['repeat_share'])} of the targets already occur in the user's own history.",
         f"Targets that tie with another item: {ties}.",
+        *_random_tie_sentence(guards),
         f"Recall@10 of a blind guess: {_number(guards['chance_recall@10'])}.",
     ]
     if guards["popularity_recall@10"] is not None:
         sentences.append(f"Recall@10 of popularity, the floor: {_number(guards['popularity_recall@10'])}.")
     return sentences
+
+
+def _random_tie_sentence(guards: Mapping[str, Any]) -> list[str]:
+    figures = [
+        f"{scorer} {_number(recalls['recall@1'])} and {_number(recalls['recall@10'])}"
+        for scorer, recalls in guards.get("random_ties", {}).items()
+        if guards["tie_share"][scorer] > 0
+    ]
+    return (
+        [f"Recall@1 and @10 if ties were broken at random, which is generous: {', '.join(figures)}."] if figures else []
+    )
 
 
 def _warnings(metrics: Mapping[str, Any]) -> list[str]:

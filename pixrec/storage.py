@@ -20,10 +20,12 @@ import fsspec
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
+from botocore.exceptions import BotoCoreError
 
 from pixrec.errors import ArtifactError, InputError, OutputError
 
 _REMOTE = ("s3://",)
+_TROUBLE = (OSError, BotoCoreError)  # the second: no credentials, no such endpoint
 _STREAM_BYTES = 4 * 1024**2
 
 
@@ -79,7 +81,7 @@ def exists(uri: str) -> bool:
     fs, path = _locate(uri)
     try:
         return fs.exists(path)
-    except (OSError, PermissionError) as error:
+    except _TROUBLE as error:
         raise _failed(uri, error) from None
 
 
@@ -123,7 +125,7 @@ def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
 def read_text(uri: str) -> str:
     try:
         return read_bytes(uri).decode("utf-8")
-    except (OSError, PermissionError) as error:
+    except _TROUBLE as error:
         raise _failed(uri, error) from None
 
 
@@ -148,7 +150,7 @@ def write_bytes(uri: str, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, PermissionError) as error:
+    except _TROUBLE as error:
         raise _unwritable(uri, error) from None
 
 
@@ -170,7 +172,7 @@ def read_schema(uri: str) -> pa.Schema:
     fs, path = arrow_location(table_files(uri)[0])
     try:
         return pq.read_schema(path, filesystem=fs)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, *_TROUBLE) as error:
         raise _failed(uri, error) from None
 
 
@@ -181,7 +183,7 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
         fs, path = arrow_location(file)
         try:
             tables.append(pq.ParquetFile(path, filesystem=fs).read(columns))
-        except (pa.ArrowException, OSError, KeyError) as error:
+        except (pa.ArrowException, KeyError, *_TROUBLE) as error:
             raise _failed(file, error) from None
     try:
         return pa.concat_tables(tables, promote_options="permissive")
@@ -201,7 +203,7 @@ def row_groups(uri: str) -> list[RowGroup]:
     fs, path = arrow_location(uri)
     try:
         metadata = pq.read_metadata(path, filesystem=fs)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, *_TROUBLE) as error:
         raise _failed(uri, error) from None
     groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
     return [RowGroup(group.num_rows, group.total_byte_size) for group in groups]
@@ -220,7 +222,7 @@ def read_rows(uri: str, group: int, start: int, stop: int) -> pa.Table:
             if seen >= stop:
                 break
         return pa.Table.from_batches(pieces, file.schema_arrow)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, *_TROUBLE) as error:
         raise _failed(uri, error) from None
 
 
@@ -281,7 +283,7 @@ def check_writable(uri: str, marker: str, kind: str) -> None:
             probe = f"{path}.pixrec-probe"
             fs.pipe_file(probe, b"")
             fs.rm_file(probe)
-    except (OSError, PermissionError) as error:
+    except _TROUBLE as error:
         raise _unwritable(uri, error) from None
 
 

@@ -13,8 +13,6 @@ Shapes: B histories · N items of the caller's table · Z tastes · G texts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -74,16 +72,3 @@ def _groups(world: World, text_only: bool) -> tuple[NDArray[np.int64], NDArray[n
     emission = np.zeros((len(number), world.emission.shape[1]))
     np.add.at(emission, group_of, world.emission)
     return group_of, emission, np.bincount(group_of)
-
-
-def expected_recall(scores: torch.Tensor, targets: NDArray[np.integer], ks: Sequence[int]) -> dict[str, float]:
-    """Mean `recall@k` when ties are broken at random; `scores` (B, N), `targets` (B,) rows.
-
-    Generous where many items share a text and so a score: of t tied items of which one is the target, behind g better
-    ones, the target is among the first k with probability (k - g) / t, cut to 0 and 1.
-    """
-    index = torch.as_tensor(targets, dtype=torch.int64)[:, None]
-    target = scores.gather(1, index)
-    better = (scores > target).sum(dim=1).double()
-    tied = (scores == target).sum(dim=1).double()
-    return {f"recall@{k}": ((k - better) / tied).clamp(0, 1).mean().item() for k in ks}

@@ -10,14 +10,16 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
 from ray import serve
+from ray.serve.schema import DeploymentStatus
 
 import pixrec
-from pixrec import storage
+from pixrec import errors, storage
 from pixrec.cluster.session import connect
 from pixrec.config import Config, load_config
 from pixrec.errors import ArtifactError, ConfigError, InputError
@@ -25,6 +27,8 @@ from pixrec.serving.deployments import bind
 
 APP_NAME = "pixrec"
 API_KEY_VARIABLE = "PIXREC_API_KEY"
+
+_STATUS_SECONDS = 5.0
 
 # What each artifact holds when it is complete (DESIGN §5), and what makes it.
 _MARKERS = {"model": ("model.json", "train"), "index": ("CURRENT", "embed"), "data": ("dataset.json", "prepare")}
@@ -69,9 +73,32 @@ def run(model: str, index: str, data: str | None, config: Config, host: str, por
     with connect(), contextlib.ExitStack() as cleanup, _stopped_by_signals():
         cleanup.callback(serve.shutdown)
         serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
-        serve.run(build_app(model, index, data, config), name=APP_NAME, route_prefix="/")
+        _deploy(build_app(model, index, data, config))
         print(f"PixRec answers at {_url(host, port)} (stop with Ctrl-C)", file=sys.stderr, flush=True)
         threading.Event().wait()
+
+
+def _deploy(app: serve.Application) -> None:
+    """Returns once requests are answered. Raises ArtifactError when a replica says why it cannot load."""
+    try:
+        serve.run(app, name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        failure = _last_words()
+        if failure.startswith(f"{errors.__name__}."):
+            raise ArtifactError(failure.partition(": ")[2]) from None
+        raise RuntimeError(f"the application did not start: {failure or error}") from error
+
+
+def _last_words() -> str:
+    """The last line of the first failed replica's traceback; Serve publishes it a moment after the failure."""
+    deadline = time.monotonic() + _STATUS_SECONDS
+    while time.monotonic() < deadline:
+        deployments = serve.status().applications[APP_NAME].deployments.values()
+        messages = [d.message.strip() for d in deployments if d.status == DeploymentStatus.DEPLOY_FAILED and d.message]
+        if messages:
+            return messages[0].splitlines()[-1]
+        time.sleep(0.2)
+    return ""
 
 
 def with_key(config: Config) -> Config:

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pixrec import storage
+from pixrec.data.items import ItemTable, load_items
+from pixrec.errors import ArtifactError, InputError
+
+PICTURE = b"\xff\xd8 stands for a picture"
+
+
+def table(**changes) -> pa.Table:
+    columns = {
+        "item_id": ["a", "b", "c"],
+        "title": ["Red shoe", "Blue shoe", None],
+        "brand": ["Ann", None, "Ann"],
+        "category": ["Shoes|Sport", "Shoes", None],
+        "description": pa.nulls(3, pa.string()),
+        "price": [1.5, None, float("nan")],
+        "image": pa.array([PICTURE, None, None], pa.binary()),
+        "image_status": ["ok", "missing", "rejected"],
+        "year": [1995, 1996, None],
+        "tags": [["new", "sale"], [], None],
+        "since": [datetime.date(2020, 1, 2), None, None],
+    }
+    return pa.table({**columns, **changes})
+
+
+@pytest.fixture
+def items() -> ItemTable:
+    return ItemTable(table())
+
+
+def test_rows_and_ids_name_each_other(items: ItemTable):
+    assert len(items) == 3
+    assert items.item_ids == ["a", "b", "c"]
+    assert [items.row_of[item_id] for item_id in items.item_ids] == [0, 1, 2]
+
+
+def test_text_and_picture_of_a_row(items: ItemTable):
+    assert [items.text(row) for row in range(3)] == [
+        "Red shoe | by Ann | Shoes, Sport | $1.50",
+        "Blue shoe | Shoes",
+        "by Ann",
+    ]
+    assert [items.image(row) for row in range(3)] == [PICTURE, None, None]
+
+
+def test_fields_are_json_and_hold_no_picture(items: ItemTable):
+    fields = [items.fields(row) for row in range(3)]
+    assert json.loads(json.dumps(fields, allow_nan=False)) == fields
+    assert "image" not in fields[0]
+    assert fields[0]["since"] == "2020-01-02"
+    assert fields[0]["tags"] == ["new", "sale"]
+    assert fields[2]["price"] is None
+    assert fields[2]["title"] is None
+
+
+def test_content_hash_covers_what_the_model_sees_and_nothing_else(items: ItemTable):
+    same = ItemTable(table(year=[1, 2, 3], item_id=["x", "y", "z"]))
+    assert [same.content_hash(row) for row in range(3)] == [items.content_hash(row) for row in range(3)]
+    assert len({items.content_hash(row) for row in range(3)}) == 3
+    other_text = ItemTable(table(title=["Red boot", "Blue shoe", None]))
+    other_picture = ItemTable(table(image=pa.array([PICTURE + b".", b"", None], pa.binary())))
+    for other in (other_text, other_picture):
+        assert other.content_hash(0) != items.content_hash(0)
+        assert other.content_hash(2) == items.content_hash(2)
+    assert other_picture.content_hash(1) != items.content_hash(1)
+
+
+def test_filter_fields_are_brand_category_and_the_catalogs_own(items: ItemTable):
+    assert items.filter_fields == ["brand", "category", "year", "tags"]
+
+
+@pytest.mark.parametrize(
+    ("filters", "rows"),
+    [
+        ({}, [0, 1, 2]),
+        ({"brand": ["Ann"]}, [0, 2]),
+        ({"category": ["Shoes"]}, [0, 1]),
+        ({"category": ["Sport"]}, [0]),
+        ({"category": ["Shoes|Sport"]}, [0]),
+        ({"category": ["Sho"]}, []),
+        ({"category": ["Sport", "Hats"], "brand": ["Ann"]}, [0]),
+        ({"year": [1995, 1996]}, [0, 1]),
+        ({"year": ["1995"]}, []),
+        ({"tags": ["sale"]}, [0]),
+        ({"brand": []}, []),
+        ({"brand": [["not", "a", "value"]]}, []),
+    ],
+)
+def test_filter_mask(items: ItemTable, filters: dict, rows: list[int]):
+    assert items.filter_mask(filters).nonzero()[0].tolist() == rows
+    assert items.filter_mask(filters).nonzero()[0].tolist() == rows  # the second time from the cache
+
+
+@pytest.mark.parametrize("name", ["colour", "title", "image", "item_id"])
+def test_an_unknown_filter_field_is_the_callers_fault(items: ItemTable, name: str):
+    with pytest.raises(InputError, match=f"'{name}' is no filter field.*brand, category, year, tags"):
+        items.filter_mask({name: ["x"]})
+
+
+def test_a_filter_wants_a_list(items: ItemTable):
+    with pytest.raises(InputError, match=r"'brand' must be a list of values, such as \['Ann'\]"):
+        items.filter_mask({"brand": "Ann"})
+
+
+def test_items_without_any_content():
+    bare = ItemTable(pa.table({"item_id": ["a"]}))
+    assert (bare.text(0), bare.image(0), bare.filter_fields) == ("", None, [])
+
+
+def test_load_items_keeps_the_order_of_the_files(tmp_path: Path):
+    for number, rows in enumerate((table().slice(0, 2), table().slice(2))):
+        storage.write_table(str(tmp_path / "items" / f"part-{number:06d}.parquet"), rows)
+    items = load_items(str(tmp_path))
+    assert items.item_ids == ["a", "b", "c"]
+    assert items.filter_mask({"category": ["Shoes"]}).tolist() == [True, True, False]
+
+
+def test_load_items_names_the_cure(tmp_path: Path):
+    with pytest.raises(ArtifactError, match="make it with pixrec prepare"):
+        load_items(str(tmp_path))

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pixrec import storage
+from pixrec.data.sequences import Dataset, load_dataset
+from pixrec.errors import ArtifactError
+from pixrec.schema import SEQUENCES
+
+LEAVE_ONE_OUT = {"kind": "leave_one_out"}
+TEMPORAL = {"kind": "temporal", "valid_start_ms": 100, "test_start_ms": 200}
+
+
+def dataset(folder: Path, users: dict[str, list[tuple[str, int]]], split: dict) -> Dataset:
+    uri = str(folder)
+    storage.write_table(storage.join(uri, "items", "part-0.parquet"), pa.table({"item_id": list("abcdef")}))
+    rows = [
+        {"user_id": user, "item_ids": [item for item, _ in events], "timestamps": [time for _, time in events]}
+        for user, events in users.items()
+    ]
+    half = (len(rows) + 1) // 2
+    for number, part in enumerate((rows[:half], rows[half:])):
+        table = pa.Table.from_pylist(part, schema=SEQUENCES)
+        storage.write_table(storage.join(uri, "sequences", f"part-{number}.parquet"), table)
+    storage.write_json(storage.join(uri, "dataset.json"), {"split": split})
+    return load_dataset(uri)
+
+
+def spelt(data: Dataset, rows: np.ndarray) -> str:
+    return "".join(data.items.item_ids[row] for row in rows)
+
+
+def held_out(data: Dataset, part) -> dict[str, tuple[str, str]]:
+    users, histories, targets = data.held_out(part)
+    assert targets.shape == (len(users),)
+    return {
+        user: (spelt(data, history), data.items.item_ids[target])
+        for user, history, target in zip(users, histories, targets, strict=True)
+    }
+
+
+def at(items: str, *times: int) -> list[tuple[str, int]]:
+    return list(zip(items, times or range(len(items)), strict=True))
+
+
+def test_leave_one_out(tmp_path: Path):
+    users = {"one": at("a"), "two": at("ab"), "three": at("abc"), "five": at("abcda")}
+    data = dataset(tmp_path, users, LEAVE_ONE_OUT)
+    assert [spelt(data, history) for history in data.training_histories()] == ["a", "a", "a", "abc"]
+    assert held_out(data, "valid") == {"three": ("a", "b"), "five": ("abc", "d")}
+    assert held_out(data, "test") == {"two": ("a", "b"), "three": ("ab", "c"), "five": ("abcd", "a")}
+    assert data.training_counts().tolist() == [4, 1, 1, 0, 0, 0]
+
+
+def test_temporal(tmp_path: Path):
+    users = {
+        "all periods": at("abcdef", 10, 20, 110, 120, 210, 220),
+        "new in validation": at("abc", 100, 150, 199),
+        "new in test": at("ab", 200, 300),
+        "single in test": at("a", 250),
+        "training only": at("ab", 1, 99),
+        "no test": at("abc", 1, 2, 150),
+    }
+    data = dataset(tmp_path, users, TEMPORAL)
+    assert [spelt(data, history) for history in data.training_histories()] == ["ab", "ab", "ab"]
+    assert held_out(data, "valid") == {
+        "all periods": ("abc", "d"),
+        "new in validation": ("ab", "c"),
+        "no test": ("ab", "c"),
+    }
+    assert held_out(data, "test") == {"all periods": ("abcde", "f"), "new in test": ("a", "b")}
+    assert data.training_counts().tolist() == [3, 3, 0, 0, 0, 0]
+
+
+def test_equal_times_stay_on_one_side_of_a_cut(tmp_path: Path):
+    data = dataset(tmp_path, {"u": at("abcdef", 99, 99, 100, 100, 200, 200)}, TEMPORAL)
+    assert [spelt(data, history) for history in data.training_histories()] == ["ab"]
+    assert held_out(data, "valid") == {"u": ("abc", "d")}
+    assert held_out(data, "test") == {"u": ("abcde", "f")}
+
+
+@pytest.mark.parametrize("split", [LEAVE_ONE_OUT, TEMPORAL])
+def test_training_sees_no_held_out_event(tmp_path: Path, split: dict):
+    """Every event is told apart by its place in its user's sequence: training's end lies before every target."""
+    random = np.random.default_rng(0)
+    users = {}
+    for user in range(300):
+        times = np.sort(random.integers(0, 300, size=random.integers(1, 8)))
+        users[str(user)] = [("abcdef"[random.integers(6)], int(time)) for time in times]
+    data = dataset(tmp_path, users, split)
+    seen = dict(zip(users, data._training_lengths().tolist(), strict=True))
+    assert sum(seen.values()) == data.training_counts().sum()
+    assert sorted(map(len, data.training_histories())) == sorted(length for length in seen.values() if length)
+    for part in ("valid", "test"):
+        held = data.held_out(part)
+        assert held.user_ids
+        for user, history, target in zip(held.user_ids, held.histories, held.targets, strict=True):
+            position = len(history)
+            assert position >= max(1, seen[user])
+            assert users[user][position][0] == data.items.item_ids[target]
+            assert spelt(data, history) == "".join(item for item, _ in users[user][:position])
+    histories = {part: dict(zip(*data.held_out(part)[:2], strict=True)) for part in ("valid", "test")}
+    for user in histories["valid"].keys() & histories["test"].keys():
+        assert len(histories["valid"][user]) < len(histories["test"][user])
+
+
+def test_an_incomplete_folder_is_no_data_set(tmp_path: Path):
+    with pytest.raises(ArtifactError, match=r"holds no dataset\.json.*pixrec prepare"):
+        load_dataset(str(tmp_path))
+    storage.write_json(str(tmp_path / "dataset.json"), {"split": LEAVE_ONE_OUT})
+    with pytest.raises(ArtifactError, match="no complete data set"):
+        load_dataset(str(tmp_path))
+
+
+def test_sequences_and_items_must_agree(tmp_path: Path):
+    with pytest.raises(ArtifactError, match="name 1 items that items/ lacks"):
+        dataset(tmp_path, {"u": at("az")}, LEAVE_ONE_OUT)

@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pixrec.config import PrepareConfig
+from pixrec.data import tables
+from pixrec.errors import InputError
+
+ITEMS = pa.schema([("item_id", pa.string()), ("title", pa.string())])
+EVENTS = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("timestamp", pa.int64())])
+CATALOG = pa.array(["a", "b", "c"], pa.large_string())
+
+
+def events(rows: list[tuple], *extra: str) -> pa.Table:
+    names = [*EVENTS.names, *extra]
+    columns = list(zip(*rows, strict=True)) if rows else [[] for _ in names]
+    types = [*EVENTS.types, *[pa.float64()] * len(extra)]
+    return pa.table({name: pa.array(column, kind) for name, column, kind in zip(names, columns, types, strict=True)})
+
+
+def usable(rows: list[tuple], catalog: pa.Array | None = CATALOG, **options) -> tables.Usable:
+    return tables.usable_interactions(events(rows), catalog, "events.parquet", **options)
+
+
+def spelt(interactions: tables.Interactions) -> list[dict[str, Any]]:
+    return [row for table in tables.sequences(interactions) for row in table.to_pylist()]
+
+
+TEXT_TYPES = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()), pa.null()]
+
+
+@pytest.mark.parametrize("kind", TEXT_TYPES, ids=str)
+def test_every_kind_of_string_is_text(kind: pa.DataType):
+    tables.check_items_schema(pa.schema([("item_id", kind), ("title", kind), ("brand", kind)]), "items.parquet")
+    tables.check_interactions_schema(pa.schema([("user_id", kind), ("item_id", kind), EVENTS.field(2)]), "events")
+    values = [None, None] if pa.types.is_null(kind) else ["x", None]
+    assert tables.as_text(pa.chunked_array([pa.array(values, kind)])).to_pylist() == values
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (ITEMS.remove(0), r"items.parquet: no column 'item_id', which an items table needs; it has title"),
+        (pa.schema([("itemid", pa.string()), ITEMS.field(1)]), r"no column 'item_id'.*did you mean 'itemid'\?"),
+        (pa.schema([ITEMS.field(0), ("Title", pa.string())]), r"no column 'title'.*did you mean 'Title'\?"),
+        (
+            ITEMS.set(0, pa.field("item_id", pa.int64())),
+            r"items.parquet: column 'item_id' is int64, must be string; cast",
+        ),
+        (ITEMS.append(pa.field("price", pa.string())), r"column 'price' is string, must be double"),
+        (ITEMS.append(pa.field("image", pa.string())), r"column 'image' is string, must be binary"),
+        (ITEMS.append(pa.field("image_uri", pa.binary())), r"column 'image_uri' is binary, must be string"),
+        (ITEMS.append(pa.field("category", pa.list_(pa.string()))), r"column 'category' is list<.*>, must be string"),
+        (ITEMS.append(ITEMS.field(1)), r"column 'title' occurs more than once"),
+    ],
+)
+def test_an_items_table_of_another_make(schema: pa.Schema, message: str):
+    with pytest.raises(InputError, match=message):
+        tables.check_items_schema(schema, "items.parquet")
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (EVENTS.remove(2), r"events: no column 'timestamp', which an interactions table needs"),
+        (EVENTS.set(2, pa.field("timestamp_ms", pa.int64())), r"did you mean 'timestamp_ms'\?"),
+        (
+            EVENTS.set(2, pa.field("timestamp", pa.string())),
+            r"column 'timestamp' is string, must be int64; store milli",
+        ),
+        (EVENTS.set(2, pa.field("timestamp", pa.timestamp("ms"))), r"column 'timestamp' is timestamp.*milliseconds"),
+        (EVENTS.set(2, pa.field("timestamp", pa.float64())), r"column 'timestamp' is double, must be int64"),
+        (EVENTS.set(0, pa.field("user_id", pa.int32())), r"column 'user_id' is int32, must be string"),
+        (EVENTS.append(pa.field("rating", pa.string())), r"column 'rating' is string, must be double"),
+    ],
+)
+def test_an_interactions_table_of_another_make(schema: pa.Schema, message: str):
+    with pytest.raises(InputError, match=message):
+        tables.check_interactions_schema(schema, "events")
+
+
+def test_min_rating_needs_ratings():
+    with pytest.raises(InputError, match=r"events: no column 'rating', which prepare\.min_rating 3\.0 needs"):
+        tables.check_interactions_schema(EVENTS, "events", min_rating=3.0)
+    tables.check_interactions_schema(EVENTS.append(pa.field("rating", pa.int8())), "events", min_rating=3.0)
+
+
+def test_items_without_id_are_rejected_and_the_others_kept():
+    checked = tables.check_item_ids(pa.chunked_array([["a", None], ["", "b"]]), "items")
+    assert checked.item_ids.to_pylist() == ["a", "b"]
+    assert checked.rejects.to_pylist() == [
+        {"source": "items", "key": "row 1", "reason": "item_id is empty"},
+        {"source": "items", "key": "row 2", "reason": "item_id is empty"},
+    ]
+    kept = tables.with_id(pa.table({"item_id": ["a", None, "", "b"], "title": list("wxyz")}))
+    assert kept.column("title").to_pylist() == ["w", "z"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([], "items: the items table is empty"),
+        ([None, ""], "'item_id' is empty in all 2 rows"),
+        (["x", "a", "y", "a", "y", "a"], "item_id 'a' occurs 3 times, and 2 ids occur more than once"),
+    ],
+)
+def test_ids_that_name_no_catalog(ids: list, message: str):
+    with pytest.raises(InputError, match=message):
+        tables.check_item_ids(pa.chunked_array([pa.array(ids, pa.string())]), "items")
+
+
+def test_prepared_items_have_known_types_and_the_catalogs_own_columns():
+    raw = pa.table(
+        {
+            "year": [1995],
+            "item_id": pa.array(["a"], pa.large_string()),
+            "title": pa.array(["A"]).dictionary_encode(),
+            "price": [12],
+            "brand": pa.nulls(1),
+            "shelf": pa.array(["s"], pa.string_view()),
+            "image_uri": ["a.jpg"],
+            "image": [b"raw"],
+        }
+    )
+    items = tables.prepared_items(raw, [b"stored"], ["ok"])
+    assert items.to_pylist() == [
+        {
+            "item_id": "a",
+            "title": "A",
+            "brand": None,
+            "category": None,
+            "description": None,
+            "price": 12.0,
+            "image": b"stored",
+            "image_status": "ok",
+            "year": 1995,
+            "shelf": "s",
+        }
+    ]
+    assert {items.schema.field(name).type for name in ("item_id", "title", "brand", "shelf")} == {pa.string()}
+
+
+def test_unusable_events_are_rejected_one_by_one():
+    found = usable(
+        [
+            ("u", "a", 1),
+            (None, "a", 2),
+            ("u", "", 3),
+            ("u", "b", None),
+            ("u", "nowhere", 5),
+            ("v", "c", 6),
+            ("", "z", 7),
+        ]
+    )
+    assert [(row["key"].partition(":")[0], row["reason"]) for row in found.rejects.to_pylist()] == [
+        ("row 1", "user_id is empty"),
+        ("row 2", "item_id is empty"),
+        ("row 3", "timestamp is empty"),
+        ("row 4", "item is not in the items table"),
+        ("row 6", "user_id is empty"),
+    ]
+    assert found.rejects.to_pylist()[3]["key"] == "row 4: user_id u, item_id nowhere"
+    assert set(found.rejects.column("source").to_pylist()) == {"interactions"}
+    assert spelt(found.interactions) == [
+        {"user_id": "u", "item_ids": ["a"], "timestamps": [1]},
+        {"user_id": "v", "item_ids": ["c"], "timestamps": [6]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "catalog", "message"),
+    [
+        ([], CATALOG, "events.parquet: the interactions table is empty"),
+        ([("u", "x", 1), ("v", "y", 2)], CATALOG, "none of its 2 events names an item of the items table"),
+        ([(None, "a", 1), ("v", "a", None)], CATALOG, "none of its 2 events has user_id, item_id and timestamp"),
+        ([(None, "a", 1)], None, "none of its 1 events has user_id, item_id and timestamp"),
+        ([(None, "a", 1), ("u", "x", 1)], CATALOG, "none of its 2 events names an item"),
+    ],
+)
+def test_interactions_of_which_none_is_usable(rows: list, catalog: pa.Array | None, message: str):
+    with pytest.raises(InputError, match=message):
+        usable(rows, catalog)
+
+
+def test_a_null_typed_column_is_empty_throughout():
+    table = pa.table({"user_id": ["u"], "item_id": ["a"], "timestamp": pa.nulls(1)})
+    with pytest.raises(InputError, match="none of its 1 events has"):
+        tables.usable_interactions(table, CATALOG, "events")
+
+
+def test_without_a_catalog_it_is_the_ids_seen():
+    found = usable([("u", "q", 1), (None, "lost", 2), ("v", "p", 3), ("u", "q", 4)], None)
+    assert found.interactions.item_ids.to_pylist() == ["q", "p"]
+    assert len(found.rejects) == 1
+
+
+def test_min_rating_leaves_out_low_and_unrated_events():
+    rows = [("u", "a", 1, 5.0), ("u", "b", 2, 2.0), ("u", "c", 3, None), ("u", "c", 4, 3.0), (None, "c", 4, 3.0)]
+    table = events(rows, "rating")
+    found = tables.usable_interactions(table, CATALOG, "events", min_rating=3.0)
+    assert (len(found.interactions), found.filtered_rating, len(found.rejects)) == (2, 2, 1)
+    assert spelt(found.interactions)[0]["item_ids"] == ["a", "c"]
+    with pytest.raises(InputError, match=r"no event is rated prepare\.min_rating 9 or above"):
+        tables.usable_interactions(table, CATALOG, "events", min_rating=9)
+
+
+def test_whole_number_ratings_and_small_times():
+    table = pa.table(
+        {"user_id": ["u"], "item_id": ["a"], "timestamp": pa.array([7], pa.int32()), "rating": pa.array([4], pa.int8())}
+    )
+    assert len(tables.usable_interactions(table, CATALOG, "events", min_rating=4).interactions) == 1
+
+
+def test_a_time_beyond_int64():
+    table = pa.table({"user_id": ["u"], "item_id": ["a"], "timestamp": pa.array([2**63], pa.uint64())})
+    with pytest.raises(InputError, match="'timestamp' holds a value beyond int64"):
+        tables.usable_interactions(table, CATALOG, "events")
+
+
+def test_sequences_are_in_time_order_and_equal_times_in_input_order():
+    rows = [("v", "a", 9), ("u", "c", 5), ("u", "b", 5), ("v", "b", -1), ("u", "a", 5), ("u", "b", 4)]
+    assert spelt(usable(rows).interactions) == [
+        {"user_id": "v", "item_ids": ["b", "a"], "timestamps": [-1, 9]},
+        {"user_id": "u", "item_ids": ["b", "c", "b", "a"], "timestamps": [4, 5, 5, 5]},
+    ]
+
+
+def test_sequences_come_in_parts_that_split_no_user(monkeypatch: pytest.MonkeyPatch):
+    random = np.random.default_rng(0)
+    rows = [(f"u{random.integers(20)}", "abc"[random.integers(3)], int(random.integers(9))) for _ in range(200)]
+    interactions = usable(rows).interactions
+    whole = spelt(interactions)
+    monkeypatch.setattr(tables, "_EVENTS_PER_PART", 30)
+    parts = list(tables.sequences(interactions))
+    assert len(parts) > 3
+    assert spelt(interactions) == whole
+    assert len({row["user_id"] for row in whole}) == len(whole)
+
+
+def plain_core(pairs: list[tuple[str, str]], min_user: int, min_item: int) -> list[tuple[str, str]]:
+    """The definition, slowly."""
+    while True:
+        users, items = [user for user, _ in pairs], [item for _, item in pairs]
+        kept = [(u, i) for u, i in pairs if users.count(u) >= min_user and items.count(i) >= min_item]
+        if kept == pairs:
+            return kept
+        pairs = kept
+
+
+@pytest.mark.parametrize(("min_user", "min_item"), [(1, 1), (3, 1), (1, 4), (3, 4), (4, 6)])
+def test_core_is_repeated_until_stable(min_user: int, min_item: int):
+    random = np.random.default_rng(3)
+    skewed = (random.random((150, 2)) ** 2 * [30, 20]).astype(int)
+    pairs = [(f"u{user}", f"i{item}") for user, item in skewed]
+    found = usable([(user, item, 0) for user, item in pairs], None).interactions
+    kept = tables.core(found, min_user, min_item)
+    users, items = kept.user_ids.to_pylist(), kept.item_ids.to_pylist()
+    pairs_kept = [(users[user], items[item]) for user, item in zip(kept.user, kept.item, strict=True)]
+    assert pairs_kept == plain_core(pairs, min_user, min_item)
+
+
+def test_a_core_of_nobody_names_the_keys():
+    with pytest.raises(InputError, match=r"prepare\.min_user_events 2 and prepare\.min_item_events 1; lower them"):
+        tables.core(usable([("u", "a", 1), ("v", "a", 1)]).interactions, 2, 1)
+
+
+def test_split_block():
+    times = np.random.default_rng(0).permutation(100)
+    assert tables.split_block(times, PrepareConfig()) == {"kind": "leave_one_out"}
+    temporal = PrepareConfig(split="temporal", temporal_valid_fraction=0.25, temporal_test_fraction=0.125)
+    assert tables.split_block(times, temporal) == {"kind": "temporal", "valid_start_ms": 62, "test_start_ms": 87}
+
+
+@pytest.mark.parametrize("times", [[5] * 100, [1] * 95 + [2] * 5, [1] + [2] * 99])
+def test_a_temporal_split_needs_three_periods(times: list[int]):
+    with pytest.raises(InputError, match=r"too few different times.*set prepare\.split to leave_one_out"):
+        tables.split_block(np.array(times), PrepareConfig(split="temporal"))

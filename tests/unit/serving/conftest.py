@@ -1,0 +1,107 @@
+"""A backend without a model, and a client without a network."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from pixrec.config import ServeConfig
+from pixrec.serving.backend import Filters, Ranking, Refusal, Versions
+from pixrec.serving.http import create_api
+
+JPEG = b"\xff\xd8\xff and so on"
+
+
+class FakeBackend:
+    """Ranks a small catalog in its own order, and raises `trouble` instead when that is set."""
+
+    def __init__(self, fields: dict[str, dict[str, Any]], images: dict[str, bytes] | None = None) -> None:
+        self.catalog, self.images = fields, images or {}
+        self.trouble: Exception | None = None
+        self.asked: list[tuple[Any, ...]] = []
+
+    async def recommend(
+        self, history: list[str], k: int, exclude: list[str], exclude_history: bool, filters: Filters
+    ) -> Ranking | Refusal:
+        known = [item_id for item_id in history if item_id in self.catalog]
+        left_out = {*exclude, *(history if exclude_history else ())}
+        ranking = self._rank("recommend", k, filters, left_out, history, exclude_history)
+        if isinstance(ranking, Refusal):
+            return ranking
+        unknown = [item_id for item_id in history if item_id not in self.catalog]
+        return dataclasses.replace(ranking, unknown_items=unknown, fallback=not known)
+
+    async def similar(self, item_id: str, k: int, filters: Filters) -> Ranking | Refusal | None:
+        return self._rank("similar", k, filters, {item_id}) if item_id in self.catalog else None
+
+    async def search(self, text: str, image: bytes | None, k: int, filters: Filters) -> Ranking | Refusal:
+        if image == b"not a picture":
+            return Refusal("image_base64", "unreadable picture: not a picture")
+        return self._rank("search", k, filters, set(), text, image)
+
+    async def fields(self, item_id: str) -> dict[str, Any] | None:
+        self._ask("fields", item_id)
+        return self.catalog.get(item_id)
+
+    async def image(self, item_id: str) -> bytes | None:
+        self._ask("image", item_id)
+        return self.images.get(item_id)
+
+    async def versions(self) -> Versions:
+        self._ask("versions")
+        return Versions("model-1", "index-1")
+
+    def _ask(self, *question: Any) -> None:
+        self.asked.append(question)
+        if self.trouble is not None:
+            raise self.trouble
+
+    def _rank(self, method: str, k: int, filters: Filters, left_out: set[str], *rest: Any) -> Ranking | Refusal:
+        self._ask(method, k, filters, *rest)
+        if set(filters) - {"brand"}:
+            return Refusal("filters", "no such filter field")
+        ids = [item_id for item_id in self.catalog if item_id not in left_out][:k]
+        return Ranking([(item_id, 1.0 - 0.1 * n) for n, item_id in enumerate(ids)], Versions("model-1", "index-1"))
+
+
+class Client:
+    """Synchronous requests straight into an ASGI application."""
+
+    def __init__(self, api: FastAPI) -> None:
+        self._transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+
+    def __call__(self, method: str, path: str, **request: Any) -> httpx.Response:
+        async def once() -> httpx.Response:
+            async with httpx.AsyncClient(transport=self._transport, base_url="http://pixrec") as client:
+                return await client.request(method, path, **request)
+
+        return asyncio.run(once())
+
+
+@pytest.fixture
+def backend() -> FakeBackend:
+    catalog = {
+        "a": {"item_id": "a", "title": "A lamp", "price": 9.5, "weight": math.nan},
+        "b/ä 1": {"item_id": "b/ä 1", "title": "A <b>vase</b>", "price": None},
+        "c": {"item_id": "c", "title": None},
+        "c/image": {"item_id": "c/image", "title": "its name is a trap"},
+    }
+    return FakeBackend(catalog, images={"a": JPEG, "b/ä 1": b"\x89PNG rest", "c/image": b"RIFF1234WEBP"})
+
+
+@pytest.fixture
+def client_for(backend: FakeBackend) -> Callable[..., Client]:
+    """A client of the application under this `serve` config."""
+    return lambda **config: Client(create_api(backend, ServeConfig(**config)))
+
+
+@pytest.fixture
+def client(client_for: Callable[..., Client]) -> Client:
+    return client_for()

@@ -1,0 +1,288 @@
+"""Every status code of the HTTP interface, without Ray."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pixrec.serving.backend import Overloaded, Unavailable
+from pixrec.serving.http import image_type, jsonable
+
+RANKING_KEYS = {"items", "model_version", "index_version", "unknown_items", "fallback"}
+
+
+def test_recommend_answers_the_documented_shape(client: Any) -> None:
+    answer = client("POST", "/v1/recommend", json={"history": ["a", "ghost"], "k": 2})
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "items": [{"item_id": "b/ä 1", "score": 1.0}, {"item_id": "c", "score": 0.9}],
+        "model_version": "model-1",
+        "index_version": "index-1",
+        "unknown_items": ["ghost"],
+        "fallback": False,
+    }
+
+
+@pytest.mark.parametrize("history", [[], ["ghost"], [""]])
+def test_a_history_without_known_items_falls_back(client: Any, history: list[str]) -> None:
+    answer = client("POST", "/v1/recommend", json={"history": history}).json()
+    assert answer["fallback"] is True
+    assert answer["unknown_items"] == history
+    assert len(answer["items"]) == 4
+
+
+def test_exclusions_reach_the_backend(client: Any) -> None:
+    body = {"history": ["a"], "exclude": ["c"], "exclude_history": False, "k": 200}
+    items = client("POST", "/v1/recommend", json=body).json()["items"]
+    assert [item["item_id"] for item in items] == ["a", "b/ä 1", "c/image"]
+
+
+def test_similar_and_search_answer_the_same_shape(client: Any) -> None:
+    picture = base64.b64encode(b"a picture").decode()
+    for path, body in [
+        ("/v1/similar", {"item_id": "a"}),
+        ("/v1/similar", {"item_id": "b/ä 1", "k": 1, "filters": {"brand": ["x"]}}),
+        ("/v1/search", {"text": "lamp"}),
+        ("/v1/search", {"text": "", "image_base64": picture, "k": 3}),
+        ("/v1/search", {"text": "lamp", "image_base64": None}),
+    ]:
+        answer = client("POST", path, json=body)
+        assert answer.status_code == 200, answer.text
+        assert set(answer.json()) == RANKING_KEYS
+
+
+BAD_BODIES = [
+    ("/v1/recommend", {}, "history"),
+    ("/v1/recommend", {"history": "a"}, "history"),
+    ("/v1/recommend", {"history": None}, "history"),
+    ("/v1/recommend", {"history": [1]}, "history"),
+    ("/v1/recommend", {"history": [None] * 900}, "history"),
+    ("/v1/recommend", {"history": [], "k": 0}, "k"),
+    ("/v1/recommend", {"history": [], "k": -1}, "k"),
+    ("/v1/recommend", {"history": [], "k": 201}, "k"),
+    ("/v1/recommend", {"history": [], "k": "10"}, "k"),
+    ("/v1/recommend", {"history": [], "k": 10.0}, "k"),
+    ("/v1/recommend", {"history": [], "k": True}, "k"),
+    ("/v1/recommend", {"history": [], "k": None}, "k"),
+    ("/v1/recommend", {"history": [], "k": 10**30}, "k"),
+    ("/v1/recommend", {"history": ["a"] * 1001}, "history"),
+    ("/v1/recommend", {"history": [], "exclude": ["a"] * 1001}, "exclude"),
+    ("/v1/recommend", {"history": [], "exclude_history": "yes"}, "exclude_history"),
+    ("/v1/recommend", {"history": [], "filters": {"colour": ["red"]}}, "filters"),
+    ("/v1/recommend", {"history": [], "filters": {"brand": "red"}}, "filters"),
+    ("/v1/recommend", {"history": [], "filters": {"brand": [None]}}, "filters"),
+    ("/v1/recommend", {"history": [], "filters": {"brand": [{}]}}, "filters"),
+    ("/v1/recommend", {"history": [], "filters": {"brand": ["x"] * 1001}}, "filters"),
+    ("/v1/recommend", {"history": [], "filters": []}, "filters"),
+    ("/v1/recommend", {"history": [], "histroy": []}, "histroy"),
+    ("/v1/similar", {}, "item_id"),
+    ("/v1/similar", {"item_id": 7}, "item_id"),
+    ("/v1/similar", {"item_id": "a", "filters": {"colour": ["red"]}}, "filters"),
+    ("/v1/similar", {"item_id": "a", "history": []}, "history"),
+    ("/v1/search", {}, "text"),
+    ("/v1/search", {"text": "  ", "image_base64": ""}, "text"),
+    ("/v1/search", {"text": "x" * 10_001}, "text"),
+    ("/v1/search", {"image_base64": "no base64!"}, "image_base64"),
+    ("/v1/search", {"image_base64": "ä"}, "image_base64"),
+    ("/v1/search", {"image_base64": base64.b64encode(b"not a picture").decode()}, "image_base64"),
+    ("/v1/search", {"text": "a", "filters": {"colour": ["red"]}}, "filters"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "field"), BAD_BODIES)
+def test_bad_input_is_422_and_names_the_field(client: Any, path: str, body: Any, field: str) -> None:
+    answer = client("POST", path, json=body)
+    assert answer.status_code == 422, answer.text
+    assert field in answer.json()["detail"][0]["loc"]
+
+
+NASTY_BODIES = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b'"text"',
+    b'{"history": [], "k": NaN}',
+    b'{"history": [], "k": 1e999}',
+    b'{"history": [], "k": ' + b"1" * 5000 + b"}",
+    b'{"history": [], "filters": {"brand": [NaN]}}',
+    b'{"history": [], "filters": {"brand": [Infinity]}}',
+    b'{"history": ["\\ud800"]}',
+    b'{"\\ud800": 1}',
+    b'{"history": ["\xff"]}',
+    b"[" * 200_000,
+]
+
+
+@pytest.mark.parametrize("content", NASTY_BODIES, ids=lambda content: repr(content[:40]))
+def test_what_is_hardly_json_is_422_in_valid_json(client: Any, content: bytes) -> None:
+    answer = client("POST", "/v1/recommend", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 422
+    assert isinstance(json.loads(answer.content, parse_constant=pytest.fail)["detail"], list)
+
+
+def test_filter_values_of_any_size_pass(client: Any) -> None:
+    values = [10**30, 10**400, -1, 0.5, True, "x"]
+    answer = client("POST", "/v1/recommend", json={"history": [], "filters": {"brand": values}})
+    assert answer.status_code in (200, 422)
+
+
+def test_another_content_type_is_told_what_to_send(client: Any) -> None:
+    answer = client("POST", "/v1/recommend", content=b'{"history": []}', headers={"content-type": "text/plain"})
+    assert answer.status_code == 422
+    assert "application/json" in answer.json()["detail"][0]["msg"]
+
+
+def test_the_default_k_respects_a_smaller_limit(client_for: Callable[..., Any]) -> None:
+    assert len(client_for(max_k=2)("POST", "/v1/recommend", json={"history": []}).json()["items"]) == 2
+
+
+def test_unknown_items_are_404(client: Any) -> None:
+    assert client("POST", "/v1/similar", json={"item_id": "ghost"}).status_code == 404
+    for path in ("/v1/items/ghost", "/v1/items/", "/v1/items/ghost/image", "/v1/items/c/image", "/nowhere"):
+        answer = client("GET", path)
+        assert answer.status_code == 404
+        assert isinstance(answer.json()["detail"], str)
+
+
+def test_items_are_found_whatever_their_id(client: Any) -> None:
+    assert client("GET", "/v1/items/a").json() == {"item_id": "a", "title": "A lamp", "price": 9.5, "weight": None}
+    for path in ("/v1/items/b/ä 1", "/v1/items/b%2F%C3%A4%201"):
+        assert client("GET", path).json()["item_id"] == "b/ä 1"
+        assert client("GET", f"{path}/image").headers["content-type"] == "image/png"
+    assert client("GET", "/v1/items/c%2Fimage").json()["item_id"] == "c/image"
+    assert client("GET", "/v1/items/c%2Fimage/image").headers["content-type"] == "image/webp"
+
+
+def test_pictures_are_cached_by_their_bytes(client: Any) -> None:
+    first = client("GET", "/v1/items/a/image")
+    assert first.status_code == 200
+    assert first.headers["content-type"] == "image/jpeg"
+    assert first.headers["cache-control"] == "private, max-age=3600"
+    for known in (first.headers["etag"], f'"other", W/{first.headers["etag"]}', "*"):
+        again = client("GET", "/v1/items/a/image", headers={"if-none-match": known})
+        assert (again.status_code, again.content) == (304, b"")
+    assert client("GET", "/v1/items/a/image", headers={"if-none-match": '"other"'}).status_code == 200
+
+
+def test_state_version_page_and_documentation(client: Any) -> None:
+    assert client("GET", "/healthz").json()["status"] == "ok"
+    versions = client("GET", "/version").json()
+    assert set(versions) == {"model_version", "index_version", "pixrec", "ray", "torch", "transformers"}
+    assert client("GET", "/docs").status_code == 200
+    page = client("GET", "/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "://" not in page.text.replace("http://www.w3.org/2000/svg", "")  # nothing from another host
+    described = client("GET", "/openapi.json").json()["paths"]
+    assert set(described) == {
+        "/v1/recommend",
+        "/v1/similar",
+        "/v1/search",
+        "/v1/items/{item_id}",
+        "/v1/items/{item_id}/image",
+        "/healthz",
+        "/version",
+    }
+    assert {"200", "401", "413", "422", "503"} <= set(described["/v1/search"]["post"]["responses"])
+
+
+@pytest.mark.parametrize(
+    ("trouble", "health"),
+    [(Overloaded("too many"), 200), (Unavailable("gone"), 503), (RuntimeError("a defect"), 503)],
+)
+def test_trouble_is_503_with_retry_after(
+    client_for: Callable[..., Any], backend: Any, trouble: Exception, health: int
+) -> None:
+    backend.trouble = trouble
+    client = client_for(retry_after_seconds=3)
+    for method, path, body in [
+        ("POST", "/v1/recommend", {"history": []}),
+        ("POST", "/v1/similar", {"item_id": "a"}),
+        ("POST", "/v1/search", {"text": "a"}),
+        ("GET", "/v1/items/a", None),
+        ("GET", "/v1/items/a/image", None),
+        ("GET", "/version", None),
+    ]:
+        answer = client(method, path, json=body)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "3")
+        assert isinstance(answer.json()["detail"], str)
+        assert "defect" not in answer.text  # what went wrong is for the log
+    assert client("GET", "/healthz").status_code == health
+
+
+def test_the_api_key_guards_v1_only(client_for: Callable[..., Any], backend: Any) -> None:
+    client = client_for(api_key="schlüssel")
+    key = "schlüssel".encode()
+    for headers in ({"x-api-key": key}, {"authorization": b"Bearer " + key}, {"authorization": b"bearer " + key}):
+        assert client("GET", "/v1/items/a", headers=headers).status_code == 200
+    backend.asked.clear()
+    wrong: list[dict[str, Any]] = [
+        {},
+        {"x-api-key": ""},
+        {"x-api-key": "wrong"},
+        {"authorization": key},
+        {"authorization": b"Basic " + key},
+        {"authorization": "Bearer "},
+    ]
+    for headers in wrong:
+        for method, path in [("GET", "/v1/items/a"), ("GET", "/v1/items/a/image"), ("POST", "/v1/recommend")]:
+            answer = client(method, path, headers=headers, content=b"not even json")
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+    assert backend.asked == []
+    for path in ("/", "/healthz", "/version", "/docs", "/openapi.json"):
+        assert client("GET", path).status_code == 200
+
+
+def test_large_bodies_are_413_announced_or_not(client_for: Callable[..., Any], backend: Any) -> None:
+    client = client_for(max_body_bytes=100)
+    sent = 0
+
+    async def in_pieces(pieces: int) -> Any:
+        nonlocal sent
+        for _ in range(pieces):
+            sent += 20
+            yield b" " * 20
+
+    json_type = {"content-type": "application/json"}
+    for content in (b" " * 101, b" " * 5000, in_pieces(6), in_pieces(10**9)):
+        answer = client("POST", "/v1/recommend", content=content, headers=json_type)
+        assert answer.status_code == 413, answer.text
+    assert sent == 120 + (6 + 41) * 20  # an endless body is read only so far
+    assert backend.asked == []
+    assert client("POST", "/v1/recommend", content=b'{"history": []}', headers=json_type).status_code == 200
+
+
+def test_who_asks_before_sending_a_large_body_is_refused_at_once(client_for: Callable[..., Any]) -> None:
+    async def unsent() -> Any:
+        pytest.fail("the body was read")
+        yield b""
+
+    headers = {"expect": "100-continue", "content-length": "101"}
+    answer = client_for(max_body_bytes=100)("POST", "/v1/search", content=unsent(), headers=headers)
+    assert answer.status_code == 413
+
+
+def test_a_wrong_method_is_405(client: Any) -> None:
+    assert client("GET", "/v1/recommend").status_code == 405
+
+
+def test_jsonable_has_no_nan_and_no_surprises() -> None:
+    assert jsonable({"a": [1.5, float("nan"), float("inf")], 1: b"x", "n": None}) == {
+        "a": [1.5, None, None],
+        "1": "b'x'",
+        "n": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [(b"\xff\xd8\xff\xe0", "image/jpeg"), (b"GIF89a", "image/gif"), (b"?", "application/octet-stream")],
+)
+def test_image_type_goes_by_the_first_bytes(data: bytes, kind: str) -> None:
+    assert image_type(data) == kind

@@ -1,0 +1,171 @@
+"""The protocol on a catalog of six items, worked out by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from pixrec.config import EvaluateConfig
+from pixrec.data.sequences import HeldOut
+from pixrec.errors import InputError
+from pixrec.evaluation import evaluate_scorers, sample_users
+
+NUM_ITEMS = 6
+COLD = np.array([False, False, False, False, False, True])
+WITH_IMAGE = np.array([True, True, True, True, False, False])
+HELD_OUT = HeldOut(
+    ["u0", "u1", "u2", "u3"],
+    [np.array([0, 1]), np.array([0]), np.array([4, 0, 1]), np.array([1])],
+    np.array([2, 5, 0, 3]),
+)
+
+
+class Table:
+    """A scorer that gives every user the same scores."""
+
+    def __init__(self, name: str, scores: list[float]) -> None:
+        self.name, self._scores = name, torch.tensor(scores)
+
+    def scores(self, histories: list[np.ndarray]) -> torch.Tensor:
+        return self._scores.expand(len(histories), -1)
+
+
+FALLING = Table("pixrec", [6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+FLAT = Table("popularity", [1.0] * NUM_ITEMS)
+
+
+def evaluate(scorers=(FALLING, FLAT), held_out=HELD_OUT, **config):
+    config = EvaluateConfig(**{"ks": (2,), "bootstrap_samples": 50, "batch_size": 3} | config)
+    return evaluate_scorers(list(scorers), held_out, NUM_ITEMS, config, cold=COLD, with_image=WITH_IMAGE)
+
+
+def test_ranks_with_seen_items_allowed_and_filtered():
+    outcomes = evaluate().outcomes
+    assert outcomes["pixrec"].ranks["allowed"].tolist() == [3, 6, 1, 4]
+    assert outcomes["pixrec"].ranks["filtered"].tolist() == [1, 5, 1, 3]  # u2's target is in its history: it stays
+    assert outcomes["popularity"].ranks["allowed"].tolist() == [6] * 4
+    assert outcomes["popularity"].ranks["filtered"].tolist() == [4, 5, 4, 5]
+    assert (outcomes["popularity"].ties > 0).all()
+    assert not outcomes["pixrec"].ties.any()
+
+
+def test_metrics_json_has_the_promised_shape():
+    metrics = evaluate().metrics_json("temporal")
+    assert metrics["protocol"] == {"split": "temporal", "candidates": "all", "ties": "pessimistic", "seen": "allowed"}
+    assert metrics["users"] == 4
+    result = metrics["results"]["pixrec"]
+    assert {k: result[k] for k in ("recall@1", "recall@2", "recall@10", "mrr")} == pytest.approx(
+        {"recall@1": 1 / 4, "recall@2": 1 / 4, "recall@10": 1, "mrr": (1 / 3 + 1 / 6 + 1 + 1 / 4) / 4}
+    )
+    assert set(result["ci95"]) == set(result) - {"ci95"}
+    for metric, (low, high) in result["ci95"].items():
+        assert low <= result[metric] <= high
+    assert json.loads(json.dumps(metrics)) == metrics  # plain numbers only
+
+
+def test_seen_filtered_swaps_the_two_settings():
+    allowed, filtered = evaluate().metrics_json("x"), evaluate(seen="filtered").metrics_json("x")
+    assert filtered["protocol"]["seen"] == "filtered"
+    assert filtered["results"] == allowed["results_other_seen"]["results"]
+    assert filtered["results_other_seen"] == {"seen": "allowed", "results": allowed["results"]}
+
+
+def test_buckets_hold_every_user_once_a_pair():
+    buckets = evaluate().metrics_json("x")["buckets"]
+    users = {name: bucket["users"] for name, bucket in buckets.items()}
+    assert users == {
+        "target_warm": 3,
+        "target_cold": 1,
+        "target_with_picture": 3,
+        "target_without_picture": 1,
+        "history_short": 2,
+        "history_long": 2,
+    }
+    assert buckets["target_cold"]["results"]["pixrec"] == {"recall@10": 1.0, "ci95": {"recall@10": [1.0, 1.0]}}
+
+
+def test_an_empty_bucket_has_no_results():
+    held_out = HeldOut(["u"], [np.array([0])], np.array([1]))
+    bucket = evaluate(held_out=held_out).metrics_json("x")["buckets"]["target_cold"]
+    assert bucket["users"] == 0
+    assert bucket["results"] == {}
+
+
+def test_guards():
+    guards = evaluate([FALLING, FLAT, Table("worse", [float("nan")] * 6)]).metrics_json("x")["guards"]
+    assert guards["repeat_share"] == 0.25
+    assert guards["tie_share"] == {"pixrec": 0.0, "popularity": 1.0, "worse": 1.0}
+    assert guards["chance_recall@10"] == 1.0
+    assert guards["popularity_recall@10"] == 1.0
+    assert guards["below_popularity"] == []
+
+
+def test_guard_names_the_scorer_below_popularity():
+    held_out = HeldOut(["u"], [np.array([0])], np.array([20]))
+    mask = np.zeros(21, bool)
+    best_last = Table("popularity", list(range(21)))
+    best_first = Table("pixrec", list(range(21, 0, -1)))
+    evaluation = evaluate_scorers([best_first, best_last], held_out, 21, EvaluateConfig(), cold=mask, with_image=mask)
+    assert evaluation.metrics_json("x")["guards"]["below_popularity"] == ["pixrec"]
+
+
+def test_differences_are_taken_from_the_first_scorer():
+    differences = evaluate().metrics_json("x")["differences"]
+    assert differences["of"] == "pixrec"
+    assert differences["minus"]["popularity"]["recall@1"] == 0.25
+    low, high = differences["minus"]["popularity"]["ci95"]["recall@1"]
+    assert 0 <= low < 0.25 < high < 1
+
+
+def test_item_order_does_not_change_metrics():
+    order = np.random.default_rng(0).permutation(NUM_ITEMS)
+    place = np.argsort(order)
+    shuffled_held_out = HeldOut(HELD_OUT.user_ids, [place[h] for h in HELD_OUT.histories], place[HELD_OUT.targets])
+    shuffled = evaluate_scorers(
+        [Table("pixrec", FALLING._scores[order].tolist()), FLAT],
+        shuffled_held_out,
+        NUM_ITEMS,
+        EvaluateConfig(ks=(2,), bootstrap_samples=50, batch_size=3),
+        cold=COLD[order],
+        with_image=WITH_IMAGE[order],
+    )
+    assert shuffled.metrics_json("x") == evaluate().metrics_json("x")
+
+
+def test_batches_do_not_change_ranks_and_progress_counts_users():
+    seen = []
+    evaluation = evaluate_scorers(
+        [FALLING],
+        HELD_OUT,
+        NUM_ITEMS,
+        EvaluateConfig(batch_size=3),
+        cold=COLD,
+        with_image=WITH_IMAGE,
+        progress=lambda *step: seen.append(step),
+    )
+    assert seen == [("pixrec", 3, 4), ("pixrec", 4, 4)]
+    assert evaluation.outcomes["pixrec"].ranks["allowed"].tolist() == [3, 6, 1, 4]
+
+
+def test_a_sample_of_users_is_seeded_and_whole():
+    sample = sample_users(HELD_OUT, 2, seed=1)
+    again = sample_users(HELD_OUT, 2, seed=1)
+    assert sample.user_ids == again.user_ids
+    for user, history, target in zip(*sample, strict=True):
+        place = HELD_OUT.user_ids.index(user)
+        assert history is HELD_OUT.histories[place]
+        assert target == HELD_OUT.targets[place]
+    assert sample_users(HELD_OUT, None, 0) is HELD_OUT
+    assert evaluate(max_users=3).metrics_json("x")["users"] == 3
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="name of its own"):
+        evaluate([FALLING, FALLING])
+    with pytest.raises(ValueError, match="'narrow' gave scores"):
+        evaluate([Table("narrow", [1.0])])
+    with pytest.raises(InputError, match="holds out no event"):
+        evaluate(held_out=HeldOut([], [], np.array([], dtype=np.int64)))
+    with pytest.raises(ValueError, match="one entry for each"):
+        evaluate_scorers([FALLING], HELD_OUT, NUM_ITEMS, EvaluateConfig(), cold=COLD[:2], with_image=WITH_IMAGE)

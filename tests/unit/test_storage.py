@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pixrec import storage
+from pixrec.errors import ArtifactError, InputError, OutputError
+
+MARKER, KIND = "done.json", "thing"
+
+
+def test_a_file_is_written_whole_and_read_back(tmp_path: Path):
+    uri = str(tmp_path / "new" / "folder" / "file.bin")
+    storage.write_bytes(uri, b"old")
+    storage.write_bytes(uri, b"new")
+    assert storage.read_bytes(uri) == b"new"
+    assert os.listdir(tmp_path / "new" / "folder") == ["file.bin"]
+    assert storage.read_bytes(uri, max_bytes=3) == b"new"
+    with pytest.raises(InputError, match="is larger than 2 bytes"):
+        storage.read_bytes(uri, max_bytes=2)
+
+
+@pytest.mark.parametrize("where", ["nowhere", "folder", "file/below"])
+def test_reading_what_is_no_file(tmp_path: Path, where: str):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(str(tmp_path / where))
+    with pytest.raises(InputError, match="no such file or folder"):
+        storage.read_text(str(tmp_path / where))
+
+
+def test_json(tmp_path: Path):
+    uri = str(tmp_path / "a.json")
+    storage.write_json(uri, {"name": "Café", "n": [1, None]})
+    assert storage.read_json(uri) == {"name": "Café", "n": [1, None]}
+    storage.write_bytes(uri, b"{")
+    with pytest.raises(ArtifactError, match=r"a\.json is not valid JSON"):
+        storage.read_json(uri)
+
+
+def test_paths():
+    assert storage.join("s3://bucket/key/", "a", "b") == "s3://bucket/key/a/b"
+    assert storage.parent("s3://bucket/key/file.parquet") == "s3://bucket/key"
+    assert storage.name("/a/b/") == "b"
+    assert storage.resolve("../images/1.jpg", "/data/ml/") == "/data/images/1.jpg"
+    assert storage.resolve("../images/1.jpg", "s3://bucket/data/ml") == "s3://bucket/data/images/1.jpg"
+    assert storage.resolve("/abs/1.jpg", "s3://bucket/data") == "/abs/1.jpg"
+    assert storage.resolve("s3://other/1.jpg", "/data") == "s3://other/1.jpg"
+    assert storage.resolve("http://host/1.jpg", "/data") == "http://host/1.jpg"
+
+
+def test_other_schemes_are_refused():
+    with pytest.raises(InputError, match=r"gs://bucket/x: only local paths and s3:// URIs are known"):
+        storage.exists("gs://bucket/x")
+
+
+def test_listing_skips_what_is_hidden(tmp_path: Path):
+    for name in ("b.parquet", "a.parquet", "c.txt", ".hidden.parquet", "_temporary/d.parquet", "sub/e.parquet"):
+        storage.write_bytes(str(tmp_path / name), b"")
+    uri = str(tmp_path)
+    assert storage.list_files(uri, ".parquet") == [f"{uri}/{name}.parquet" for name in ("a", "b", "sub/e")]
+    assert storage.list_folders(uri) == ["_temporary", "sub"]
+    assert storage.list_files(f"{uri}/nowhere") == storage.list_folders(f"{uri}/nowhere") == []
+
+
+def test_a_table_is_a_file_or_a_folder_in_name_order(tmp_path: Path):
+    folder = str(tmp_path / "t")
+    storage.write_table(f"{folder}/part-1.parquet", pa.table({"x": [3], "y": pa.nulls(1)}))
+    storage.write_table(f"{folder}/part-0.parquet", pa.table({"x": [1, 2], "y": ["a", "b"]}))
+    assert storage.read_table(folder).to_pydict() == {"x": [1, 2, 3], "y": ["a", "b", None]}
+    assert storage.read_table(f"{folder}/part-0.parquet", ["x"]).to_pydict() == {"x": [1, 2]}
+    assert storage.read_schema(folder).names == ["x", "y"]
+
+
+def test_the_hash_of_a_written_table_is_that_of_its_content(tmp_path: Path):
+    same = [storage.write_table(str(tmp_path / name), pa.table({"x": [1, 2]})) for name in ("a", "b")]
+    assert same[0] == same[1] != storage.write_table(str(tmp_path / "c"), pa.table({"x": [2, 1]}))
+
+
+def test_tables_that_cannot_be_read(tmp_path: Path):
+    (tmp_path / "text.parquet").write_text("this is no Parquet")
+    (tmp_path / "empty").mkdir()
+    storage.write_table(str(tmp_path / "two" / "a.parquet"), pa.table({"x": [1]}))
+    storage.write_table(str(tmp_path / "two" / "b.parquet"), pa.table({"x": ["one"]}))
+    for read in (storage.read_table, storage.read_schema):
+        with pytest.raises(InputError, match="nowhere: no such file or folder"):
+            read(str(tmp_path / "nowhere"))
+        with pytest.raises(InputError, match=r"text\.parquet: cannot be read"):
+            read(str(tmp_path / "text.parquet"))
+        with pytest.raises(InputError, match=r"empty: holds no \.parquet file"):
+            read(str(tmp_path / "empty"))
+    with pytest.raises(InputError, match=r"two: its files disagree about a column"):
+        storage.read_table(str(tmp_path / "two"))
+    with pytest.raises(InputError, match=r"text\.parquet: cannot be read"):
+        storage.row_groups(str(tmp_path / "text.parquet"))
+
+
+def test_rows_of_a_row_group(tmp_path: Path):
+    uri = str(tmp_path / "t.parquet")
+    table = pa.table({"x": range(100), "text": [str(x) for x in range(100)]})
+    pa.parquet.write_table(table, uri, row_group_size=60)
+    assert [group.rows for group in storage.row_groups(uri)] == [60, 40]
+    for group, start, stop in [(0, 0, 60), (0, 0, 7), (0, 7, 14), (0, 10, 17), (0, 59, 60), (1, 3, 40)]:
+        found = storage.read_rows(uri, group, start, stop)
+        assert found.equals(table.slice(60 * group + start, stop - start)), (group, start, stop)
+
+
+def test_a_folder_is_complete_or_invisible(tmp_path: Path):
+    out = str(tmp_path / "deep" / "out")
+    with storage.staged_folder(out, MARKER, KIND) as staging:
+        storage.write_bytes(f"{staging}/sub/data", b"1")
+        storage.write_json(f"{staging}/{MARKER}", {})
+        assert not os.path.exists(out)
+    assert storage.read_bytes(f"{out}/sub/data") == b"1"
+    assert os.listdir(tmp_path / "deep") == ["out"]
+
+
+def test_an_older_one_is_replaced_whole(tmp_path: Path):
+    out = str(tmp_path / "out")
+    for name in ("old", "new"):
+        with storage.staged_folder(out, MARKER, KIND) as staging:
+            storage.write_bytes(f"{staging}/{name}", b"")
+            storage.write_json(f"{staging}/{MARKER}", {})
+    assert sorted(os.listdir(out)) == [MARKER, "new"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_failure_leaves_the_older_one_and_nothing_else(tmp_path: Path):
+    out = str(tmp_path / "out")
+    with storage.staged_folder(out, MARKER, KIND) as staging:
+        storage.write_json(f"{staging}/{MARKER}", {"kept": True})
+
+    def fail(error: Exception | None) -> None:
+        with storage.staged_folder(out, MARKER, KIND) as staging:
+            storage.write_bytes(f"{staging}/data", b"")
+            if error:
+                storage.write_json(f"{staging}/{MARKER}", {"kept": False})
+                raise error
+
+    with pytest.raises(KeyError):
+        fail(KeyError())
+    with pytest.raises(RuntimeError, match=r"thing was left without its done\.json"):
+        fail(None)
+    assert storage.read_json(f"{out}/{MARKER}") == {"kept": True}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_places_that_cannot_become_a_folder_of_this_kind(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OutputError, match="is a file; --out must name a folder"):
+        storage.check_writable(str(tmp_path / "file"), MARKER, KIND)
+    with pytest.raises(OutputError, match="precious is not empty and holds no thing; choose another --out"):
+        storage.check_writable(str(tmp_path / "precious"), MARKER, KIND)
+    with pytest.raises(OutputError, match=r"below cannot be written.*choose another --out"):
+        storage.check_writable(str(tmp_path / "file" / "below"), MARKER, KIND)
+    for fine in ("empty", "new", "new/below"):
+        storage.check_writable(str(tmp_path / fine), MARKER, KIND)
+    assert sorted(os.listdir(tmp_path)) == ["empty", "file", "precious"]
+
+
+def test_a_local_folder_is_itself_and_copies_are_whole(tmp_path: Path):
+    storage.write_bytes(str(tmp_path / "a" / "sub" / "x"), b"1")
+    storage.copy_folder(str(tmp_path / "a"), str(tmp_path / "b"))
+    with storage.local_folder(str(tmp_path / "b")) as folder:
+        assert storage.read_bytes(f"{folder}/sub/x") == b"1"
+    storage.remove(str(tmp_path / "b"))
+    storage.remove(str(tmp_path / "b"))
+    assert os.listdir(tmp_path) == ["a"]
