@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -44,8 +45,8 @@ class PrepareConfig:
     """CPUs a decoding task claims."""
 
     def __post_init__(self) -> None:
-        for name in ("min_user_events", "min_item_events", "image_size_px", "max_image_bytes", "max_image_pixels"):
-            _at_least(self, name, 1)
+        _at_least(self, 1, "min_user_events", "min_item_events", "image_size_px", "max_image_bytes", "max_image_pixels")
+        _at_least(self, 0, "num_cpus_per_task")
         for name in ("temporal_valid_fraction", "temporal_test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"prepare.{name} is {getattr(self, name)}: must lie between 0 and 1")
@@ -74,6 +75,12 @@ class TinyConfig:
     patch_size_px: int = 16
     """Side of a patch; (image_size_px / patch_size_px / 2)² tokens a picture."""
 
+    def __post_init__(self) -> None:
+        _at_least(self, 1, *(f.name for f in dataclasses.fields(self)))
+        _multiple(self, "hidden_width", 2 * self.num_heads, "twice model.tiny.num_heads")  # rotary heads are even
+        _multiple(self, "vision_width", 4, "the heads of the vision part")
+        _multiple(self, "image_size_px", 2 * self.patch_size_px, "twice model.tiny.patch_size_px")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
@@ -85,6 +92,11 @@ class LoraConfig:
     """Scale numerator of the adapters."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Module names that receive an adapter; a name that matches nothing is an error."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "rank", "alpha")
+        if not self.targets:
+            raise ConfigError("model.lora.targets is empty: name at least one module")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +125,9 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        for name in ("embedding_width", "max_history_items", "max_text_tokens", "compact_layers", "compact_heads"):
-            _at_least(self, name, 1)
+        _at_least(self, 1, "embedding_width", "max_history_items", "max_text_tokens", "compact_layers", "compact_heads")
+        _between(self, 0, 1, "compact_dropout")
+        _multiple(self, "embedding_width", self.compact_heads, "model.compact_heads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,13 +178,12 @@ class TrainConfig:
     """Seed of weights, order and dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "histories_per_step", "validate_every_steps", "max_validation_users"):
-            _at_least(self, name, 1)
-        _at_least(self, "num_workers", 0)
-        if self.learning_rate <= 0:
-            raise ConfigError(f"train.learning_rate is {self.learning_rate}: must be above 0")
-        if self.temperature <= 0:
-            raise ConfigError(f"train.temperature is {self.temperature}: must be above 0")
+        _at_least(self, 1, "epochs", "max_steps", "histories_per_step", "validate_every_steps", "max_validation_users")
+        _at_least(self, 1, "threads_per_worker")
+        _at_least(self, 0, "num_workers", "cpus_per_worker", "max_failures", "weight_decay", "seed")
+        _above_zero(self, "learning_rate", "gradient_clip", "temperature")
+        _between(self, 0, 1, "warmup_fraction")
+        _between(self, 0, 0.5, "modality_dropout")
         if self.alpha + abs(self.beta) > 1 + 1e-9 or self.alpha < 0:
             raise ConfigError(
                 f"train.alpha {self.alpha} and train.beta {self.beta} must leave L_NIG a weight of 0 or more"
@@ -199,8 +211,8 @@ class EmbedConfig:
     """Type of the stored vectors."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_actors"):
-            _at_least(self, name, 1)
+        _at_least(self, 1, "batch_size", "num_actors", "threads_per_actor")
+        _at_least(self, 0, "cpus_per_actor", "gpus_per_actor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +231,12 @@ class EvaluateConfig:
     """Histories shown as pictures in the report."""
     seed: int = 0
     """Seed of the bootstrap and of the samples."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "bootstrap_samples", "batch_size", "max_users")
+        _at_least(self, 0, "report_histories", "seed")
+        if min(self.ks, default=1) < 1:
+            raise ConfigError(f"evaluate.ks is {list(self.ks)}: every cut-off must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,14 +277,11 @@ class ServeConfig:
     """Largest request body."""
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_size", "num_replicas", "max_ongoing_requests", "max_k", "max_request_items"):
-            _at_least(self, name, 1)
-        for name in ("threads_per_replica", "num_ingress_replicas", "max_queued_requests", "retry_after_seconds"):
-            _at_least(self, name, 1)
-        for name in ("max_text_characters", "max_body_bytes"):
-            _at_least(self, name, 1)
-        if self.request_timeout_seconds <= 0:
-            raise ConfigError(f"serve.request_timeout_seconds is {self.request_timeout_seconds}: must be above 0")
+        _at_least(self, 1, "max_batch_size", "num_replicas", "max_ongoing_requests", "max_k", "max_request_items")
+        _at_least(self, 1, "threads_per_replica", "num_ingress_replicas", "max_queued_requests", "retry_after_seconds")
+        _at_least(self, 1, "max_text_characters", "max_body_bytes")
+        _at_least(self, 0, "batch_wait_seconds", "cpus_per_replica", "gpus_per_replica", "cpus_per_ingress")
+        _above_zero(self, "request_timeout_seconds")
         if self.max_ongoing_requests < self.max_batch_size:
             raise ConfigError(
                 f"serve.max_ongoing_requests {self.max_ongoing_requests} is below serve.max_batch_size "
@@ -292,8 +307,8 @@ class SyntheticConfig:
     """Seed of products, shoppers and pictures."""
 
     def __post_init__(self) -> None:
-        for name in ("num_items", "num_users", "min_events"):
-            _at_least(self, name, 1)
+        _at_least(self, 1, "num_items", "num_users", "min_events", "image_size_px")
+        _at_least(self, 0, "seed")
         if self.max_events < self.min_events:
             raise ConfigError(f"demo.max_events {self.max_events} is below demo.min_events {self.min_events}")
 
@@ -358,10 +373,32 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def _at_least(node: Any, name: str, least: int) -> None:
-    if getattr(node, name) < least:
-        section = type(node).__name__.removesuffix("Config").lower().replace("synthetic", "demo")
-        raise ConfigError(f"{section}.{name} is {getattr(node, name)}: must be at least {least}")
+_SECTIONS = {"SyntheticConfig": "demo", "TinyConfig": "model.tiny", "LoraConfig": "model.lora"}
+
+
+def _require(node: Any, names: typing.Iterable[str], fits: typing.Callable[[Any], bool], what: str) -> None:
+    """Raise ConfigError unless the named fields fit; None, where a field may be it, always does."""
+    for name in names:
+        value = getattr(node, name)
+        if value is not None and not fits(value):
+            section = _SECTIONS.get(type(node).__name__) or type(node).__name__.removesuffix("Config").lower()
+            raise ConfigError(f"{section}.{name} is {value}: must be {what}")
+
+
+def _at_least(node: Any, least: int, *names: str) -> None:
+    _require(node, names, lambda value: value >= least, f"at least {least}")
+
+
+def _above_zero(node: Any, *names: str) -> None:
+    _require(node, names, lambda value: value > 0, "above 0")
+
+
+def _between(node: Any, low: float, high: float, *names: str) -> None:
+    _require(node, names, lambda value: low <= value <= high, f"between {low} and {high}")
+
+
+def _multiple(node: Any, name: str, of: int, what: str) -> None:
+    _require(node, [name], lambda value: value % of == 0, f"a multiple of {of} ({what})")
 
 
 def _build(cls: type, tree: dict[str, Any], where: str, base: Any) -> Any:
@@ -416,13 +453,14 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"config key {path!r} is {value!r}: must be a list, such as [a, b]")
         return tuple(_coerce(v, args[0], path) for v in value)
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML reads 1e-3 (no dot) as text
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
-            return float(value)
-        except ValueError:
-            pass
+            number = float(value)  # YAML reads 1e-3 (no dot) as text
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isnan(number):
+            raise ConfigError(f"config key {path!r} is {value!r}: must be a number")
+        return number
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if (hint is int and isinstance(value, bool)) or not isinstance(value, hint):

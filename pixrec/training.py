@@ -253,7 +253,7 @@ class Trainer:
         """The optimiser's state by parameter name, for safetensors."""
         names: dict[Any, str] = {p: n for n, p in self.named.items()}
         return {
-            f"{names[p]}/{key}": value.detach().reshape(-1) if value.ndim == 0 else value.detach().contiguous()
+            f"{names[p]}/{key}": value.detach().contiguous()
             for p, state in self.optimizer.state.items()
             for key, value in state.items()
         }
@@ -264,7 +264,6 @@ class Trainer:
         for name, parameter in self.named.items():
             state = {k: tensors[f"{name}/{k}"] for k in ("exp_avg", "exp_avg_sq", "step") if f"{name}/{k}" in tensors}
             if state:
-                state["step"] = state["step"].reshape(())
                 self.optimizer.state[parameter] = state
 
 

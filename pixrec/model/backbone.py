@@ -68,11 +68,6 @@ def build_tiny(config: TinyConfig, tokenizer_size: int, ids: dict[str, int], see
 
     `ids` holds the token ids of `image`, `pad`, `bos` and `eos`.
     """
-    if config.image_size_px % (config.patch_size_px * 2):
-        raise ConfigError(
-            f"model.tiny.image_size_px {config.image_size_px} must be a multiple of twice model.tiny.patch_size_px "
-            f"{config.patch_size_px}"
-        )
     text = LlamaConfig(
         vocab_size=tokenizer_size,
         hidden_size=config.hidden_width,

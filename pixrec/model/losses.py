@@ -33,8 +33,8 @@ def info_nce(
 ) -> Part:
     """InfoNCE (van den Oord et al., 2018) of unit vectors: cross-entropy of each anchor's own candidate among all.
 
-    anchors (P, D), candidates (G, D), target (P,) rows of `candidates`. A candidate with the id of an anchor's
-    target in another row is taken out, so that an item is never its own negative. `log_inclusion` (G,) is the log
+    anchors (P, D), candidates (G, D), target (P,) rows of `candidates`. An item that several workers brought counts
+    once, and never as a negative of itself. `log_inclusion` (G,) is the log
     chance of each candidate to be in the batch; negatives are reweighted by it, which makes the expected
     denominator that of the whole catalog (logQ correction, Yi et al., RecSys 2019; the positive, which is always
     there, keeps its weight).
@@ -44,9 +44,18 @@ def info_nce(
     if log_inclusion is not None:
         logits = torch.where(own, logits, logits - log_inclusion)
     same_item = candidate_ids.unsqueeze(0) == candidate_ids[target].unsqueeze(1)
-    logits = logits.masked_fill(same_item & ~own, float("-inf"))
+    logits = logits.masked_fill((same_item | _repeats(candidate_ids)) & ~own, float("-inf"))
     total = F.cross_entropy(logits, target, reduction="sum")
     return Part(total, torch.tensor(float(len(target)), device=logits.device))
+
+
+def _repeats(ids: Tensor) -> Tensor:
+    """(G,) bool: the id stood in an earlier row already."""
+    order = torch.argsort(ids, stable=True)
+    ordered = ids[order]
+    repeated = torch.zeros_like(ids, dtype=torch.bool)
+    repeated[order[1:]] = ordered[1:] == ordered[:-1]
+    return repeated
 
 
 def next_item_generation(logits: Tensor, token_ids: Tensor) -> Part:

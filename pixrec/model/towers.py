@@ -86,7 +86,6 @@ class CompactUserTower(nn.Module):
     def forward(self, item_vectors: Tensor, is_item: Tensor) -> Tensor:
         """Unit item vectors (B, L, D) of histories, padded on the right, to unit vectors (B, L, D) of each prefix."""
         length = item_vectors.shape[1]
-        # Positions count from the end of the window's capacity, so that cutting a history does not shift meaning.
         inputs = item_vectors * math.sqrt(item_vectors.shape[-1]) + self.position.weight[:length]
         future = torch.ones(length, length, dtype=torch.bool, device=inputs.device).triu(1)
         inputs = inputs * is_item.unsqueeze(-1)
@@ -144,8 +143,9 @@ class DualTower(nn.Module):
         has_next = histories.item[:, 1:] >= 0
         target = histories.item[:, 1:][has_next]
         if isinstance(self.user_tower, CompactUserTower):
-            prefixes = self.user_tower(vectors[histories.item.clamp(min=0)], histories.item >= 0)
-            return TowerOutputs(prefixes[:, :-1][has_next], None, vectors, target, None, None)
+            known = histories.item[:, :-1]  # the last item is a target only
+            prefixes = self.user_tower(vectors[known.clamp(min=0)], known >= 0)
+            return TowerOutputs(prefixes[has_next], None, vectors, target, None, None)
         hidden = self.history_states(histories, pictures)
         user = self.user_tower(hidden, histories)[:, :-1][has_next]
         conditioned = F.normalize(self.item_proj(_mean_of_each_item(hidden, histories)), dim=-1)[:, 1:][has_next]

@@ -60,7 +60,8 @@ def write_data(uri: str, config: Config) -> ItemTable:
         "title": [f"Lamp {row}" for row in range(NUM_ITEMS)],
         "image_status": ["ok"] * NUM_ITEMS,
     }
-    columns |= {"brand": ["Øre", "Acme"] * (NUM_ITEMS // 2), "image": [picture(world, row) for row in range(NUM_ITEMS)]}
+    columns |= {"image_status": ["ok"] * NUM_ITEMS, "brand": ["Øre", "Acme"] * (NUM_ITEMS // 2)}
+    columns |= {"image": [picture(world, row) for row in range(NUM_ITEMS)]}
     table = pa.table(columns, schema=pa.schema(PREPARED_ITEM_FIELDS))
     histories = [[ids[user + step] for step in range(3)] for user in range(NUM_USERS)]
     sequences = {"user_id": [f"u{user}" for user in range(NUM_USERS)], "item_ids": histories}

@@ -1,0 +1,26 @@
+"""Puts tests/ on the import path (`from fakes import ...`) and keeps one tiny catalog and model for the whole run."""
+
+from __future__ import annotations
+
+import pytest
+from fakes import tiny_dataset, tiny_items, tiny_model
+
+from pixrec.artifact import Model
+from pixrec.data.items import ItemTable
+from pixrec.data.sequences import Dataset
+
+
+@pytest.fixture(scope="session")
+def items() -> ItemTable:
+    return tiny_items()
+
+
+@pytest.fixture(scope="session")
+def dataset(items: ItemTable) -> Dataset:
+    return tiny_dataset(items)
+
+
+@pytest.fixture(scope="session")
+def model(items: ItemTable) -> Model:
+    """Compact user tower; read only."""
+    return tiny_model(items=items)

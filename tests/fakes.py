@@ -1,0 +1,193 @@
+"""A catalog of coloured squares, shoppers who walk through it in order, and a model of a few thousand weights.
+
+Everything is deterministic and made in memory in milliseconds; `write_*` put the same things on disk in the formats
+of DESIGN §5, without Ray.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import dataclasses
+import hashlib
+import io
+import os
+from collections.abc import Container
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import yaml
+from PIL import Image
+
+import pixrec
+from pixrec import storage
+from pixrec.artifact import Model, fingerprint, index_version, new_model, save_model
+from pixrec.cluster.prepare import check_counts
+from pixrec.config import Config, ModelConfig, PrepareConfig, TinyConfig, TrainConfig, load_config, to_dict
+from pixrec.data import tables
+from pixrec.data.items import ItemTable
+from pixrec.data.sequences import (
+    DATASET_MARKER,
+    ITEMS_FOLDER,
+    REJECTS_FOLDER,
+    SEQUENCES_FOLDER,
+    Dataset,
+    Events,
+)
+from pixrec.model.catalog import Catalog
+from pixrec.schema import IMAGE_STATUS, MISSING, OK, PREPARED_ITEM_FIELDS, REJECTED, REJECTS, SEQUENCES
+
+NUM_ITEMS, NUM_USERS = 12, 10
+_TITLES = ("Square", "Tile", "Patch")
+_BRANDS = ("Ann", "Bob")
+
+TINY = Config(
+    model=ModelConfig(
+        embedding_width=16,
+        max_history_items=4,
+        max_text_tokens=12,
+        compact_layers=1,
+        tiny=TinyConfig(
+            vocabulary_tokens=400,
+            hidden_width=32,
+            num_layers=1,
+            num_heads=2,
+            vision_width=32,
+            vision_layers=1,
+            image_size_px=32,
+            patch_size_px=8,
+        ),
+    ),
+    train=TrainConfig(histories_per_step=4, epochs=2, num_workers=0, validate_every_steps=4),
+)
+
+
+def tiny_config(**sections: dict[str, Any]) -> Config:
+    """TINY with changes: `tiny_config(model={"user_tower": "interleaved"}, train={"epochs": 1})`."""
+    return load_config(yaml.safe_dump(sections), base=TINY)
+
+
+def square(hue: float, size: int = 32, form: str = "JPEG") -> bytes:
+    """The bytes of a picture of one colour; `hue` runs from 0 to 1."""
+    colour = tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.9, 0.8))
+    sink = io.BytesIO()
+    Image.new("RGB", (size, size), colour).save(sink, form)
+    return sink.getvalue()
+
+
+def tiny_items(n: int = NUM_ITEMS, *, with_pictures: bool | Container[int] = True) -> ItemTable:
+    """`n` items `i00`, `i01`, ... as `prepare` leaves them.
+
+    Three titles and two brands are shared, so only the pictures tell all items apart. `with_pictures` is True, False,
+    or the rows that have one.
+    """
+    shown = [with_pictures if isinstance(with_pictures, bool) else row in with_pictures for row in range(n)]
+    columns = {
+        "item_id": [f"i{row:02d}" for row in range(n)],
+        "title": [_TITLES[row % len(_TITLES)] for row in range(n)],
+        "brand": [_BRANDS[row % len(_BRANDS)] for row in range(n)],
+        "category": ["Shapes|Flat"] * n,
+        "description": [None] * n,
+        "price": [10.0 + row % len(_TITLES) for row in range(n)],
+        "image": [square(row / n) if show else None for row, show in enumerate(shown)],
+        "image_status": [OK if show else MISSING for show in shown],
+        "year": [2000 + row for row in range(n)],
+    }
+    return ItemTable(pa.table(columns, schema=pa.schema([*PREPARED_ITEM_FIELDS, ("year", pa.int64())])))
+
+
+def tiny_dataset(
+    items: ItemTable | None = None,
+    *,
+    num_users: int = NUM_USERS,
+    num_events: int | None = None,
+    split: Literal["leave_one_out", "temporal"] = "leave_one_out",
+    uri: str = "memory",
+) -> Dataset:
+    """User u begins at item u and always goes on to the next row, which makes the next item easy to learn.
+
+    Users have `num_events` events each, by default 3 to 6 in turn; one event a second, all users side by side.
+    """
+    items = items or tiny_items()
+    lengths = [num_events or 3 + user % 4 for user in range(num_users)]
+    rows = [(user + step) % len(items) for user, length in enumerate(lengths) for step in range(length)]
+    times = [1000 * step for length in lengths for step in range(length)]
+    events = Events(
+        [f"u{user:02d}" for user in range(num_users)],
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        np.array(rows, dtype=np.int64),
+        np.array(times, dtype=np.int64),
+    )
+    return Dataset(uri, items, _info(items, events, PrepareConfig(split=split)), events)
+
+
+def tiny_model(config: Config | None = None, items: ItemTable | None = None) -> Model:
+    """An untrained model whose tokenizer has read the titles of `items`."""
+    items = items or tiny_items()
+    model = new_model(config or TINY, [items.text(row) for row in range(len(items))])
+    return dataclasses.replace(model, info={"fingerprint": fingerprint(model)})
+
+
+def write_prepared(folder: str | Path, dataset: Dataset | None = None) -> Dataset:
+    """Write `dataset` as a prepared data set; returns it with its new place."""
+    uri, dataset = str(folder), dataset or tiny_dataset()
+    items, events = dataset.items, dataset.events
+    bounds = list(zip(events.offsets[:-1], events.offsets[1:], strict=True))
+    ids = np.array(items.item_ids)
+    sequences = {
+        "user_id": events.user_ids,
+        "item_ids": [ids[events.rows[start:end]].tolist() for start, end in bounds],
+        "timestamps": [events.timestamps[start:end].tolist() for start, end in bounds],
+    }
+    part = "part-000000.parquet"
+    storage.write_table(storage.join(uri, ITEMS_FOLDER, part), items._table)
+    storage.write_table(storage.join(uri, SEQUENCES_FOLDER, part), pa.table(sequences, schema=SEQUENCES))
+    storage.write_table(storage.join(uri, REJECTS_FOLDER, "tables.parquet"), REJECTS.empty_table())
+    storage.write_json(storage.join(uri, DATASET_MARKER), dataset.info)
+    return dataclasses.replace(dataset, uri=uri)
+
+
+def write_model(folder: str | Path, model: Model | None = None) -> Model:
+    """Save `model`; returns it with the model.json that was written."""
+    model = model or tiny_model()
+    return dataclasses.replace(model, info=save_model(str(folder), model, {}))
+
+
+def write_index(folder: str | Path, model: Model, dataset: Dataset, *, dtype: str = "float32") -> np.ndarray:
+    """Publish the vectors (N, D) of all items of `dataset`, as `pixrec embed` does; returns them."""
+    uri, items = str(folder), dataset.items
+    vectors = model.embedder().items(Catalog(items, model.encoder), np.arange(len(items)))
+    facts = {
+        "data": storage.absolute(dataset.uri),
+        "data_from_index": os.path.relpath(dataset.uri, uri),
+        "data_fingerprint": dataset.info["fingerprint"],
+    }
+    with index_version(uri, model.fingerprint, vectors.shape[1], dtype, facts) as writer:
+        writer.add(items.item_ids, vectors, [items.content_hash(row) for row in range(len(items))])
+    return vectors
+
+
+def _info(items: ItemTable, events: Events, config: PrepareConfig) -> dict[str, Any]:
+    statuses = [items.fields(row)[IMAGE_STATUS] for row in range(len(items))]
+    num_events = len(events.rows)
+    info = {
+        "pixrec_version": pixrec.__version__,
+        "fingerprint": hashlib.blake2b(repr((statuses, events)).encode(), digest_size=16).hexdigest(),
+        "items": {"read": len(items), "kept": len(items), "rejected": 0},
+        "images": {status: statuses.count(status) for status in (OK, MISSING, REJECTED)},
+        "interactions": {
+            "read": num_events,
+            "kept": num_events,
+            "rejected": 0,
+            "filtered_rating": 0,
+            "filtered_kcore": 0,
+        },
+        "users": len(events.user_ids),
+        "rejects": {},
+        "split": tables.split_block(events.timestamps, config),
+        "inputs": {"items": "items.parquet", "interactions": "interactions.parquet"},
+        "config": to_dict(config),
+    }
+    check_counts(info)
+    return info

@@ -1,0 +1,130 @@
+"""What the towers promise: causality, masks, and one vector per content whatever the batch around it."""
+
+import numpy as np
+import pytest
+import torch
+from fakes import TINY, tiny_config, tiny_items, tiny_model
+
+from pixrec.model.catalog import Catalog
+from pixrec.model.encoding import Content
+
+INTERLEAVED = tiny_config(model={"user_tower": "interleaved"})
+MEAN = tiny_config(model={"user_tower": "interleaved", "user_pooling": "mean"})
+COMPACT = tiny_config(model={"user_tower": "compact"})
+
+
+@pytest.fixture(params=[INTERLEAVED, MEAN, COMPACT], ids=["separator", "mean", "compact"])
+def model(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def catalog(model):
+    return Catalog(tiny_items(with_pictures=[0, 1, 2, 3, 4, 5]), model.encoder)
+
+
+def test_vectors_are_unit_and_of_the_promised_shape(model, catalog):
+    embedder = model.embedder()
+    items = embedder.items(catalog, np.arange(len(catalog)))
+    users = embedder.users(catalog, [np.array([1, 2]), np.array([3])], items)
+    assert items.shape == (12, TINY.model.embedding_width)
+    assert users.shape == (2, TINY.model.embedding_width)
+    assert np.linalg.norm(items, axis=1) == pytest.approx(1, abs=1e-5)
+    assert np.linalg.norm(users, axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_company_in_the_batch_changes_no_vector(model, catalog):
+    """Padding never enters a mean, whatever is longer beside it."""
+    embedder = model.embedder()
+    items = embedder.items(catalog, np.arange(12))
+    histories = [np.array([1]), np.array([7, 0, 3, 2]), np.array([8, 9])]
+    together = embedder.users(catalog, histories, items)
+    alone = np.concatenate([embedder.users(catalog, [h], items) for h in histories])
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert items[8] == pytest.approx(embedder.items(catalog, np.array([8]))[0], abs=1e-5)
+
+
+def test_a_prefix_does_not_see_its_future(model, catalog):
+    """v_U of a prefix inside a sequence is v_U of that prefix as a history of its own."""
+    history = np.array([1, 7, 4, 2, 9])
+    _, items, sequences = catalog.histories([history])
+    model.tower.eval()
+    with torch.no_grad():
+        out = model.tower(items, sequences, generate=False)
+    embedder = model.embedder()
+    vectors = embedder.items(catalog, np.arange(12))
+    prefixes = embedder.users(catalog, [history[:n] for n in range(1, 5)], vectors)
+    assert out.user.numpy() == pytest.approx(prefixes, abs=1e-5)
+    assert items.token_ids.shape[0] == len(set(history.tolist()))
+
+
+def test_only_the_last_events_are_read(model, catalog):
+    embedder = model.embedder()
+    vectors = embedder.items(catalog, np.arange(12))
+    long, recent = np.array([11, 10, 1, 2, 3, 4]), np.array([1, 2, 3, 4])
+    assert embedder.users(catalog, [long], vectors) == pytest.approx(embedder.users(catalog, [recent], vectors))
+
+
+@pytest.mark.parametrize(
+    ("modality", "changed", "unchanged"), [("text", "text", "pixels"), ("image", "pixels", "text")]
+)
+def test_a_knockout_does_not_see_what_it_must_not(modality, changed, unchanged):
+    model = tiny_model(tiny_config(model={"modalities": modality}))
+    pictures = [np.full((32, 32, 3), value, np.uint8) for value in (10, 240)]
+    base = {"text": "Square", "pixels": pictures[0]}
+    other = {"text": "Tile", "pixels": pictures[1]}
+    vector = model.embedder().contents
+    first = vector([Content(**base)])
+    assert vector([Content(**{**base, unchanged: other[unchanged]})]) == pytest.approx(first)
+    assert np.abs(vector([Content(**{**base, changed: other[changed]})]) - first).max() > 1e-3
+
+
+def test_an_item_of_which_nothing_is_known_still_has_a_vector(model):
+    assert np.isfinite(model.embedder().contents([Content("", None)])).all()
+
+
+def test_targets_are_the_next_items():
+    model = tiny_model(INTERLEAVED)
+    catalog = Catalog(tiny_items(), model.encoder)
+    distinct, items, sequences = catalog.histories([np.array([5, 3, 5]), np.array([2, 9])])
+    out = model.tower(items, sequences, generate=True)
+    assert distinct[out.target.numpy()].tolist() == [3, 5, 9]
+    assert out.target_given_user.shape == out.user.shape
+    texts = [len(model.encoder.tokenize([catalog.table.text(row)])[0]) for row in (3, 5, 9)]
+    assert len(out.text_ids) == sum(texts)
+    assert out.text_logits.shape[0] == sum(texts)
+    first = model.encoder.tokenize([catalog.table.text(3)])[0]
+    assert out.text_ids[: texts[0]].tolist() == first.tolist()
+
+
+def test_generation_never_sees_the_token_it_must_name():
+    """Changing a target's text must not change the scores of its first text token."""
+    model = tiny_model(INTERLEAVED)
+    encoder = model.encoder
+    model.tower.eval()
+    logits = []
+    for text in ("Square", "Patch"):
+        items = encoder.items([Content("Tile", None), Content(text, None)])
+        with torch.no_grad():
+            logits.append(
+                model.tower(items, encoder.histories(items, [np.array([0, 1])]), generate=True).text_logits[0]
+            )
+    assert torch.allclose(*logits, atol=1e-6)
+
+
+def test_the_trained_parameters_are_exactly_these():
+    from pixrec.training import choose_trainable
+
+    def frozen(**sections):
+        model = tiny_model(tiny_config(**sections))
+        choose_trainable(model.tower, model.config)
+        return {name for name, p in model.tower.named_parameters() if not p.requires_grad}
+
+    vision = {n for n, _ in tiny_model().tower.named_parameters() if ".vision_model." in n or ".connector." in n}
+    assert frozen() == set()
+    assert frozen(train={"learnable_temperature": False}) == {"log_temperature"}
+    assert frozen(model={"modalities": "text"}) == vision
+    lora = tiny_model(tiny_config(model={"lora": {"enabled": True}}))
+    trained = {n for n, p in lora.tower.named_parameters() if p.requires_grad and n.startswith("backbone.")}
+    assert trained
+    assert all("lora_" in name for name in trained)

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+from typing import Any
+
+import pytest
+
+from pixrec import config as config_module
+from pixrec.config import Config, PrepareConfig, dump_config, load_config, to_dict
+from pixrec.errors import ConfigError
+
+
+def leaves(node: Any, where: str = "") -> dict[str, Any]:
+    """Every key of the tree as `section.key`, with its value."""
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(node):
+        value = getattr(node, f.name)
+        inner = leaves(value, f"{where}{f.name}.") if dataclasses.is_dataclass(value) else {f"{where}{f.name}": value}
+        found.update(inner)
+    return found
+
+
+def test_keys_that_others_rely_on():
+    relied_on = {
+        "prepare.min_user_events",
+        "prepare.min_item_events",
+        "train.learning_rate",
+        "train.num_workers",
+        "train.epochs",
+        "serve.api_key",
+    }
+    assert relied_on <= set(leaves(Config()))
+
+
+def test_every_field_says_what_it_means():
+    tree = ast.parse(inspect.getsource(config_module))
+    for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for field, after in zip(cls.body, [*cls.body[1:], None], strict=True):
+            if not isinstance(field, ast.AnnAssign) or ast.unparse(field.annotation).endswith("Config"):
+                continue
+            told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            assert told, f"{cls.name}.{ast.unparse(field.target)}"
+            assert str(after.value.value).endswith("."), f"{cls.name}.{ast.unparse(field.target)}"
+
+
+def test_the_tree_is_frozen_and_made_by_keyword():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().train.epochs = 3  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        PrepareConfig(3)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "train: {}\n", "---\n"])
+def test_nothing_said_means_the_defaults(text: str):
+    assert load_config(text) == Config()
+
+
+def test_a_file_then_the_overrides_in_order():
+    text = "train:\n  epochs: 3\n  seed: 5\nmodel:\n  tiny:\n    num_layers: 1\n"
+    made = load_config(text, ["train.epochs=7", "train.epochs=8", "model.lora.enabled=true"])
+    assert (made.train.epochs, made.train.seed) == (8, 5)
+    assert made.model.tiny.num_layers == 1
+    assert made.model.lora.enabled is True
+    changed = {key for key, value in leaves(made).items() if value != leaves(Config())[key]}
+    assert changed == {"train.epochs", "train.seed", "model.tiny.num_layers", "model.lora.enabled"}
+
+
+def test_a_base_supplies_what_is_not_named():
+    base = load_config("train: {epochs: 3, seed: 4}")
+    made = load_config("train: {seed: 5}", ["train.max_steps=6"], base=base)
+    assert (made.train.epochs, made.train.seed, made.train.max_steps) == (3, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.learning_rate=1e-4", 1e-4),  # YAML itself calls this text
+        ("train.learning_rate=0.5", 0.5),
+        ("train.learning_rate=1", 1.0),
+        ("train.max_steps=null", None),
+        ("train.max_steps=", None),
+        ("train.max_steps=20", 20),
+        ("train.use_gpu=true", True),
+        ("train.knockouts=[text, image]", ("text", "image")),
+        ("train.knockouts=[]", ()),
+        ("evaluate.ks=[1, 10]", (1, 10)),
+        ("prepare.split=temporal", "temporal"),
+        ("serve.api_key=s3cr3t=", "s3cr3t="),
+        ("serve.api_key=1234", "1234"),
+        (" train.epochs = 4", 4),
+        ("model.backbone=folder: with a colon", "folder: with a colon"),
+        ("model.backbone=@odd", "@odd"),  # no YAML, so it stands for itself
+    ],
+)
+def test_override_values(override: str, value: Any):
+    if "colon" in override:
+        override = 'model.backbone="folder: with a colon"'
+    made = leaves(load_config("", [override]))[override.split("=")[0].strip()]
+    assert made == value
+    assert type(made) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {learning_rat: 1}", "unknown config key 'train.learning_rat'; did you mean 'train.learning_rate'?"),
+        ("learning_rate: 1", "unknown config key 'learning_rate'; did you mean 'train.learning_rate'?"),
+        ("traim: {epochs: 1}", "unknown config key 'traim'; known here: prepare, model, train, "),
+        ("model: {tiny: {layers: 1}}", "unknown config key 'model.tiny.layers'; did you mean 'model.tiny.num_layers'?"),
+        ("train: {1: 2}", "unknown config key 'train.1'; known here: "),
+        ("train: 3", "config key 'train' is a section; give its keys, not 3"),
+        ("train: null", "config key 'train' is a section; give its keys, not None"),
+        ("train: [1]", "config key 'train' is a section"),
+        ("[1, 2]", "must hold a mapping of sections, not list"),
+        ("hello", "must hold a mapping of sections, not str"),
+        ("train: {epochs: [", "not valid YAML"),
+        ("train: {epochs: many}", "config key 'train.epochs' is 'many': must be of type int"),
+        ("train: {epochs: 1.5}", "config key 'train.epochs' is 1.5: must be of type int"),
+        ("train: {epochs: true}", "config key 'train.epochs' is True: must be of type int"),
+        ("train: {epochs: null}", "config key 'train.epochs' is None: must be of type int"),
+        ("train: {max_steps: few}", "config key 'train.max_steps' is 'few': must be of type int"),
+        ("train: {learning_rate: fast}", "config key 'train.learning_rate' is 'fast': must be a number"),
+        ("train: {beta: .nan}", "config key 'train.beta' is nan: must be a number"),
+        ("train: {use_gpu: 1}", "config key 'train.use_gpu' is 1: must be of type bool"),
+        ("evaluate: {ks: 10}", r"config key 'evaluate.ks' is 10: must be a list, such as \[a, b\]"),
+        ("evaluate: {ks: [one]}", "config key 'evaluate.ks' is 'one': must be of type int"),
+        ("prepare: {split: random}", "'prepare.split' is 'random': must be one of leave_one_out, temporal"),
+        ("train: {knockouts: [both]}", "'train.knockouts' is 'both': must be one of text, image"),
+        ("model: {backbone: [a]}", r"config key 'model.backbone' is \['a'\]: must be of type str"),
+    ],
+)
+def test_what_the_file_may_not_say(text: str, message: str):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(text)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("override", ["train.epochs", "=3", " =3"])
+def test_an_override_has_a_key_and_a_value(override: str):
+    with pytest.raises(ConfigError, match="must look like section.key=value"):
+        load_config("", [override])
+
+
+@pytest.mark.parametrize("override", ["train=3", "train..epochs=3", "train.epochs.more=3", "epoch=3"])
+def test_an_override_names_a_key_of_a_section(override: str):
+    with pytest.raises(ConfigError, match=override.split("=")[0].split(".")[0]):
+        load_config("", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prepare.min_user_events=0", "prepare.min_user_events is 0: must be at least 1"),
+        ("prepare.temporal_test_fraction=1", "prepare.temporal_test_fraction is 1.0: must lie between 0 and 1"),
+        ("prepare.temporal_test_fraction=0.9", "leave no training period"),
+        ("prepare.num_cpus_per_task=-1", "prepare.num_cpus_per_task is -1.0: must be at least 0"),
+        ("model.tiny.num_layers=0", "model.tiny.num_layers is 0: must be at least 1"),
+        ("model.tiny.num_heads=3", r"model.tiny.hidden_width is 128: must be a multiple of 6 \(twice "),
+        ("model.tiny.vision_width=30", "model.tiny.vision_width is 30: must be a multiple of 4"),
+        ("model.tiny.image_size_px=48", r"image_size_px is 48: must be a multiple of 32 \(twice model.tiny.patch_"),
+        ("model.lora.rank=0", "model.lora.rank is 0: must be at least 1"),
+        ("model.lora.targets=[]", "model.lora.targets is empty"),
+        ("model.compact_heads=3", r"model.embedding_width is 128: must be a multiple of 3 \(model.compact_heads\)"),
+        ("model.compact_dropout=1.5", "model.compact_dropout is 1.5: must be between 0 and 1"),
+        ("train.learning_rate=0", "train.learning_rate is 0.0: must be above 0"),
+        ("train.temperature=-1", "train.temperature is -1.0: must be above 0"),
+        ("train.max_steps=0", "train.max_steps is 0: must be at least 1"),
+        ("train.num_workers=-1", "train.num_workers is -1: must be at least 0"),
+        ("train.alpha=0.2", "train.alpha 0.2 and train.beta 0.9 must leave L_NIG a weight of 0 or more"),
+        ("train.num_workers=3", "train.histories_per_step 32 is not a multiple of train.num_workers 3"),
+        ("train.modality_dropout=0.6", "train.modality_dropout is 0.6: must be between 0 and 0.5"),
+        ("embed.batch_size=0", "embed.batch_size is 0: must be at least 1"),
+        ("evaluate.ks=[0, 10]", r"evaluate.ks is \[0, 10\]: every cut-off must be at least 1"),
+        ("serve.max_ongoing_requests=8", "serve.max_ongoing_requests 8 is below serve.max_batch_size 32"),
+        ("demo.max_events=2", "demo.max_events 2 is below demo.min_events 6"),
+        ("demo.num_items=0", "demo.num_items is 0: must be at least 1"),
+    ],
+)
+def test_values_that_cannot_work(override: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_config("", [override])
+
+
+def test_dump_and_load_give_the_same_tree():
+    overrides = ["train.knockouts=[text]", "train.max_steps=9", "model.lora.enabled=true", "train.learning_rate=1e-4"]
+    made = load_config("", overrides)
+    assert load_config(dump_config(made)) == made
+    assert load_config(dump_config(Config())) == Config()
+
+
+def test_a_secret_is_never_dumped():
+    made = load_config("", ["serve.api_key=s3cr3t"])
+    assert made.serve.api_key == "s3cr3t"
+    assert "s3cr3t" not in dump_config(made)
+    assert to_dict(made)["serve"]["api_key"] == "***"
+    assert to_dict(made, redact=False)["serve"]["api_key"] == "s3cr3t"
+    assert to_dict(Config())["serve"]["api_key"] is None
