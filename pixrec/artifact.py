@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import safetensors
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -71,10 +73,10 @@ def new_model(config: Config, texts: list[str], device: str = "cpu") -> Model:
             raise ConfigError(f"model.backbone {config.model.backbone!r} cannot be loaded: {reason}") from None
         statistics = picture_statistics(config.model.backbone)
     base = _base(config, tokenizer)
-    if config.model.lora.enabled:
-        add_lora(base, config.model.lora)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
+        if config.model.lora.enabled:
+            add_lora(base, config.model.lora)
         tower = DualTower(Backbone(base, *statistics), config.model, config.train.temperature)
     tower.to(device)
     return Model(tower, ItemEncoder(tokenizer, tower.backbone.family, config.model.max_text_tokens), config, {})
@@ -106,26 +108,13 @@ def load_model(uri: str, device: str = "cpu") -> Model:
     if not storage.exists(storage.join(uri, MODEL_MARKER)):
         raise ArtifactError(f"{uri} holds no complete model (no {MODEL_MARKER}); make one with pixrec train")
     with storage.local_folder(uri) as folder:
-        path = Path(folder)
-        info = json.loads((path / MODEL_MARKER).read_text())
-        config = load_config((path / "config.yaml").read_text())
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path / "processor", trust_remote_code=False)
-            lora = config.model.lora.enabled
-            base = _base(config, tokenizer) if lora else load_pretrained(str(path / "backbone"))
-            if lora:
-                base.load_adapter(str(path / "adapter"))
-            heads = safetensors.torch.load_file(path / "heads.safetensors")
-        except (OSError, ValueError, ConfigError) as error:
+            model = _read_model(Path(folder))
+        # RuntimeError: a tensor of another shape; KeyError: a file that lacks a key
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ConfigError) as error:
             raise ArtifactError(f"{uri} is damaged: {' '.join(str(error).split())[:200]}; train it again") from None
-        backbone = Backbone(base, *picture_statistics(str(path / "processor")))
-        tower = DualTower(backbone, config.model, config.train.temperature)
-        missing, unexpected = tower.load_state_dict(heads, strict=False)
-        if unexpected or [name for name in missing if not name.startswith("backbone.")]:
-            raise ArtifactError(f"{uri}/heads.safetensors does not fit its config.yaml; train it again")
-    tower.to(device).eval()
-    model = Model(tower, ItemEncoder(tokenizer, backbone.family, config.model.max_text_tokens), config, info)
-    if fingerprint(model) != info["fingerprint"]:
+    model.tower.to(device).eval()
+    if fingerprint(model) != model.info.get("fingerprint"):
         raise ArtifactError(
             f"{uri} is not the model its model.json names (weights or tokenizer altered); train it again"
         )
@@ -146,6 +135,24 @@ def fingerprint(model: Model) -> str:
     digest.update(json.dumps(sorted(model.encoder.tokenizer.get_vocab().items())).encode())
     digest.update(repr(model.config.model).encode())
     return digest.hexdigest()
+
+
+def _read_model(path: Path) -> Model:
+    info = json.loads((path / MODEL_MARKER).read_text())
+    config = load_config((path / "config.yaml").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(path / "processor", trust_remote_code=False)
+    if config.model.lora.enabled:
+        base = _base(config, tokenizer)
+        base.load_adapter(str(path / "adapter"))
+    else:
+        base = load_pretrained(str(path / "backbone"))
+    backbone = Backbone(base, *picture_statistics(str(path / "processor")))
+    tower = DualTower(backbone, config.model, config.train.temperature)
+    heads = safetensors.torch.load_file(path / "heads.safetensors")
+    missing, unexpected = tower.load_state_dict(heads, strict=False)
+    if unexpected or [name for name in missing if not name.startswith("backbone.")]:
+        raise ValueError("heads.safetensors does not fit config.yaml")
+    return Model(tower, ItemEncoder(tokenizer, backbone.family, config.model.max_text_tokens), config, info)
 
 
 def _base(config: Config, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -231,7 +238,7 @@ def index_version(
 
 def check_index_writable(uri: str) -> None:
     """Raise OutputError when no index can be published at `uri`."""
-    storage.check_writable(uri, _CURRENT, "index")
+    storage.check_writable(uri, _VERSIONS, "index")  # a first version that failed left that folder and no CURRENT
 
 
 def index_manifest(uri: str) -> dict[str, Any]:

@@ -41,15 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         print(f"pixrec {arguments.verb}: {' '.join(str(fault).split())}", file=sys.stderr)
         return 2
-    print(json.dumps(summary, ensure_ascii=False), flush=True)
+    print(json.dumps(summary), flush=True)  # escaped to ASCII: no locale and no odd id can break the line
     return 0
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
     from pixrec import verbs
     from pixrec.console import Console
 
+    transformers_logging.disable_progress_bar()  # "Loading weights" on stderr, also before a one-line error
     a = arguments
     base = verbs.demo_config(Config()) if a.verb == "demo" else Config()
     config = load_config(storage.read_text(a.config) if a.config else "", a.set, base=base)

@@ -60,9 +60,9 @@ class TinyConfig:
 
     vocabulary_tokens: int = 2000
     """Upper bound of the tokenizer trained on the catalog's text."""
-    hidden_width: int = 128
+    hidden_width: int = 96
     """Width of the language model."""
-    num_layers: int = 3
+    num_layers: int = 2
     """Layers of the language model."""
     num_heads: int = 4
     """Attention heads of the language model."""
@@ -103,7 +103,7 @@ class LoraConfig:
 class ModelConfig:
     backbone: str = "pixrec-tiny"
     """`pixrec-tiny`, or a name or folder for `from_pretrained`."""
-    user_tower: Literal["interleaved", "compact"] = "compact"
+    user_tower: Literal["interleaved", "compact"] = "interleaved"
     """`interleaved` reads the history's pictures and text through the backbone; `compact` reads its item vectors."""
     user_pooling: Literal["mean", "separator"] = "separator"
     """Interleaved tower: mean over all history tokens (the paper's), or the state at the last separator."""
@@ -136,15 +136,15 @@ class TrainConfig:
     """Peak rate of AdamW; linear warm-up, cosine decay to a tenth."""
     weight_decay: float = 0.01
     """AdamW's decoupled decay."""
-    warmup_fraction: float = 0.05
+    warmup_fraction: float = 0.1
     """Share of all steps spent warming up."""
     gradient_clip: float = 1.0
     """Upper bound of the gradient's norm."""
-    epochs: int = 10
+    epochs: int = 6
     """Passes over the training histories."""
     max_steps: int | None = None
     """Stops earlier, after this many optimisation steps."""
-    histories_per_step: int = 32
+    histories_per_step: int = 16
     """Histories in one optimisation step, over all workers together."""
     num_workers: int = 2
     """Training processes."""
@@ -170,7 +170,7 @@ class TrainConfig:
     """Chance that an item loses its picture, and as much again that it loses its text, in a training step."""
     knockouts: tuple[Literal["text", "image"], ...] = ()
     """Also train these single-modality models the same way with the same budget, stored inside the model."""
-    validate_every_steps: int = 100
+    validate_every_steps: int = 150
     """Steps between validations and checkpoints."""
     max_validation_users: int = 500
     """Users ranked in a validation during training."""
@@ -419,11 +419,12 @@ def _build(cls: type, tree: dict[str, Any], where: str, base: Any) -> Any:
 
 
 def _suggest(key: str, where: str) -> str:
-    known = list(_paths(Config, ""))
-    close = difflib.get_close_matches(f"{where}{key}", known, n=1, cutoff=0.6)
-    if not close:
-        close = [p for p in known if p.rsplit(".", 1)[-1] == key][:1]
-    return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(_children(where))}"
+    here = {child: f"{where}{child}" for child in _children(where)}
+    anywhere = {path.rsplit(".", 1)[-1]: path for path in _paths(Config, "")}
+    for names, likeness in ((here, 0.6), (anywhere, 0.8)):
+        if close := difflib.get_close_matches(key, names, n=1, cutoff=likeness):
+            return f"; did you mean {names[close[0]]!r}?"
+    return f"; known here: {', '.join(here)}"
 
 
 def _paths(cls: type, where: str) -> typing.Iterator[str]:

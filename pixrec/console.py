@@ -1,4 +1,7 @@
-"""Progress for people, on stderr: a live line on a terminal, sparse plain lines in a log."""
+"""Progress for people, on stderr: a live line on a terminal, sparse plain lines in a log.
+
+What fails at once leaves nothing in the log but its error: a plain line comes when a stage has lasted or has ended.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ class Console:
             self._bars.update(self._tasks[stage], completed=done, total=total, note=note)
             return
         now, finished = time.monotonic(), total is not None and done >= total
-        if finished or now - self._spoken.get(stage, 0.0) >= _PLAIN_SECONDS:
+        if finished or now - self._spoken.setdefault(stage, now) >= _PLAIN_SECONDS:
             self._spoken[stage] = now
             of = f" {done}/{total}" if total else ""
             print(f"{stage}{of} {note}".rstrip(), file=sys.stderr, flush=True)

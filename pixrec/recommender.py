@@ -62,6 +62,9 @@ class Recommender:
         self._indexed[rows] = True
         self._vectors = np.zeros((len(items), index.vectors.shape[1]), dtype=np.float32)
         self._vectors[rows] = index.vectors
+        new = np.flatnonzero(~self._indexed)  # items that came after the index: in histories, not among the answers
+        if len(new):
+            self._vectors[new] = self._embedder.items(self._catalog, new)
         self._popularity = (training_counts / max(1, int(training_counts.sum()))).astype(np.float32)
 
     def recommend(
@@ -71,27 +74,29 @@ class Recommender:
         return self.answer([Query(list(history), k, exclude, exclude_history)])[0].items
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
-        """Answer all queries with one forward pass of the user tower."""
+        """Answer all queries with one forward pass of the user tower and, filters aside, one search."""
         known = [[self.items.row_of[i] for i in q.history if i in self.items.row_of] for q in queries]
         with_history = [i for i, rows in enumerate(known) if rows]
-        vectors: dict[int, np.ndarray] = {}
+        ranked: dict[int, list[tuple[str, float]]] = {}
         if with_history:
             histories = [np.array(known[i], dtype=np.int64) for i in with_history]
-            encoded = self._embedder.users(self._catalog, histories, self._vectors)
-            vectors = dict(zip(with_history, encoded, strict=True))
+            vectors = self._embedder.users(self._catalog, histories, self._vectors)
+            for filters, members in _by_filters(queries, with_history):
+                chosen = [queries[with_history[m]] for m in members]
+                found = self._nearest(vectors[members], chosen, filters)
+                ranked |= dict(zip((with_history[m] for m in members), found, strict=True))
         answers = []
         for i, query in enumerate(queries):
-            excluded = {*query.exclude, *(query.history if query.exclude_history else ())}
             unknown = list(dict.fromkeys(x for x in query.history if x not in self.items.row_of))
-            ranked = self._nearest(vectors.get(i), query.k, excluded, query.filters)
-            answers.append(Answer(ranked, unknown, fallback=i not in vectors))
+            items = ranked[i] if i in ranked else self._most_bought(query)
+            answers.append(Answer(items, unknown, fallback=i not in ranked))
         return answers
 
     def similar(self, item_id: str, k: int = 10, filters: Filters | None = None) -> Answer:
         """Items whose vectors lie nearest to that item's. Raises KeyError when the item is unknown."""
-        row = self.items.row_of[item_id]
-        vector = self._vectors[row] if self._indexed[row] else self._embedder.items(self._catalog, np.array([row]))[0]
-        return Answer(self._nearest(vector, k, {item_id}, filters or {}), [], fallback=False)
+        vector = self._vectors[self.items.row_of[item_id]]
+        query = Query([], k, exclude=[item_id])
+        return Answer(self._nearest(vector[None], [query], filters or {})[0], [], fallback=False)
 
     def search(self, text: str = "", image: bytes | None = None, k: int = 10, filters: Filters | None = None) -> Answer:
         """Items nearest to a text, a picture or both, encoded as an item. Raises InputError when both are empty."""
@@ -99,33 +104,56 @@ class Recommender:
             raise InputError("search needs a text or a picture")
         pixels = None if image is None else decode_image(image, self._embedder.encoder.image_size_px)
         vector = self._embedder.contents([Content(text, pixels)])[0]
-        return Answer(self._nearest(vector, k, set(), filters or {}), [], fallback=False)
+        return Answer(self._nearest(vector[None], [Query([], k)], filters or {})[0], [], fallback=False)
 
     def _nearest(
-        self, vector: np.ndarray | None, k: int, excluded: set[str], filters: Filters
-    ) -> list[tuple[str, float]]:
-        """The best k of the items that qualify, by cosine with `vector` (D,), by popularity without one."""
-        if k < 1:
-            raise InputError(f"k is {k}: must be at least 1")
-        allowed = self._indexed & self.items.filter_mask(filters) if filters else self._indexed
-        out = np.array([self.items.row_of[i] for i in excluded if i in self.items.row_of], dtype=np.int64)
-        if vector is None:
-            rows = np.flatnonzero(allowed & ~np.isin(np.arange(len(allowed)), out))
-            order = rows[np.argsort(-self._popularity[rows], kind="stable")][:k]
-            return [(self.items.item_ids[r], float(self._popularity[r])) for r in order]
-        everything = allowed.all()
-        rows = np.arange(len(allowed)) if everything else np.flatnonzero(allowed)
+        self, vectors: np.ndarray, queries: Sequence[Query], filters: Filters
+    ) -> list[list[tuple[str, float]]]:
+        """For each vector (B, D) its query's k best of the items that pass the filters, by cosine."""
+        rows = np.flatnonzero(self._allowed(filters))
+        barred = [self._excluded(query) for query in queries]
         if not len(rows):
-            return []
-        candidates = self._vectors if everything else self._vectors[rows]
-        scores, found = top_k(vector[None], candidates, min(len(rows), k + len(out)))
-        barred = set(out.tolist())
-        ranked = [
-            (self.items.item_ids[row], float(score))
-            for row, score in zip(rows[found[0]].tolist(), scores[0], strict=True)
-            if row not in barred
-        ]
-        return ranked[:k]
+            return [[] for _ in queries]
+        candidates = self._vectors if len(rows) == len(self._vectors) else self._vectors[rows]
+        most = max(_checked_k(q) + len(b) for q, b in zip(queries, barred, strict=True))
+        scores, found = top_k(vectors, candidates, min(len(rows), most))
+        ranked = []
+        for query, out, row_scores, row_found in zip(
+            queries, barred, scores.tolist(), rows[found].tolist(), strict=True
+        ):
+            pairs = [(self.items.item_ids[r], s) for r, s in zip(row_found, row_scores, strict=True) if r not in out]
+            ranked.append(pairs[: query.k])
+        return ranked
+
+    def _most_bought(self, query: Query) -> list[tuple[str, float]]:
+        """What to give somebody of whom nothing is known: (item_id, share of all training events)."""
+        allowed = self._allowed(query.filters)
+        allowed[list(self._excluded(query))] = False
+        rows = np.flatnonzero(allowed)
+        order = rows[np.argsort(-self._popularity[rows], kind="stable")][: _checked_k(query)]
+        return [(self.items.item_ids[row], float(self._popularity[row])) for row in order]
+
+    def _allowed(self, filters: Filters) -> np.ndarray:
+        return self._indexed & self.items.filter_mask(filters) if filters else self._indexed.copy()
+
+    def _excluded(self, query: Query) -> set[int]:
+        ids = {*query.exclude, *(query.history if query.exclude_history else ())}
+        return {self.items.row_of[i] for i in ids if i in self.items.row_of}
+
+
+def _checked_k(query: Query) -> int:
+    if query.k < 1:
+        raise InputError(f"k is {query.k}: must be at least 1")
+    return query.k
+
+
+def _by_filters(queries: Sequence[Query], which: Sequence[int]) -> list[tuple[Filters, list[int]]]:
+    """Positions in `which` of the queries that share their filters: those without any are searched together."""
+    groups: dict[str, tuple[Filters, list[int]]] = {}
+    for position, i in enumerate(which):
+        filters = queries[i].filters
+        groups.setdefault(repr(sorted((k, list(v)) for k, v in filters.items())), (filters, []))[1].append(position)
+    return list(groups.values())
 
 
 def load_recommender(model: str, index: str, data: str | None = None) -> Recommender:

@@ -125,6 +125,8 @@ def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
 def read_text(uri: str) -> str:
     try:
         return read_bytes(uri).decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{uri}: is not UTF-8 text") from None
     except _TROUBLE as error:
         raise _failed(uri, error) from None
 

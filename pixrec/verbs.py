@@ -11,11 +11,11 @@ import numpy as np
 
 import pixrec
 from pixrec import storage
-from pixrec.artifact import load_index, load_model
+from pixrec.artifact import MODEL_MARKER, check_index_writable, load_index, load_model
 from pixrec.baselines import Popularity, RepeatLast
 from pixrec.config import Config
 from pixrec.console import Console
-from pixrec.data.sequences import load_dataset, sample_users
+from pixrec.data.sequences import DATASET_MARKER, load_dataset, sample_users
 from pixrec.errors import InputError
 from pixrec.evaluation import Scorer, evaluate_scorers
 from pixrec.metrics import count_ties, random_tie_recall, target_ranks
@@ -140,12 +140,17 @@ def serve(model: str, index: str, data: str, config: Config, host: str, port: in
 
 def demo(out: str, config: Config, console: Console) -> Summary:
     """The whole pipeline on the synthetic catalog: catalog, data, model and knockout, index, report."""
+    places = {name: storage.join(out, name) for name in ("catalog", "data", "model", "index", "report")}
+    storage.check_writable(places["data"], DATASET_MARKER, "data set")
+    storage.check_writable(places["model"], MODEL_MARKER, "model")
+    storage.check_writable(places["report"], METRICS, "evaluation")
+    check_index_writable(places["index"])
+
     from pixrec.cluster.session import connect
     from pixrec.data.oracle import Oracle
     from pixrec.data.synthetic import build_world, write_catalog
 
     started = time.monotonic()
-    places = {name: storage.join(out, name) for name in ("catalog", "data", "model", "index", "report")}
     world = build_world(config.demo)
     write_catalog(world, places["catalog"], lambda done, total: console.progress("draw the catalog", done, total))
     with connect():
@@ -201,7 +206,8 @@ def _demo_verdict(
         if "pixrec_text_only" in results:
             text = guards["random_ties"]["pixrec_text_only"][metric]
             ratio = f"{both / text:.1f}x" if text else "far above"
-            line += f"; text alone {text:.3f} (ties broken at random), best possible {best['text_only'][metric]:.3f}; pictures: {ratio}"
+            line += f"; text alone {text:.3f} (ties broken at random), "
+            line += f"best possible {best['text_only'][metric]:.3f}; pictures: {ratio}"
         lines.append(line)
     return "\n".join(lines)
 

@@ -59,7 +59,7 @@ TINY = Config(
             patch_size_px=8,
         ),
     ),
-    train=TrainConfig(histories_per_step=4, epochs=2, num_workers=0, validate_every_steps=4),
+    train=TrainConfig(histories_per_step=4, epochs=2, num_workers=1, validate_every_steps=4),
 )
 
 

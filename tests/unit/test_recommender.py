@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import square, tiny_config, tiny_dataset, tiny_items, tiny_model, write_index, write_model, write_prepared
+
+import pixrec
+from pixrec.artifact import Index, Model, load_index
+from pixrec.data.items import ItemTable
+from pixrec.data.sequences import Dataset
+from pixrec.errors import ArtifactError, InputError, UnreadableImage
+from pixrec.index import top_k
+from pixrec.model.catalog import Catalog
+from pixrec.model.encoding import Content
+from pixrec.recommender import Answer, Query, Recommender
+
+
+def index_of(model: Model, items: ItemTable, rows: np.ndarray | None = None) -> Index:
+    rows = np.arange(len(items)) if rows is None else rows
+    vectors = model.embedder().items(Catalog(items, model.encoder), rows)
+    return Index("v1", [items.item_ids[row] for row in rows], vectors, {})
+
+
+@pytest.fixture(scope="module")
+def recommender(model: Model, items: ItemTable, dataset: Dataset) -> Recommender:
+    return Recommender(model, index_of(model, items), items, dataset.training_counts())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, model: Model, dataset: Dataset) -> Path:
+    """A folder with data/, model/ and index/."""
+    folder = tmp_path_factory.mktemp("made")
+    data, saved = write_prepared(folder / "data", dataset), write_model(folder / "model", model)
+    write_index(folder / "index", saved, data)
+    return folder
+
+
+def ids(answer: Answer | list[tuple[str, float]]) -> list[str]:
+    return [item_id for item_id, _ in (answer.items if isinstance(answer, Answer) else answer)]
+
+
+def test_the_best_items_are_those_nearest_to_the_user(recommender: Recommender, model: Model, items: ItemTable):
+    index = index_of(model, items)
+    user = model.embedder().users(Catalog(items, model.encoder), [np.array([3, 7])], index.vectors)
+    scores, rows = top_k(user, index.vectors, 5)
+    found = recommender.recommend(["i03", "i07"], 5)
+    expected = [
+        (items.item_ids[row], score) for row, score in zip(rows[0], scores[0], strict=True) if row not in (3, 7)
+    ]
+    assert ids(found)[: len(expected)] == [item_id for item_id, _ in expected]
+    assert len(found) == 5
+    values = [score for _, score in found]
+    assert values == sorted(values, reverse=True)
+    np.testing.assert_allclose(values[: len(expected)], [score for _, score in expected], rtol=1e-5)
+    assert (recommender.model_version, recommender.index_version) == (model.fingerprint, "v1")
+
+
+def test_only_the_recent_history_counts(recommender: Recommender):
+    long = [f"i{row:02d}" for row in range(8)]
+    kwargs = {"exclude_history": False}
+    assert recommender.recommend(long, 12, **kwargs) == recommender.recommend(long[-4:], 12, **kwargs)
+    assert recommender.recommend(long, 12, **kwargs) != recommender.recommend(long[-3:], 12, **kwargs)
+
+
+def test_what_is_left_out(recommender: Recommender):
+    history = ["i01", "i02"]
+    everything = ids(recommender.recommend(history, 12, exclude_history=False))
+    assert sorted(everything) == sorted(f"i{row:02d}" for row in range(12))
+    assert ids(recommender.recommend(history, 12)) == [x for x in everything if x not in history]
+    left = ids(recommender.recommend(history, 12, exclude=["i05", "nobody"]))
+    assert left == [x for x in everything if x not in (*history, "i05")]
+    assert (
+        ids(recommender.recommend(history, 3, exclude=everything[:6]))
+        == [x for x in everything[6:] if x not in history][:3]
+    )
+
+
+@pytest.mark.parametrize("k", [12, 13, 1000])
+def test_more_than_there_is(recommender: Recommender, k: int):
+    assert len(recommender.recommend(["i00"], k)) == 11
+    assert len(recommender.recommend([], k)) == 12
+    assert recommender.recommend(["i00"], k, exclude=recommender.items.item_ids) == []
+
+
+@pytest.mark.parametrize("k", [0, -3])
+def test_less_than_one(recommender: Recommender, k: int):
+    for ask in (lambda: recommender.recommend(["i00"], k), lambda: recommender.similar("i00", k)):
+        with pytest.raises(InputError, match=f"k is {k}: must be at least 1"):
+            ask()
+
+
+def test_filters(recommender: Recommender):
+    (answer,) = recommender.answer([Query(["i00"], 12, filters={"brand": ["Bob"], "year": [2001, 2002, 2003]})])
+    assert set(ids(answer)) == {"i01", "i03"}
+    (everything,) = recommender.answer([Query(["i00"], 12)])
+    assert ids(answer) == [x for x in ids(everything) if x in ("i01", "i03")]
+    (nothing,) = recommender.answer([Query(["i00"], 12, filters={"brand": ["Eve"]})])
+    assert (nothing.items, nothing.fallback) == ([], False)
+    with pytest.raises(InputError, match="'colour' is no filter field"):
+        recommender.answer([Query(["i00"], filters={"colour": ["red"]})])
+
+
+def test_unknown_items_are_passed_over_and_named(recommender: Recommender):
+    (answer,) = recommender.answer([Query(["new", "i01", "newer", "new"], 3)])
+    assert answer.unknown_items == ["new", "newer"]
+    assert answer.fallback is False
+    assert answer.items == recommender.recommend(["i01"], 3)
+
+
+@pytest.mark.parametrize("history", [[], ["new"]])
+def test_without_a_known_history_the_most_bought_items_come(
+    recommender: Recommender, dataset: Dataset, history: list[str]
+):
+    (answer,) = recommender.answer([Query(history, 4)])
+    counts = dataset.training_counts()
+    order = np.argsort(-counts, kind="stable")[:4]
+    assert ids(answer) == [dataset.items.item_ids[row] for row in order]
+    np.testing.assert_allclose([score for _, score in answer.items], counts[order] / counts.sum(), rtol=1e-6)
+    assert (answer.fallback, answer.unknown_items) == (True, history)
+    (filtered,) = recommender.answer([Query(history, 4, exclude=["i02"], filters={"brand": ["Ann"]})])
+    assert "i02" not in ids(filtered)
+    assert set(ids(filtered)) <= {f"i{row:02d}" for row in range(0, 12, 2)}
+
+
+def test_many_queries_at_once_are_answered_as_each_alone(recommender: Recommender):
+    queries = [
+        Query(["i00"], 3),
+        Query([], 2),
+        Query(["i01", "i02", "i03", "i04", "i05"], 12, exclude_history=False),
+        Query(["new", "i07"], 4, exclude=["i08"], filters={"brand": ["Ann"]}),
+        Query(["i09", "i09"], 1),
+    ]
+    for query, answer in zip(queries, recommender.answer(queries), strict=True):
+        (alone,) = recommender.answer([query])
+        assert ids(answer) == ids(alone)
+        assert (answer.unknown_items, answer.fallback) == (alone.unknown_items, alone.fallback)
+        np.testing.assert_allclose([s for _, s in answer.items], [s for _, s in alone.items], atol=1e-6)
+    assert recommender.answer([]) == []
+
+
+def test_similar(recommender: Recommender, model: Model, items: ItemTable):
+    vectors = index_of(model, items).vectors
+    nearest = np.argsort(-(vectors @ vectors[4]), kind="stable")
+    answer = recommender.similar("i04", 3)
+    assert ids(answer) == [items.item_ids[row] for row in nearest if row != 4][:3]
+    assert (answer.unknown_items, answer.fallback) == ([], False)
+    assert len(recommender.similar("i04", 50).items) == 11
+    assert set(ids(recommender.similar("i04", 50, {"year": [2000, 2004]}))) == {"i00"}
+    with pytest.raises(KeyError):
+        recommender.similar("new")
+
+
+def test_search_encodes_what_is_given_as_an_item(recommender: Recommender, model: Model, items: ItemTable):
+    own = items.image(5)
+    assert own is not None
+    answer = recommender.search(items.text(5), own, 3)
+    assert ids(answer)[0] == "i05"
+    assert answer.items[0][1] == pytest.approx(1, abs=1e-5)
+    vector = model.embedder().contents([Content("Tile", None)])[0]
+    scores = index_of(model, items).vectors @ vector
+    assert ids(recommender.search("Tile", k=2)) == [
+        items.item_ids[row] for row in np.argsort(-scores, kind="stable")[:2]
+    ]
+    assert len(recommender.search(image=square(0.5), k=4).items) == 4
+    assert ids(recommender.search("Tile", k=5, filters={"year": [2003]})) == ["i03"]
+
+
+def test_search_wants_something_to_look_for(recommender: Recommender):
+    with pytest.raises(InputError, match="search needs a text or a picture"):
+        recommender.search("  ")
+    with pytest.raises(UnreadableImage):
+        recommender.search("Tile", b"no picture")
+
+
+def test_an_interleaved_tower_reads_contents(items: ItemTable, dataset: Dataset):
+    model = tiny_model(tiny_config(model={"user_tower": "interleaved"}), items)
+    recommender = Recommender(model, index_of(model, items), items, dataset.training_counts())
+    both, alone = recommender.answer([Query(["i00", "i01", "i02"], 4), Query(["i05"], 3)])
+    assert len(both.items) == 4
+    single = recommender.recommend(["i05"], 3)
+    assert ids(alone) == ids(single)
+    np.testing.assert_allclose([s for _, s in alone.items], [s for _, s in single], atol=1e-5)
+
+
+def test_items_that_came_after_the_index(model: Model, items: ItemTable, dataset: Dataset, recommender: Recommender):
+    behind = Recommender(model, index_of(model, items, np.arange(10)), items, dataset.training_counts())
+    history = ["i10", "i11"]
+    expected = [x for x in recommender.recommend(history, 12) if x[0] < "i10"]
+    found = behind.recommend(history, 12)
+    assert ids(found) == ids(expected)
+    assert (ids(behind.similar("i11", 5)), len(behind.recommend([], 99))) == (
+        [x for x in ids(recommender.similar("i11", 12)) if x < "i10"][:5],
+        10,
+    )
+
+
+def test_an_index_in_another_order_and_of_items_that_are_gone(model: Model, items: ItemTable, dataset: Dataset):
+    counts = dataset.training_counts()
+    straight = Recommender(model, index_of(model, items), items, counts)
+    turned = Recommender(model, index_of(model, items, np.arange(12)[::-1]), items, counts)
+    assert ids(turned.recommend(["i01"], 12)) == ids(straight.recommend(["i01"], 12))
+    stray = dataclasses.replace(index_of(model, items), item_ids=[*items.item_ids[:-1], "gone"])
+    with pytest.raises(ArtifactError, match="holds item 'gone', which the data set lacks"):
+        Recommender(model, stray, items, counts)
+
+
+def test_load_recommender(made: Path, recommender: Recommender):
+    loaded = pixrec.load_recommender(str(made / "model"), str(made / "index"))
+    assert ids(loaded.recommend(["i01", "i02"], 5)) == ids(recommender.recommend(["i01", "i02"], 5))
+    assert loaded.model_version == recommender.model_version
+    assert loaded.index_version == load_index(str(made / "index")).version
+
+
+def test_a_tree_that_moved_is_still_whole(made: Path, tmp_path: Path):
+    moved = Path(shutil.copytree(made, tmp_path / "elsewhere" / "made"))
+    loaded = pixrec.load_recommender(str(moved / "model"), str(moved / "index"))
+    assert len(loaded.recommend(["i01"], 3)) == 3
+    shutil.move(moved / "index", tmp_path / "index")  # the index alone: the data set is still where it was made
+    loaded = pixrec.load_recommender(str(moved / "model"), str(tmp_path / "index"))
+    assert len(loaded.recommend(["i01"], 3)) == 3
+
+
+def test_the_data_set_beside_the_index_comes_first(made: Path, tmp_path: Path):
+    moved = Path(shutil.copytree(made, tmp_path / "made"))
+    write_prepared(moved / "data", tiny_dataset(num_users=1))  # other counts than those where the index was made
+    loaded = pixrec.load_recommender(str(moved / "model"), str(moved / "index"))
+    assert loaded.recommend([], 1) == [("i00", 1.0)]
+    named = pixrec.load_recommender(str(moved / "model"), str(moved / "index"), str(made / "data"))
+    assert named.recommend([], 1)[0][1] < 1
+
+
+def lose_data(folder: Path) -> None:
+    shutil.rmtree(folder / "data")
+
+
+def other_model(folder: Path) -> None:
+    shutil.rmtree(folder / "model")
+    write_model(folder / "model", tiny_model(tiny_config(train={"seed": 9})))
+
+
+def other_data(folder: Path) -> None:
+    shutil.rmtree(folder / "data")
+    write_prepared(folder / "data", tiny_dataset(tiny_items(4)))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder / "model"), "holds no complete model"),
+        (lambda folder: shutil.rmtree(folder / "index"), "holds no published index"),
+        (lambda folder: (folder / "index" / "CURRENT").unlink(), "holds no published index"),
+        (lose_data, "its data set is neither at .*; name it with --data"),
+        (other_model, "was made by model .*; run pixrec embed with this model"),
+        (other_data, "holds item 'i04', which the data set lacks"),
+    ],
+)
+def test_parts_that_do_not_belong_together(
+    model: Model, dataset: Dataset, tmp_path: Path, harm: Callable[[Path], None], message: str
+):
+    data, saved = write_prepared(tmp_path / "data", dataset), write_model(tmp_path / "model", model)
+    write_index(tmp_path / "index", saved, data)
+    harm(tmp_path)
+    with pytest.raises(ArtifactError, match=message):
+        pixrec.load_recommender(str(tmp_path / "model"), str(tmp_path / "index"))
