@@ -79,6 +79,8 @@ def check_ready(data: str, out: str, config: Config) -> None:
     dataset = load_dataset(data)
     BatchSource(dataset.training_histories(), config.model.max_history_items, config.train)
     wanted = config.model.modalities
+    if config.train.knockouts and wanted != "both":
+        raise ConfigError(f"train.knockouts needs model.modalities both, not {wanted}; set train.knockouts to []")
     text = wanted != "image" and any(dataset.items.text(row) for row in range(len(dataset.items)))
     if not text and (wanted == "text" or not dataset.info["images"]["ok"]):
         raise InputError(

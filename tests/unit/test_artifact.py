@@ -107,7 +107,7 @@ def test_the_fingerprint_names_weights_tokenizer_and_towers(items: ItemTable, mo
 
 def test_no_model_at_all(tmp_path: Path, saved: Path):
     for uri in (tmp_path, tmp_path / "nowhere", saved / "model.json"):
-        with pytest.raises(ArtifactError, match="holds no complete model .* make one with pixrec train"):
+        with pytest.raises(ArtifactError, match=r"holds no complete model .* make one with pixrec train"):
             load_model(str(uri))
 
 
@@ -182,10 +182,11 @@ def test_a_knockout_lies_inside_the_model():
 
 @pytest.mark.parametrize("name", ["no/such/backbone", "nowhere"])
 def test_a_backbone_that_is_not_there(tmp_path: Path, items: ItemTable, name: str):
-    with pytest.raises(ConfigError, match="model.backbone .* cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"model.backbone .* cannot be loaded"):
         tiny_model(tiny_config(model={"backbone": str(tmp_path / name)}), items)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
 def test_an_adapter_comes_back_and_is_plain_peft(tmp_path: Path, items: ItemTable):
     from peft import PeftModel
 
@@ -215,7 +216,7 @@ def test_an_adapter_comes_back_and_is_plain_peft(tmp_path: Path, items: ItemTabl
 
 
 def test_an_adapter_that_matches_nothing(items: ItemTable):
-    with pytest.raises(ConfigError, match="model.lora.targets names 'elbow'"):
+    with pytest.raises(ConfigError, match=r"model.lora.targets names 'elbow'"):
         tiny_model(tiny_config(model={"lora": {"enabled": True, "targets": ["q_proj", "elbow"]}}), items)
 
 
@@ -323,7 +324,7 @@ def crash_after(uri: Path) -> None:
 
 def test_indexes_that_cannot_be_used(tmp_path: Path):
     uri = str(tmp_path / "index")
-    with pytest.raises(ArtifactError, match="holds no published index .* make one with pixrec embed"):
+    with pytest.raises(ArtifactError, match=r"holds no published index .* make one with pixrec embed"):
         load_index(uri)
     publish(Path(uri))
     with pytest.raises(ArtifactError, match="was made by model 01234567, not 98765432; run pixrec embed"):

@@ -148,6 +148,16 @@ def test_places_that_cannot_be_written(run: Run, tables: Path, verb: str, option
     assert [path.name for path in (tables / "full").iterdir()] == ["letter.txt"]
 
 
+def test_demo_looks_at_all_its_places_before_it_draws(run: Run, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    refused(run("demo", "--out", tmp_path / "file"), "file/data cannot be written")
+    for name in ("data", "model", "index", "report"):
+        (tmp_path / name / name).mkdir(parents=True)
+        (tmp_path / name / name / "letter.txt").write_text("dear")
+        refused(run("demo", "--out", tmp_path / name), f"{name}/{name} is not empty")
+        assert [path.name for path in (tmp_path / name).iterdir()] == [name]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
