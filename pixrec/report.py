@@ -33,14 +33,15 @@ PLOTTED_METRICS = ("recall@10", "recall@1", "ndcg@10")
 METRIC_NAMES = {"mrr": "MRR"}
 SCORER_MEANINGS = {
     "pixrec": "pictures and text",
-    "pixrec_text_only": "the same, trained on text alone",
-    "pixrec_image_only": "the same, trained on pictures alone",
+    "pixrec_text_only": "text alone",
+    "pixrec_image_only": "pictures alone",
     "popularity": "the most bought items for everybody",
     "repeat_last": "the user's own items again, latest first",
     "item_transition": "what followed the last item before",
     "sasrec": "learned item ids, no content",
     "generative_bm25": "generated text, looked up with BM25",
 }
+KNOCKOUT_MEANINGS = {"trained": "the same, trained on", "scored": "the same model, shown"}
 CURVES = (
     ("loss_nig", "Next-item generation", "L_NIG, training"),
     ("loss_tt", "Item against item in context", "L_TT, training"),
@@ -122,13 +123,14 @@ def render(
     environment.filters["number"] = _number
     results = metrics["results"]
     other = metrics.get("results_other_seen")
+    knockouts = metrics.get("knockouts", {})
     return environment.get_template("report.html").render(
         title=title,
         metrics=metrics,
         lead=_lead(metrics),
         metric_names=[_metric_name(m) for m in HEADLINE_METRICS],
-        table=_table(results),
-        other={"seen": other["seen"], "table": _table(other["results"])} if other else None,
+        table=_table(results, knockouts),
+        other={"seen": other["seen"], "table": _table(other["results"], knockouts)} if other else None,
         plots=[_interval_plot(results, metric, ceiling) for metric in PLOTTED_METRICS],
         ceiling_name=ceiling.get("name", "ceiling") if ceiling else None,
         differences=_difference_plot(metrics.get("differences")),
@@ -200,13 +202,15 @@ def _lead(metrics: Mapping[str, Any]) -> str:
     return text
 
 
-def _table(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _table(results: Mapping[str, Any], knockouts: Mapping[str, str]) -> list[dict[str, Any]]:
     best = {m: max(result[m] for result in results.values()) for m in HEADLINE_METRICS}
     return [
         {
             "scorer": scorer,
             "kind": _kind(scorer),
-            "meaning": SCORER_MEANINGS.get(scorer, ""),
+            "meaning": " ".join(
+                filter(None, [KNOCKOUT_MEANINGS.get(knockouts.get(scorer, "")), SCORER_MEANINGS.get(scorer)])
+            ),
             "cells": [
                 {"value": result[m], "ci": result["ci95"][m], "best": result[m] == best[m]} for m in HEADLINE_METRICS
             ],

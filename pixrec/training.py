@@ -99,7 +99,7 @@ class Collator:
         dropout = self.config.train.modality_dropout
         if self.config.model.modalities == "both" and dropout > 0:
             draw = rng.random(len(rows))
-            has_picture = [self.catalog.table.image(int(r)) is not None for r in rows]
+            has_picture = self.catalog.table.with_image[rows]
             modalities = [
                 "text" if d < dropout else "image" if d < 2 * dropout and p else "both"
                 for d, p in zip(draw, has_picture, strict=True)

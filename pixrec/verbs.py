@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 import pixrec
 from pixrec import storage
 from pixrec.artifact import MODEL_MARKER, check_index_writable, load_index, load_model
@@ -20,7 +18,6 @@ from pixrec.errors import InputError
 from pixrec.evaluation import Scorer, evaluate_scorers
 from pixrec.metrics import count_ties, random_tie_recall, target_ranks
 from pixrec.report import choose_examples, format_table, write_report
-from pixrec.schema import OK
 from pixrec.scorers import tower_scorers
 from pixrec.tracking import read_log
 
@@ -80,14 +77,13 @@ def evaluate(
         published = load_index(index, loaded.fingerprint) if index else None
         towers, knockouts = tower_scorers(model, loaded, dataset.items, published, console.progress)
         scorers: list[Scorer] = [*towers, Popularity(counts), RepeatLast(counts)]
-        with_image = np.array([dataset.items.fields(r)["image_status"] == OK for r in range(len(dataset.items))])
         evaluation = evaluate_scorers(
             scorers,
             held_out,
             len(dataset.items),
             config.evaluate,
             cold=counts == 0,
-            with_image=with_image,
+            with_image=dataset.items.with_image,
             progress=lambda name, done, total: console.progress(f"rank {name}", done, total),
         )
         metrics = evaluation.metrics_json(dataset.info["split"]["kind"])

@@ -10,6 +10,7 @@ import decimal
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,13 @@ class ItemTable:
     def image(self, row: int) -> bytes | None:
         """The stored picture, or None when it is missing or was rejected."""
         return self._value(IMAGE, row) if IMAGE in self._columns else None
+
+    @cached_property
+    def with_image(self) -> np.ndarray:
+        """bool (N,): the items that have a stored picture."""
+        if IMAGE not in self._columns:
+            return np.zeros(len(self), dtype=bool)
+        return pc.is_valid(self._columns[IMAGE]).to_numpy().astype(bool)
 
     def fields(self, row: int) -> dict[str, Any]:
         """Every column but the picture, as JSON can hold it; nulls are None."""
