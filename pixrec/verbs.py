@@ -40,7 +40,7 @@ def train(data: str, out: str, config: Config, resume: bool, console: Console) -
     from pixrec.cluster.train import check_ready
     from pixrec.cluster.train import train as run
 
-    check_ready(data, out, config)
+    check_ready(data, out, config, resume)
     with connect():
         info = run(data, out, config, resume=resume, on_row=console.training)
     return {"out": out, **info}

@@ -28,17 +28,25 @@ class Mailbox:
 
 @contextmanager
 def listening(on_row: Callable[[dict[str, Any]], None]) -> Iterator[Any]:
-    """Yield a Mailbox whose rows reach `on_row` in a thread of the driver; all have arrived when the block ends."""
-    mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
-    stop = threading.Event()
+    """Yield a Mailbox whose rows reach `on_row` in a thread of the driver; all have arrived when the block ends.
 
-    def drain() -> None:
-        for row in ray.get(mailbox.take.remote()):
-            on_row(row)
+    An error of `on_row` ends the listening, not the work: it is raised when the block ends well. An error of the
+    block itself goes before it.
+    """
+    # News are no reason to lose the work: where the mailbox's node is lost, an empty one takes its place.
+    mailbox: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Mailbox).remote()
+    stop = threading.Event()
+    failures: list[Exception] = []
 
     def listen() -> None:
-        while not stop.wait(_POLL_SECONDS):
-            drain()
+        try:
+            last = False
+            while not last:
+                last = stop.wait(_POLL_SECONDS)
+                for row in ray.get(mailbox.take.remote()):
+                    on_row(row)
+        except Exception as error:
+            failures.append(error)
 
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
@@ -47,5 +55,6 @@ def listening(on_row: Callable[[dict[str, Any]], None]) -> Iterator[Any]:
     finally:
         stop.set()
         thread.join()
-        drain()
         ray.kill(mailbox)
+    if failures:
+        raise failures[0]

@@ -6,6 +6,7 @@ It is removed once the model is published whole; until then --resume continues f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import ray.train.torch
 import safetensors.torch
@@ -31,6 +33,7 @@ from pixrec.model.catalog import Catalog
 from pixrec.tracking import TrainingLog
 from pixrec.training import BatchSource, Collator, Trainer
 
+_CONFIG, _DATA = "config.yaml", "data.json"
 _OPTIMIZER, _STATE, _DONE = "optimizer.safetensors", "state.json", "done.json"
 _MAIL_SECONDS = 1.0
 
@@ -43,40 +46,41 @@ def train(data: str, out: str, config: Config, *, resume: bool, on_row: OnRow) -
     `on_row` gets every logged row: `part` (both, text, image), `step`, `total_steps`, losses or validation figures.
     """
     dataset = load_dataset(data)
-    work = storage.join(storage.parent(out), f".{storage.name(out)}.training")
-    settings = storage.join(work, "config.yaml")
+    work = _work_folder(out)
     if resume:
-        if not storage.exists(settings):
-            raise ArtifactError(f"--resume: no unfinished run of {out} lies at {work}; start without --resume")
-        if storage.read_text(settings) != dump_config(config):
-            raise ConfigError(f"--resume: the configuration differs from the unfinished run's {settings}; use that one")
+        _check_resumable(out, dataset, config)
     else:
         storage.remove(work)
-        storage.write_bytes(settings, dump_config(config).encode())
-
-    log = TrainingLog(work)
-
-    def log_row(row: dict[str, Any]) -> None:
-        log.add(row)
-        on_row(row)
+        storage.write_json(storage.join(work, _DATA), _data_facts(dataset))
+        storage.write_bytes(storage.join(work, _CONFIG), dump_config(config).encode())
 
     parts: list[Modalities] = [config.model.modalities, *config.train.knockouts]
-    with storage.staged_folder(out, MODEL_MARKER, "model") as staging:
+    with (
+        contextlib.closing(TrainingLog(work)) as log,
+        storage.staged_folder(out, MODEL_MARKER, "model") as staging,
+    ):
+
+        def log_row(row: dict[str, Any]) -> None:
+            log.add(row)
+            on_row(row)
+
         for part in reversed(parts):  # the model itself last, so that its marker completes the folder
             part_config = dataclasses.replace(config, model=dataclasses.replace(config.model, modalities=part))
             best = _fit(part, storage.absolute(data), storage.join(work, part), part_config, log_row)
             _publish(best, staging if part == parts[0] else knockout_uri(staging, part), dataset)
         log.save(staging)
         info = storage.read_json(storage.join(staging, MODEL_MARKER))
-    log.close()
     storage.remove(work)
     return info
 
 
-def check_ready(data: str, out: str, config: Config) -> None:
-    """Raise before Ray starts when --out cannot be written or the data set offers the towers nothing to learn from."""
+def check_ready(data: str, out: str, config: Config, resume: bool) -> None:
+    """Raise before Ray starts when --out cannot be written, when there is nothing to resume, or when the data set
+    offers the towers nothing to learn from."""
     storage.check_writable(out, MODEL_MARKER, "model")
     dataset = load_dataset(data)
+    if resume:
+        _check_resumable(out, dataset, config)
     BatchSource(dataset.training_histories(), config.model.max_history_items, config.train)
     wanted = config.model.modalities
     if config.train.knockouts and wanted != "both":
@@ -87,6 +91,26 @@ def check_ready(data: str, out: str, config: Config) -> None:
             f"{dataset.uri}: no item has {'a picture' if wanted == 'image' else 'a text or a picture'} for the towers "
             "to read; give pixrec prepare an items table"
         )
+
+
+def _work_folder(out: str) -> str:
+    return storage.join(storage.parent(out), f".{storage.name(out)}.training")
+
+
+def _data_facts(dataset: Dataset) -> dict[str, Any]:
+    return {"uri": storage.absolute(dataset.uri), "fingerprint": dataset.info.get("fingerprint")}
+
+
+def _check_resumable(out: str, dataset: Dataset, config: Config) -> None:
+    work = _work_folder(out)
+    settings = storage.join(work, _CONFIG)
+    if not storage.exists(settings):
+        raise ArtifactError(f"--resume: no unfinished run of {out} lies at {work}; start without --resume")
+    if storage.read_text(settings) != dump_config(config):
+        raise ConfigError(f"--resume: the configuration differs from the unfinished run's {settings}; use that one")
+    begun_on, found = storage.read_json(storage.join(work, _DATA)), _data_facts(dataset)
+    if begun_on["fingerprint"] != found["fingerprint"]:
+        raise InputError(f"--resume: {found['uri']} is not the data set {begun_on['uri']} of the unfinished run")
 
 
 def _fit(part: str, data: str, work: str, config: Config, on_row: OnRow) -> str:
@@ -171,8 +195,10 @@ class _Log:
         self._rows.append({**row, "total_steps": self._total_steps, "seconds": round(moment - self._last, 4)})
         self._last = moment
         if self._mailbox is not None and (now or moment - self._sent >= _MAIL_SECONDS):
-            self._mailbox.put.remote(self._rows)
+            arrived = self._mailbox.put.remote(self._rows)
             self._rows, self._sent = [], moment
+            if now:
+                ray.get(arrived)  # the worker may end before the driver takes the rows, not before they are there
 
 
 def _save_state(trainer: Trainer, folder: Path) -> None:

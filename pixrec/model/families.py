@@ -9,6 +9,7 @@ Shapes: P pictures · K tokens a picture · W width of the language model · S s
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from pixrec.errors import ConfigError
 
 
-class Family:
+class Family(ABC):
     """Base adapter; `model` is what AutoModelForImageTextToText returned."""
 
     picture_prefix: tuple[str, ...] = ()
@@ -40,20 +41,21 @@ class Family:
         return int(size if isinstance(size, int) else size[0])
 
     @property
+    @abstractmethod
     def tokens_per_picture(self) -> int:
-        raise NotImplementedError
+        """K: how many tokens a picture becomes."""
 
+    @abstractmethod
     def encode_pictures(self, model: PreTrainedModel, pixels: Tensor) -> Tensor:
         """Normalised pixels (P, 3, S, S) to picture tokens (P, K, W)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def language_model(self, model: PreTrainedModel) -> nn.Module:
         """The module that takes `inputs_embeds` and returns `last_hidden_state`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def vision_parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
         """All parameters that only pictures use."""
-        raise NotImplementedError
 
 
 class SmolVLM(Family):

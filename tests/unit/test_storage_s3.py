@@ -1,0 +1,75 @@
+"""The same door for s3://, against a server on the loopback; credentials and endpoint from the usual variables."""
+
+import pyarrow as pa
+import pytest
+
+from pixrec import storage
+from pixrec.errors import InputError, OutputError
+
+BUCKET = "s3://shop"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    from moto.server import ThreadedMotoServer
+
+    patch = pytest.MonkeyPatch()
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CA_BUNDLE"):
+        patch.delenv(name, raising=False)
+    patch.setenv("AWS_ACCESS_KEY_ID", "test")
+    patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    fs, _ = storage._locate(BUCKET)
+    fs.mkdir("shop")
+    yield
+    fs.clear_instance_cache()
+    running.stop()
+    patch.undo()
+
+
+def test_files_and_tables_round_trip():
+    table = pa.table({"item_id": ["a", "b"]})
+    storage.write_table(f"{BUCKET}/t/part-0.parquet", table)
+    storage.write_json(f"{BUCKET}/t/facts.json", {"n": 2})
+    assert storage.read_table(f"{BUCKET}/t").equals(table)
+    assert storage.read_json(f"{BUCKET}/t/facts.json") == {"n": 2}
+    assert storage.list_files(f"{BUCKET}/t", ".parquet") == [f"{BUCKET}/t/part-0.parquet"]
+    assert storage.resolve("../x/y.jpg", f"{BUCKET}/t") == f"{BUCKET}/x/y.jpg"
+
+
+def test_a_folder_is_published_whole_or_not_at_all():
+    target = f"{BUCKET}/data"
+
+    def die_halfway():
+        with storage.staged_folder(target, "done.json", "thing") as staging:
+            storage.write_bytes(storage.join(staging, "part"), b"half")
+            raise ValueError("died")
+
+    with pytest.raises(ValueError, match="died"):
+        die_halfway()
+    assert not storage.exists(target)
+    for content in (b"first", b"second"):
+        with storage.staged_folder(target, "done.json", "thing") as staging:
+            storage.write_bytes(storage.join(staging, "part"), content)
+            storage.write_json(storage.join(staging, "done.json"), {})
+    assert storage.read_bytes(f"{target}/part") == b"second"
+    assert {file.rsplit("/", 1)[1] for file in storage.list_files(target)} == {"part", "done.json"}
+    assert storage.list_folders(BUCKET).count("data") == 1
+
+
+def test_a_foreign_prefix_is_refused():
+    storage.write_bytes(f"{BUCKET}/mine/notes.txt", b"keep")
+    with pytest.raises(OutputError, match="not empty"), storage.staged_folder(f"{BUCKET}/mine", "done.json", "thing"):
+        pass
+    assert storage.read_bytes(f"{BUCKET}/mine/notes.txt") == b"keep"
+
+
+def test_what_is_absent_is_said_in_one_line():
+    with pytest.raises(InputError, match="no such file or folder"):
+        storage.read_table(f"{BUCKET}/nowhere")
+    with pytest.raises(OutputError, match="cannot be written"):
+        storage.check_writable("s3://no-such-bucket/x", "done.json", "thing")
