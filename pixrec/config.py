@@ -188,10 +188,10 @@ class TrainConfig:
             raise ConfigError(
                 f"train.alpha {self.alpha} and train.beta {self.beta} must leave L_NIG a weight of 0 or more"
             )
-        if self.num_workers > 1 and self.histories_per_step % self.num_workers:
+        if self.histories_per_step < self.num_workers:
             raise ConfigError(
-                f"train.histories_per_step {self.histories_per_step} is not a multiple of "
-                f"train.num_workers {self.num_workers}"
+                f"train.histories_per_step {self.histories_per_step} leaves some of train.num_workers "
+                f"{self.num_workers} without a history"
             )
 
 

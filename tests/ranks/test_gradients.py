@@ -22,7 +22,7 @@ def gradients(part: str, tower: str) -> dict[str, torch.Tensor]:
     alpha, beta = PARTS[part]
     config = tiny_config(
         model={"user_tower": tower, "compact_dropout": 0.0},
-        train={"alpha": alpha, "beta": beta, "modality_dropout": 0.0, "gradient_clip": 1e9, "histories_per_step": 6},
+        train={"alpha": alpha, "beta": beta, "modality_dropout": 0.0, "gradient_clip": 1e9, "histories_per_step": 7},
     )
     dataset = tiny_dataset(num_users=9, num_events=7)
     model = tiny_model(config, dataset.items)

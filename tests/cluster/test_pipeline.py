@@ -1,0 +1,294 @@
+"""The verbs one after the other, as people type them, on a synthetic catalog; and what they refuse without Ray.
+
+The first tests build on each other, in the order of the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from fakes import TINY, tiny_dataset, tiny_items, tiny_model, write_model, write_prepared
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import pixrec
+from pixrec import cli, storage
+from pixrec.artifact import Index, knockout_uri, load_index, load_model
+from pixrec.cluster.embed import embed
+from pixrec.config import EmbedConfig, SyntheticConfig, dump_config
+from pixrec.data.items import ItemTable
+from pixrec.data.sequences import load_dataset
+from pixrec.data.synthetic import build_world, write_catalog
+from pixrec.model.catalog import Catalog
+from pixrec.schema import EMBEDDING, ITEM_ID, PREPARED_ITEM_FIELDS
+
+WORLD = SyntheticConfig(num_items=24, num_users=30, image_size_px=32)
+STEPS = 8
+CONFIG = dataclasses.replace(
+    TINY,
+    train=dataclasses.replace(
+        TINY.train,
+        num_workers=2,
+        histories_per_step=8,
+        epochs=10,
+        max_steps=STEPS,
+        validate_every_steps=2,
+        knockouts=("text",),
+    ),
+    embed=EmbedConfig(batch_size=7, threads_per_actor=1),
+)
+MODEL_FILES = {"config.yaml", "heads.safetensors", "model.json", "backbone", "processor"}
+CI_METRICS = {"recall@1", "recall@10", "ndcg@10", "mrr"}
+
+
+class Ran(NamedTuple):
+    code: int
+    out: list[str]
+    err: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What the last line of stdout says."""
+        return json.loads(self.out[-1])
+
+
+def run(capture: pytest.CaptureFixture[str], *arguments: object) -> Ran:
+    capture.readouterr()
+    code = cli.main([str(argument) for argument in arguments])
+    captured = capture.readouterr()
+    return Ran(code, captured.out.splitlines(), captured.err)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with catalog/ and config.yaml, to which the verbs add data/, model/, index/ and report/."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    write_catalog(build_world(WORLD), str(folder / "catalog"))
+    (folder / "config.yaml").write_text(dump_config(CONFIG))
+    return folder
+
+
+@pytest.fixture
+def verb(ray_session: None, place: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    def verb(name: str, *arguments: object) -> dict[str, Any]:
+        ran = run(capfd, name, *arguments, "--config", place / "config.yaml")
+        assert ran.code == 0, ran.err
+        assert len(ran.out) == 1
+        return ran.summary
+
+    return verb
+
+
+def names(folder: Path) -> set[str]:
+    return set(os.listdir(folder))
+
+
+def read_rows(model: Path, part: str) -> list[dict[str, Any]]:
+    """The rows of one part of the training log."""
+    rows = [json.loads(line) for line in (model / "training.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["part"] == part]
+
+
+def test_prepare(verb: Callable[..., dict[str, Any]], place: Path):
+    tables = (place / "catalog" / "items.parquet", place / "catalog" / "interactions.parquet")
+    summary = verb("prepare", "--items", tables[0], "--interactions", tables[1], "--out", place / "data")
+    assert summary["images"] == {"ok": WORLD.num_items, "missing": 0, "rejected": 0}
+    assert summary["users"] == WORLD.num_users
+    assert names(place / "data") == {"items", "sequences", "rejects", "dataset.json"}
+
+
+def test_train(verb: Callable[..., dict[str, Any]], place: Path):
+    summary = verb("train", "--data", place / "data", "--out", place / "model")
+    assert names(place) == {"catalog", "config.yaml", "data", "model"}, "nothing hidden is left beside the model"
+    assert names(place / "model") == {*MODEL_FILES, "knockouts", "training.jsonl", "tensorboard"}
+    assert names(place / "model" / "knockouts") == {"text_only"}
+    assert names(place / "model" / "knockouts" / "text_only") == MODEL_FILES
+    assert json.loads((place / "model" / "model.json").read_text()) == {
+        key: value for key, value in summary.items() if key != "out"
+    }
+
+    model, knockout = load_model(str(place / "model")), load_model(knockout_uri(str(place / "model"), "text"))
+    assert model.config == CONFIG
+    assert (model.config.model.modalities, knockout.config.model.modalities) == ("both", "text")
+    assert model.fingerprint == summary["fingerprint"] != knockout.fingerprint
+    assert summary["data_fingerprint"] == load_dataset(str(place / "data")).info["fingerprint"]
+
+    for part in ("both", "text"):
+        rows = read_rows(place / "model", part)
+        losses, checks = [r for r in rows if "loss" in r], [r for r in rows if "valid_ndcg@10" in r]
+        assert [row["step"] for row in losses] == list(range(1, STEPS + 1))
+        assert [row["step"] for row in checks] == list(range(2, STEPS + 1, 2))
+        events = EventAccumulator(str(place / "model" / "tensorboard" / part))
+        events.Reload()
+        for name in ("loss_nig", "loss_tt", "loss_ut"):
+            drawn = [(event.step, event.value) for event in events.Scalars(name)]
+            assert drawn == [(row["step"], pytest.approx(row[name])) for row in losses]
+        best = max(event.value for event in events.Scalars("valid_ndcg@10"))
+        made = model if part == "both" else knockout
+        assert best == pytest.approx(made.info["valid_ndcg@10"]), "the best checkpoint is the one published"
+
+
+def test_embed(verb: Callable[..., dict[str, Any]], place: Path):
+    summary = verb("embed", "--model", place / "model", "--data", place / "data", "--out", place / "index")
+    version = (place / "index" / "CURRENT").read_text()
+    folder = place / "index" / "versions" / version
+    assert names(place / "index") == {"CURRENT", "versions"}
+    assert names(place / "index" / "versions") == {version}
+    assert names(folder) == {"manifest.json", "part-00000.parquet"}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest == {key: value for key, value in summary.items() if key != "out"}
+    assert (manifest["version"], manifest["rows"], manifest["width"]) == (version, WORLD.num_items, 16)
+    assert manifest["model_fingerprint"] == load_model(str(place / "model")).fingerprint
+    width = CONFIG.model.embedding_width
+    assert storage.read_schema(str(folder)).field(EMBEDDING).type == pa.list_(pa.float32(), width)
+
+
+def test_a_vector_is_the_same_in_batch_library_and_server(place: Path, ray_session: None):
+    model, items = load_model(str(place / "model")), load_dataset(str(place / "data")).items
+    index = load_index(str(place / "index"), model.fingerprint)
+    vectors = in_order(index, items)
+    rows = np.arange(len(items))
+    np.testing.assert_allclose(model.embedder().items(Catalog(items, model.encoder), rows), vectors, atol=1e-5)
+    assert np.abs(vectors - vectors.mean(0)).max() > 1e-3, "equal vectors would prove nothing"
+
+    recommender = pixrec.load_recommender(str(place / "model"), str(place / "index"))  # what a replica holds
+    for row in (0, 7, 23):
+        found = recommender.search(items.text(row), items.image(row), k=len(items)).items
+        np.testing.assert_allclose(
+            [score for _, score in found],
+            [vectors[row] @ vectors[items.row_of[item_id]] for item_id, _ in found],
+            atol=1e-5,
+        )
+
+
+def test_evaluate(verb: Callable[..., dict[str, Any]], place: Path):
+    options = ("--model", place / "model", "--data", place / "data", "--index", place / "index")
+    summary = verb("evaluate", *options, "--out", place / "report")
+    assert {"index.html", "metrics.json"} <= names(place / "report")
+    assert not [name for name in names(place) if name.startswith(".")]
+    metrics = json.loads((place / "report" / "metrics.json").read_text())
+    assert metrics["results"] == summary["results"]
+    assert metrics["users"] == WORLD.num_users
+    assert metrics["protocol"] == {
+        "split": "leave_one_out",
+        "candidates": "all",
+        "ties": "pessimistic",
+        "seen": "allowed",
+    }
+    assert metrics["knockouts"] == {"pixrec_text_only": "trained", "pixrec_image_only": "scored"}
+    assert metrics["provenance"]["index_version"] == (place / "index" / "CURRENT").read_text()
+    scorers = {"pixrec", "pixrec_text_only", "pixrec_image_only", "popularity", "repeat_last"}
+    assert scorers <= set(metrics["results"])
+    for result in metrics["results"].values():
+        assert set(result) >= CI_METRICS
+        for name, (low, high) in result["ci95"].items():
+            assert 0 <= low <= result[name] <= high <= 1
+
+
+def test_recommend(verb: Callable[..., dict[str, Any]], place: Path):
+    items = load_dataset(str(place / "data")).items
+    history = [*items.item_ids[:3], "ghost"]
+    options = ("--model", place / "model", "--index", place / "index", "--history", ",".join(history))
+    answer = verb("recommend", *options, "-k", 5)
+    expected = pixrec.load_recommender(str(place / "model"), str(place / "index")).recommend(history, 5)
+    assert [(item["item_id"], item["score"]) for item in answer["items"]] == [
+        (item_id, pytest.approx(score)) for item_id, score in expected
+    ]
+    assert (answer["unknown_items"], answer["fallback"]) == (["ghost"], False)
+
+
+def test_embed_again_adds_a_version(place: Path, ray_session: None):
+    first, items = load_index(str(place / "index")), load_dataset(str(place / "data")).items
+    half = dataclasses.replace(CONFIG, embed=dataclasses.replace(CONFIG.embed, dtype="float16"))
+    seen: list[tuple[str, int, int | None]] = []
+    manifest = embed(
+        str(place / "model"), str(place / "data"), str(place / "index"), half, progress=lambda *a: seen.append(a)
+    )
+    assert seen[-1] == ("embed", WORLD.num_items, WORLD.num_items)
+    second = load_index(str(place / "index"), manifest["model_fingerprint"])
+    assert names(place / "index" / "versions") == {first.version, second.version}
+    assert first.version < second.version == manifest["version"]
+    np.testing.assert_allclose(in_order(second, items), in_order(first, items), atol=1e-3)
+
+    parts = [storage.join(str(place / "index"), "versions", index.version) for index in (first, second)]
+    types = [storage.read_schema(part).field(EMBEDDING).type.value_type for part in parts]
+    assert types == [pa.float32(), pa.float16()]
+    again = storage.read_table(parts[0])
+    assert again.column(ITEM_ID).to_pylist() == first.item_ids
+    assert np.array_equal(np.stack(again.column(EMBEDDING).to_numpy()), first.vectors)
+
+
+def in_order(index: Index, items: ItemTable) -> np.ndarray:
+    """Vectors (N, D) in the order of the items, every item exactly once."""
+    assert sorted(index.item_ids) == sorted(items.item_ids)
+    return index.vectors[[index.item_ids.index(item_id) for item_id in items.item_ids]]
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("pixrec.cluster.session.connect", refuse)
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    """A folder with data/, ids/ (a catalog of bare ids), model/ and letters/."""
+    write_prepared(tmp_path / "data")
+    ids = tiny_items(with_pictures=False)
+    empty = {name: [None] * len(ids) for name, _ in PREPARED_ITEM_FIELDS}
+    empty |= {"item_id": ids.item_ids, "image_status": ["missing"] * len(ids)}
+    write_prepared(tmp_path / "ids", tiny_dataset(ItemTable(pa.table(empty, schema=pa.schema(PREPARED_ITEM_FIELDS)))))
+    write_model(tmp_path / "model", tiny_model())
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "letter.txt").write_text("dear")
+    return tmp_path
+
+
+TRAIN_FAULTS = {
+    "no data": ("--data nowhere --out out", "nowhere holds no dataset.json.*pixrec prepare"),
+    "data that is a model": ("--data model --out out", "model holds no dataset.json.*pixrec prepare"),
+    "ids only": ("--data ids --out out", "ids: no item has a text or a picture.*items table"),
+    "ids only, pictures wanted": ("--data ids --out out --set model.modalities=image", "no item has a picture"),
+    "taken": ("--data data --out letters", "letters is not empty and holds no model; choose another --out"),
+    "a file": ("--data data --out letters/letter.txt", "letter.txt is a file"),
+    "knockouts of one modality": (
+        "--data data --out out --set model.modalities=text --set train.knockouts=[image]",
+        r"train.knockouts needs model.modalities both, not text; set train.knockouts to \[\]",
+    ),
+    "unknown key": ("--data data --out out --set train.epoch=1", "did you mean 'train.epochs'"),
+    "nothing to resume": ("--data data --out out --resume", "--resume: no unfinished run of .*out lies at"),
+}
+EMBED_FAULTS = {
+    "no model": ("--model nowhere --data data --out out", "nowhere holds no complete model.*pixrec train"),
+    "no data": ("--model model --data nowhere --out out", "nowhere holds no complete data set.*pixrec prepare"),
+    "taken": ("--model model --data data --out letters", "letters is not empty and holds no index"),
+    "a model": ("--model model --data data --out model", "model is not empty and holds no index"),
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "message"),
+    [pytest.param("train", *fault, id=f"train, {name}") for name, fault in TRAIN_FAULTS.items()]
+    + [pytest.param("embed", *fault, id=f"embed, {name}") for name, fault in EMBED_FAULTS.items()],
+)
+def test_refused_before_ray_starts(
+    no_ray: None, parts: Path, capfd: pytest.CaptureFixture[str], verb: str, options: str, message: str
+):
+    before = sorted(parts.rglob("*"))
+    words = [re.sub(r"^(?=[a-z])(?!.*=)", f"{parts}/", word) for word in options.split()]
+    ran = run(capfd, verb, *words)
+    assert (ran.code, ran.out) == (2, []), ran.err
+    lines = ran.err.splitlines()
+    assert len(lines) == 1
+    assert re.search(f"^pixrec {verb}: .*{message}", lines[0])
+    assert sorted(parts.rglob("*")) == before
