@@ -111,11 +111,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _user_fault(error: BaseException | None) -> PixRecError | None:
-    """The PixRecError behind an error, also one that happened on a worker."""
-    while error is not None:
-        if isinstance(error, PixRecError):
-            return error
-        failures = getattr(error, "worker_failures", None)
-        inner = next(iter(failures.values()), None) if isinstance(failures, dict) else None
-        error = getattr(error, "cause", None) or inner or error.__cause__
-    return None
+    """The PixRecError behind an error, also one that happened on a worker, whichever of them it was."""
+    if error is None or isinstance(error, PixRecError):
+        return error
+    failures = getattr(error, "worker_failures", None)
+    inner = [*failures.values()] if isinstance(failures, dict) else []
+    faults = (_user_fault(e) for e in (getattr(error, "cause", None), *inner, error.__cause__) if e is not error)
+    return next(filter(None, faults), None)

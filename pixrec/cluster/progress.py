@@ -30,22 +30,28 @@ class Mailbox:
 def listening(on_row: Callable[[dict[str, Any]], None]) -> Iterator[Any]:
     """Yield a Mailbox whose rows reach `on_row` in a thread of the driver; all have arrived when the block ends.
 
-    An error of `on_row` ends the listening, not the work: it is raised when the block ends well. An error of the
-    block itself goes before it.
+    An error of `on_row` stops neither the work nor the rows that follow: the first one is raised when the block ends
+    well. An error of the block itself goes before it.
     """
     # News are no reason to lose the work: where the mailbox's node is lost, an empty one takes its place.
     mailbox: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Mailbox).remote()
     stop = threading.Event()
     failures: list[Exception] = []
 
-    def listen() -> None:
+    def tell(row: dict[str, Any]) -> None:
         try:
-            last = False
+            on_row(row)
+        except Exception as error:
+            failures.append(error)
+
+    def listen() -> None:
+        last = False
+        try:
             while not last:
                 last = stop.wait(_POLL_SECONDS)
                 for row in ray.get(mailbox.take.remote()):
-                    on_row(row)
-        except Exception as error:
+                    tell(row)
+        except ray.exceptions.RayError as error:
             failures.append(error)
 
     thread = threading.Thread(target=listen, daemon=True)
