@@ -5,6 +5,7 @@ Shapes: B queries · N items · D width · k results.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,11 @@ def _search(queries_BD: torch.Tensor, items_ND: torch.Tensor, k: int) -> tuple[t
     device = queries_BD.device
     scores = torch.empty(len(queries_BD), 0, device=device)
     indices = torch.empty(len(queries_BD), 0, dtype=torch.int64, device=device)
-    for first in range(0, len(items_ND), ITEM_BLOCK):
-        block = items_ND[first : first + ITEM_BLOCK].to(device, torch.float32)
+    whole = len(items_ND) - len(items_ND) % ROW_MULTIPLE  # only the few rows after it need filling up
+    for first, last in itertools.pairwise([*range(0, whole, ITEM_BLOCK), whole, len(items_ND)]):
+        if first == last:
+            continue
+        block = items_ND[first:last].to(device, torch.float32)
         block_scores, block_rows = _stable_top(_product(queries_BD, block), k)
         # what was kept so far has the lower rows and stands first, so a stable sort keeps the order of ties
         scores, order = torch.cat([scores, block_scores], 1).sort(dim=1, descending=True, stable=True)
