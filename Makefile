@@ -20,7 +20,8 @@ demo: setup
 
 # The unit part first (seconds), then what needs processes or Ray.
 test: setup lint
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest tests/unit
+	$(RUN)/python -m pytest tests/ranks tests/cluster
 
 lint: setup
 	$(RUN)/ruff check .

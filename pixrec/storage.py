@@ -249,10 +249,14 @@ def staged_folder(uri: str, marker: str, kind: str) -> Iterator[str]:
 
     `marker` is the file every complete folder of this `kind` holds. An older one at `uri` is replaced whole;
     anything else there is refused, so that a mistyped --out destroys nothing. On s3:// the marker is copied last
-    and readers go by it.
+    and readers go by it. What a killed run for the same place left behind is removed.
     """
     check_writable(uri, marker, kind)
-    staging = join(parent(uri), f".{name(uri)}.partial-{uuid.uuid4().hex[:8]}")
+    prefix = f".{name(uri)}.partial-"
+    for left_behind in list_folders(parent(uri)):
+        if left_behind.startswith(prefix):
+            remove(join(parent(uri), left_behind))
+    staging = join(parent(uri), f"{prefix}{uuid.uuid4().hex[:8]}")
     fs, staging_path = _locate(staging)
     try:
         if not is_remote(uri):

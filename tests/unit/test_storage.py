@@ -173,3 +173,11 @@ def test_a_local_folder_is_itself_and_copies_are_whole(tmp_path: Path):
     storage.remove(str(tmp_path / "b"))
     storage.remove(str(tmp_path / "b"))
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    (tmp_path / ".out.partial-dead").mkdir()
+    (tmp_path / ".other.partial-dead").mkdir()
+    with storage.staged_folder(str(tmp_path / "out"), "done", "thing") as staging:
+        storage.write_bytes(storage.join(staging, "done"), b"")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.partial-dead", "out"]
