@@ -256,7 +256,7 @@ def test_an_index_is_read_as_it_was_written(tmp_path: Path, dtype: str, toleranc
 
 
 def test_large_indexes_lie_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pixrec.artifact._ROWS_PER_PART", 3)
+    monkeypatch.setattr("pixrec.artifact.index._ROWS_PER_PART", 3)
     vectors = publish(tmp_path, ids="abcdefghijklmno")
     index = load_index(str(tmp_path))
     assert index.item_ids == list("abcdefghijklmno")

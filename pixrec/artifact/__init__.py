@@ -1,0 +1,35 @@
+"""A model or an index as one versioned unit on storage; no pickle anywhere."""
+
+from pixrec.artifact.index import (
+    Index,
+    IndexWriter,
+    check_index_writable,
+    index_manifest,
+    index_version,
+    load_index,
+)
+from pixrec.artifact.model import (
+    MODEL_MARKER,
+    Model,
+    fingerprint,
+    knockout_uri,
+    load_model,
+    new_model,
+    save_model,
+)
+
+__all__ = [
+    "MODEL_MARKER",
+    "Index",
+    "IndexWriter",
+    "Model",
+    "check_index_writable",
+    "fingerprint",
+    "index_manifest",
+    "index_version",
+    "knockout_uri",
+    "load_index",
+    "load_model",
+    "new_model",
+    "save_model",
+]
