@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.timing import Row
 
-NAMES = ("decode", "retrieval", "batching", "positions")
+NAMES = ("decode", "fetch", "retrieval", "batching", "positions", "towers", "evaluation")
 
 
 def main(wanted: list[str]) -> int:

@@ -25,17 +25,20 @@ class Row:
         return self.ours / self.theirs
 
 
-def seconds_each(calls: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
+def seconds_each(
+    calls: Mapping[str, Callable[[], Any]], rounds: int = 7, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each call, after one that is not counted.
 
-    The calls take turns, so that a machine that is busy for a while slows all of them.
+    The calls take turns, so that a machine that is busy for a while slows all of them. `time.process_time` as the
+    `clock` leaves out what others had of the processor, for work on one thread.
     """
     for call in calls.values():
         call()
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            started = time.perf_counter()
+            started = clock()
             call()
-            taken[name].append(time.perf_counter() - started)
+            taken[name].append(clock() - started)
     return {name: statistics.median(values) for name, values in taken.items()}

@@ -1,12 +1,18 @@
-"""What a recommender must beat: scorers without a model. Know rows and counts; know no pictures and no text.
+"""What a recommender must beat: scorers without a trained model. Know rows, counts and given vectors; no files.
 
-Shapes: B users · N items.
+Each gives `scores(histories) -> (B, N)`, higher is better. Shapes: B users · N items · D width of given vectors
+· E events of training.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
 import numpy as np
 import torch
+
+Histories = list[np.ndarray]
 
 
 class Popularity:
@@ -16,13 +22,26 @@ class Popularity:
 
     def __init__(self, training_counts: np.ndarray) -> None:
         """training_counts (N,): events of each item that training may see."""
-        # dense ranks in [0, 1) rather than counts: float32 would merge neighbouring counts above 2**24
-        distinct, level = np.unique(np.asarray(training_counts), return_inverse=True)
-        self._popularity_N = torch.from_numpy((level / max(len(distinct), 1)).astype(np.float32))
+        self._popularity_N = torch.from_numpy(_levels(np.asarray(training_counts)))
 
-    def scores(self, histories: list[np.ndarray]) -> torch.Tensor:
+    def scores(self, histories: Histories) -> torch.Tensor:
         """(B, N) float32, higher is better, in [0, 1)."""
         return self._popularity_N.expand(len(histories), -1)
+
+
+class RecentPopularity(Popularity):
+    """The items with the most events in the last stretch of training; among equals the more popular over all time."""
+
+    name = "recent_popularity"
+
+    def __init__(self, rows: np.ndarray, timestamps: np.ndarray, num_items: int, recent_share: float) -> None:
+        """rows, timestamps (E,): the events of training. The last `recent_share` of them by time count as recent,
+        with all that happened at the moment the stretch begins."""
+        begins = np.quantile(timestamps, 1 - recent_share, method="higher") if len(timestamps) else 0
+        recent = np.bincount(rows[timestamps >= begins], minlength=num_items)
+        ever = np.bincount(rows, minlength=num_items)
+        # int64 holds both counts exactly, so that `super` may rank them as one number
+        super().__init__(recent.astype(np.int64) * (int(ever.max(initial=0)) + 1) + ever)
 
 
 class RepeatLast(Popularity):
@@ -30,9 +49,161 @@ class RepeatLast(Popularity):
 
     name = "repeat_last"
 
-    def scores(self, histories: list[np.ndarray]) -> torch.Tensor:
+    def scores(self, histories: Histories) -> torch.Tensor:
         """(B, N) float32, higher is better; the history's items have 1 and more."""
         scores_BN = super().scores(histories).numpy().copy()
         for scores, history in zip(scores_BN, histories, strict=True):
             scores[history] = np.arange(1, len(history) + 1)  # of a repeated item the last, most recent place holds
         return torch.from_numpy(scores_BN)
+
+
+class ItemTransition:
+    """What followed the user's last item in training histories, smoothed over the graph of such steps.
+
+    With P the row-normalised counts of consecutive items, an item's walk is the mean of its rows of P, P², ... P^steps,
+    each weighted `damping` times the one before. An item followed n times has the score (n · walk + b · popularity) /
+    (n + b): what little was seen of an item leans on what everybody takes (Dirichlet smoothing).
+    """
+
+    name = "item_transition"
+
+    def __init__(
+        self, histories: Sequence[np.ndarray], num_items: int, *, steps: int = 2, damping: float = 0.3,
+        backoff_events: float = 10.0,
+    ) -> None:  # fmt: skip
+        """histories: the rows of each training history. backoff_events: b above."""
+        lengths = [len(h) for h in histories]
+        rows = np.concatenate(histories) if histories else np.zeros(0, np.int64)
+        last = np.zeros(len(rows), dtype=bool)
+        last[np.cumsum(lengths) - 1] = True
+        here = np.flatnonzero(~last)
+        pairs, counts = np.unique(rows[here] * num_items + rows[here + 1], return_counts=True)
+        source, self._next = np.divmod(pairs, num_items)
+        self._followed = np.bincount(source, weights=counts, minlength=num_items)
+        self._share = counts / self._followed[source]
+        self._starts = np.searchsorted(source, np.arange(num_items + 1))
+        self._popularity = np.bincount(rows, minlength=num_items) / max(1, len(rows))
+        self._weights = damping ** np.arange(steps) / (damping ** np.arange(steps)).sum()
+        self._backoff = backoff_events
+
+    def scores(self, histories: Histories) -> torch.Tensor:
+        """(B, N) float32: the logarithm of each item's chance to be next, not below log(1e-12).
+
+        As logarithms, because the chances of rare items lie closer together than what counts as a tie.
+        """
+        last, place = np.unique([h[-1] for h in histories], return_inverse=True)
+        return torch.from_numpy(np.stack([self._scores_after(int(item)) for item in last])[place])
+
+    def _scores_after(self, item: int) -> np.ndarray:
+        step = np.zeros(len(self._popularity))
+        step[item] = 1.0
+        walk = np.zeros_like(step)
+        for weight in self._weights:
+            step = self._follow(step)
+            walk += weight * step
+        seen = self._followed[item]
+        chance = (seen * walk + self._backoff * self._popularity) / (seen + self._backoff)
+        return np.log(np.maximum(chance, 1e-12)).astype(np.float32)
+
+    def _follow(self, step: np.ndarray) -> np.ndarray:
+        """One step of a distribution (N,) over the graph; touches only the rows of P that it needs."""
+        items = np.flatnonzero(step)
+        counts = self._starts[items + 1] - self._starts[items]
+        edges = np.arange(counts.sum()) + np.repeat(self._starts[items] - np.cumsum(counts) + counts, counts)
+        flow = np.repeat(step[items], counts) * self._share[edges]
+        return np.bincount(self._next[edges], weights=flow, minlength=len(step))
+
+
+class ContentLinear:
+    """A linear user model on frozen item vectors: how far content goes without a user tower.
+
+    A user is the mean of the history's vectors, each item's weight `decay` times that of the one after it; a matrix
+    takes it to the next item's vector. The matrix is the ridge solution over all consecutive pairs of training.
+    """
+
+    name = "content_linear"
+
+    def __init__(
+        self, histories: Sequence[np.ndarray], vectors: np.ndarray, *, decay: float = 0.8, ridge: float = 1e-3,
+        max_history_items: int = 50,
+    ) -> None:  # fmt: skip
+        """histories: training histories of rows; vectors (N, D). ridge: as a share of the mean squared length."""
+        self._vectors = np.asarray(vectors, dtype=np.float32)
+        self._decay, self._longest = decay, max_history_items
+        width = self._vectors.shape[1]
+        gram, cross = np.zeros((width, width)), np.zeros((width, width))
+        for users, following in self._pairs([h[-max_history_items - 1 :] for h in histories if len(h) > 1]):
+            gram += users.T @ users
+            cross += users.T @ self._vectors[following]
+        ridge_term = ridge * max(float(np.trace(gram)), 1e-12) / width * np.eye(width)
+        self._map = np.linalg.solve(gram + ridge_term, cross).astype(np.float32)
+        self._items = torch.from_numpy(self._vectors)
+
+    def scores(self, histories: Histories) -> torch.Tensor:
+        """(B, N) float32: the inner product of the mapped user with each item."""
+        users = np.stack([self._user(h[-self._longest :]) for h in histories])
+        return torch.from_numpy(users @ self._map) @ self._items.T
+
+    def _user(self, history: np.ndarray) -> np.ndarray:
+        weights = self._decay ** np.arange(len(history))[::-1]
+        return (weights / weights.sum()).astype(np.float32) @ self._vectors[history]
+
+    def _pairs(self, histories: Histories) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For each place in the histories: the users (P, D) up to there, and the rows (P,) that followed."""
+        by_length = sorted(histories, key=len, reverse=True)
+        lengths = np.array([len(h) for h in by_length])
+        sums = np.zeros((len(by_length), self._vectors.shape[1]), dtype=np.float32)
+        for place in range(int(lengths.max(initial=1)) - 1):
+            alive = int((lengths > place + 1).sum())
+            sums = self._decay * sums[:alive] + self._vectors[[h[place] for h in by_length[:alive]]]
+            weight = (1 - self._decay ** (place + 1)) / (1 - self._decay) if self._decay < 1 else place + 1
+            yield sums / np.float32(weight), np.array([h[place + 1] for h in by_length[:alive]])
+
+
+class _Scorer(Protocol):
+    name: str
+
+    def scores(self, histories: Histories) -> torch.Tensor: ...
+
+
+class ReciprocalRankFusion:
+    """The sum over scorers of 1 / (60 + rank), which needs no common scale (Cormack et al., SIGIR 2009)."""
+
+    def __init__(self, name: str, scorers: Sequence[_Scorer], constant: float = 60.0) -> None:
+        self.name, self._scorers, self._constant = name, scorers, constant
+
+    def scores(self, histories: Histories) -> torch.Tensor:
+        """(B, N) float32: the logarithm of that sum, which keeps far places apart."""
+        ranks = [pessimistic_ranks(scorer.scores(histories)) for scorer in self._scorers]
+        return torch.stack([1 / (self._constant + r) for r in ranks]).sum(0).log().float()
+
+
+class RoundRobin:
+    """The scorers take turns, the first one first, each giving its next best item: the quasi-round-robin of CALRec
+    (Li et al., RecSys 2024). An item stands where the scorer that ranks it highest would put it."""
+
+    def __init__(self, name: str, scorers: Sequence[_Scorer]) -> None:
+        self.name, self._scorers = name, scorers
+
+    def scores(self, histories: Histories) -> torch.Tensor:
+        """(B, N) float32: minus the turn at which an item is first given."""
+        return take_turns([scorer.scores(histories) for scorer in self._scorers])
+
+
+def take_turns(rankings: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Minus the turn (B, N) float32 at which each item is given when rankings, scores (B, N) each, take turns."""
+    turns = [(pessimistic_ranks(scores) - 1) * len(rankings) + place for place, scores in enumerate(rankings)]
+    return -torch.stack(turns).amin(0).float()
+
+
+def pessimistic_ranks(scores: torch.Tensor) -> torch.Tensor:
+    """The rank (B, N) float64 of every item by scores (B, N), 1 the best; of tied items all have the worst place."""
+    scores = torch.nan_to_num(scores.double(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    ascending = scores.sort(dim=1).values.contiguous()
+    return (scores.shape[1] - torch.searchsorted(ascending, scores.contiguous())).double()
+
+
+def _levels(counts: np.ndarray) -> np.ndarray:
+    """Dense ranks in [0, 1) float32 rather than counts: float32 would merge neighbouring counts above 2**24."""
+    distinct, level = np.unique(counts, return_inverse=True)
+    return (level / max(len(distinct), 1)).astype(np.float32)

@@ -63,9 +63,13 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             case "train":
                 return verbs.train(a.data, a.out, config, a.resume, console)
             case "embed":
-                return verbs.embed(a.model, a.data, a.out, config, console)
+                return verbs.embed(
+                    a.model, a.data, a.out, config, console, list_only=a.list, rollback_to=a.rollback, keep=a.keep
+                )
             case "evaluate":
-                return verbs.evaluate(a.model, a.data, a.index, a.out, config, console)
+                return verbs.evaluate(
+                    a.model, a.data, a.index, a.out, config, console, predictions=a.predictions, also=a.also
+                )
             case "recommend":
                 history = [i for i in a.history.split(",") if i]
                 return verbs.recommend(a.model, a.index, a.data, history, a.k, a.include_history, console)
@@ -91,12 +95,26 @@ def _parser() -> argparse.ArgumentParser:
     model, data, index = ("model", "model folder"), ("data", "prepared data set"), ("index", "index folder")
     sub = verb("prepare", "Turn input tables into a prepared data set.", ("interactions", "interactions table"))
     sub.add_argument("--items", metavar="URI", help="items table; without it the catalog is the set of ids seen")
-    sub.add_argument("--source", choices=["tables", "amazon2023"], default="tables", help="format of the input")
+    sub.add_argument(
+        "--source",
+        choices=["tables", "amazon2023"],
+        default="tables",
+        help="format of the input: Parquet tables, or raw .jsonl[.gz]",
+    )
     sub.add_argument("--out", required=True, metavar="URI", help="folder of the prepared data set")
     sub = verb("train", "Fine-tune the towers.", data, ("out", "folder of the model"))
     sub.add_argument("--resume", action="store_true", help="continue the unfinished run of the same --out")
-    verb("embed", "Publish the vectors of a catalog as an index version.", model, data, ("out", "index folder"))
-    sub = verb("evaluate", "Measure a model on the held-out events.", model, data, ("out", "folder of the report"))
+    sub = verb("embed", "Publish the vectors of a catalog as an index version.", ("out", "index folder"))
+    sub.add_argument("--model", metavar="URI", help="model folder")
+    sub.add_argument("--data", metavar="URI", help="prepared data set")
+    choice = sub.add_mutually_exclusive_group()
+    choice.add_argument("--list", action="store_true", help="list the versions of --out and do nothing else")
+    choice.add_argument("--rollback", metavar="VERSION", help="make an older version of --out the one in use")
+    sub.add_argument("--keep", type=int, metavar="N", help="delete all but the newest N versions and the one in use")
+    sub = verb("evaluate", "Measure recommenders on the held-out events.", data, ("out", "folder of the report"))
+    sub.add_argument("--model", metavar="URI", help="model folder; without it the predictions or the baselines alone")
+    sub.add_argument("--predictions", metavar="FILE", help="Parquet of user_id and ranked item_ids, scored alike")
+    sub.add_argument("--also", action="append", default=[], metavar="METRICS", help="metrics.json of another seed")
     sub.add_argument("--index", metavar="URI", help="use its item vectors instead of computing them")
     sub = verb("recommend", "Recommend the next items of a history.", model, index)
     sub.add_argument("--data", metavar="URI", help="prepared data set, where it has moved since embed")

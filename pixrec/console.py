@@ -23,6 +23,7 @@ class Console:
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._spoken: dict[str, float] = {}
+        self._began: dict[str, tuple[float, int]] = {}
 
     def __enter__(self) -> Console:
         if self._rich.is_terminal:
@@ -47,10 +48,14 @@ class Console:
             self._bars.update(self._tasks[stage], completed=done, total=total, note=note)
             return
         now, finished = time.monotonic(), total is not None and done >= total
+        began, at_first = self._began.setdefault(stage, (now, done))
         if finished or now - self._spoken.setdefault(stage, now) >= _PLAIN_SECONDS:
             self._spoken[stage] = now
             of = f" {done}/{total}" if total else ""
-            print(f"{stage}{of} {note}".rstrip(), file=sys.stderr, flush=True)
+            left = ""
+            if total and not finished and done > at_first:
+                left = f" ({_clock((now - began) * (total - done) / (done - at_first))} left)"
+            print(f"{stage}{of}{left} {note}".rstrip(), file=sys.stderr, flush=True)
 
     def training(self, row: dict[str, Any]) -> None:
         """A row of the training log: loss parts as they come, every validation."""
@@ -61,3 +66,22 @@ class Console:
         elif "loss" in row:
             note = "  ".join(f"{k} {v:.3f}" for k, v in row.items() if k.startswith("loss"))
             self.progress(stage, row["step"], row["total_steps"], note)
+
+
+class Rate:
+    """Counts something from now on and says how many there are in a second."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._count = 0
+
+    def add(self, count: int, unit: str) -> str:
+        """`count` more; the rate since the beginning as text."""
+        self._count += count
+        seconds = time.monotonic() - self._began
+        return f"{self._count / max(seconds, 1.0):,.0f} {unit}"
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -64,7 +64,7 @@ def _search(queries_BD: torch.Tensor, items_ND: torch.Tensor, k: int) -> tuple[t
         if first == last:
             continue
         block = items_ND[first:last].to(device, torch.float32)
-        block_scores, block_rows = _stable_top(_product(queries_BD, block), k)
+        block_scores, block_rows = stable_top(_product(queries_BD, block), k)
         # what was kept so far has the lower rows and stands first, so a stable sort keeps the order of ties
         scores, order = torch.cat([scores, block_scores], 1).sort(dim=1, descending=True, stable=True)
         indices = torch.cat([indices, block_rows + first], 1).gather(1, order)
@@ -78,16 +78,24 @@ def _product(queries_BD: torch.Tensor, items_ND: torch.Tensor) -> torch.Tensor:
     return (queries_BD @ padded.T)[:, : len(items_ND)]
 
 
-def _stable_top(scores_BN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`torch.topk` with ties in row order, which torch itself does not promise."""
+def stable_top(scores_BN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`torch.topk` of scores without NaN, with ties in row order, which torch itself does not promise."""
     if k >= scores_BN.shape[1]:
         return scores_BN.sort(dim=1, descending=True, stable=True)
     values, rows = scores_BN.topk(k + 1, dim=1)
     cut_in_a_tie = values[:, k - 1] == values[:, k]
-    rows = rows[:, :k].sort(dim=1).values
+    rows = rows[:, :k]
+    if cut_in_a_tie.any():  # which of the equal ones were kept is arbitrary
+        rows[cut_in_a_tie] = _first_of_the_tied(scores_BN[cut_in_a_tie], values[cut_in_a_tie, k - 1 : k], k)
+    rows = rows.sort(dim=1).values
     values, order = scores_BN.gather(1, rows).sort(dim=1, descending=True, stable=True)
-    rows = rows.gather(1, order)
-    if cut_in_a_tie.any():  # which of the equal ones were kept is arbitrary: sort these queries in full
-        whole_values, whole_rows = scores_BN[cut_in_a_tie].sort(dim=1, descending=True, stable=True)
-        values[cut_in_a_tie], rows[cut_in_a_tie] = whole_values[:, :k], whole_rows[:, :k]
-    return values, rows
+    return values, rows.gather(1, order)
+
+
+def _first_of_the_tied(scores_BN: torch.Tensor, cut_B1: torch.Tensor, k: int) -> torch.Tensor:
+    """Rows (B, k) of all scores above the cut, and of those equal to it the lowest rows, as many as fit."""
+    above = scores_BN > cut_B1
+    tied = scores_BN == cut_B1
+    room = k - above.sum(dim=1, keepdim=True)
+    kept = above | (tied & (tied.cumsum(dim=1, dtype=torch.int32) <= room))
+    return kept.nonzero()[:, 1].view(-1, k)

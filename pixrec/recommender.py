@@ -5,6 +5,8 @@ Shapes: B histories · N items of the catalog · D width of the shared space.
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,12 +19,17 @@ from pixrec.config import Config
 from pixrec.data.images import decode_image
 from pixrec.data.items import ItemTable
 from pixrec.data.sequences import DATASET_MARKER, load_dataset
-from pixrec.errors import ArtifactError, InputError
+from pixrec.data.text import item_text
+from pixrec.errors import ArtifactError, InputError, UnreadableImage
 from pixrec.index import top_k
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoding import Content
+from pixrec.model.vision import PictureTokens, find_tokens
 
 Filters = Mapping[str, Sequence[Any]]
+
+NEW_ITEMS_KEPT = 10_000
+"""Vectors of new items that are kept; the one not asked for the longest goes first."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,17 @@ class Query:
     exclude: Sequence[str] = ()
     exclude_history: bool = True
     filters: Filters = field(default_factory=dict)
+    new_vectors: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """vectors (D,) of items of the history that the data set lacks, as `Recommender.encode_new` gives them"""
+
+
+@dataclass(frozen=True)
+class NewItem:
+    """An item that came after the data set."""
+
+    fields: Mapping[str, Any]
+    """title, brand, category, price, description; what is unknown is left out"""
+    image: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -47,13 +65,20 @@ class Answer:
 class Recommender:
     """Answers queries about one index version. Thread-safe as long as nothing else uses the model."""
 
-    def __init__(self, model: Model, index: Index, items: ItemTable, training_counts: np.ndarray) -> None:
+    def __init__(
+        self,
+        model: Model,
+        index: Index,
+        items: ItemTable,
+        training_counts: np.ndarray,
+        tokens: PictureTokens | None = None,
+    ) -> None:
         self.config: Config = model.config
         self.model_version = model.fingerprint
         self.index_version = index.version
         self.items = items
         self._embedder = model.embedder()
-        self._catalog = Catalog(items, model.encoder)
+        self._catalog = Catalog(items, model.encoder, tokens=tokens)
         rows = np.array([items.row_of.get(i, -1) for i in index.item_ids], dtype=np.int64)
         if (rows < 0).any():
             stray = index.item_ids[int(np.argmin(rows))]
@@ -65,6 +90,7 @@ class Recommender:
         new = np.flatnonzero(~self._indexed)  # items that came after the index: in histories, not among the answers
         if len(new):
             self._vectors[new] = self._embedder.items(self._catalog, new)
+        self._new_vectors: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._popularity = (training_counts / max(1, int(training_counts.sum()))).astype(np.float32)
 
     def recommend(
@@ -75,19 +101,18 @@ class Recommender:
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
         """Answer all queries with one forward pass of the user tower and, filters aside, one search."""
-        known = [[self.items.row_of[i] for i in q.history if i in self.items.row_of] for q in queries]
-        with_history = [i for i, rows in enumerate(known) if rows]
+        with_history = [i for i, query in enumerate(queries) if self._known(query)]
         ranked: dict[int, list[tuple[str, float]]] = {}
         if with_history:
-            histories = [np.array(known[i], dtype=np.int64) for i in with_history]
-            vectors = self._embedder.users(self._catalog, histories, self._vectors)
+            vectors = self._user_vectors([queries[i] for i in with_history])
             for filters, members in _by_filters(queries, with_history):
                 chosen = [queries[with_history[m]] for m in members]
                 found = self._nearest(vectors[members], chosen, filters)
                 ranked |= dict(zip((with_history[m] for m in members), found, strict=True))
         answers = []
         for i, query in enumerate(queries):
-            unknown = list(dict.fromkeys(x for x in query.history if x not in self.items.row_of))
+            known = self._known(query)
+            unknown = list(dict.fromkeys(item_id for item_id in query.history if item_id not in known))
             items = ranked[i] if i in ranked else self._most_bought(query)
             answers.append(Answer(items, unknown, fallback=i not in ranked))
         return answers
@@ -105,6 +130,55 @@ class Recommender:
         pixels = None if image is None else decode_image(image, self._embedder.encoder.image_size_px)
         vector = self._embedder.contents([Content(text, pixels)])[0]
         return Answer(self._nearest(vector[None], [Query([], k)], filters or {})[0], [], fallback=False)
+
+    def encode_new(self, new_items: Mapping[str, NewItem]) -> dict[str, np.ndarray]:
+        """Vectors (D,) of items that the data set lacks, for `Query.new_vectors`; kept, so that each is encoded once.
+
+        Raises InputError on an unreadable picture, with the item's name, and where the user tower reads pictures and
+        text instead of vectors. Items of the data set are passed over.
+        """
+        new_items = {item_id: item for item_id, item in new_items.items() if item_id not in self.items.row_of}
+        if new_items and not self._embedder.reads_item_vectors:
+            raise InputError("new_items: this model's user tower is interleaved; only a compact one takes new items")
+        contents, keys = dict[bytes, Content](), dict[str, bytes]()
+        for item_id, item in new_items.items():
+            text = item_text(item.fields)
+            keys[item_id] = hashlib.blake2b(text.encode() + b"\0" + (item.image or b""), digest_size=16).digest()
+            if keys[item_id] not in self._new_vectors:
+                contents[keys[item_id]] = Content(text, self._pixels(item_id, item.image))
+        if contents:
+            made = self._embedder.contents(list(contents.values()))
+            self._new_vectors |= dict(zip(contents, made, strict=True))
+        found = {item_id: self._new_vectors[key] for item_id, key in keys.items()}
+        for key in keys.values():
+            self._new_vectors.move_to_end(key)
+        while len(self._new_vectors) > NEW_ITEMS_KEPT:
+            self._new_vectors.popitem(last=False)
+        return found
+
+    def _pixels(self, item_id: str, image: bytes | None) -> np.ndarray | None:
+        try:
+            return None if image is None else decode_image(image, self._embedder.encoder.image_size_px)
+        except UnreadableImage as error:
+            raise InputError(f"item {item_id!r}: {error}") from None
+
+    def _known(self, query: Query) -> list[str]:
+        return [i for i in query.history if i in self.items.row_of or i in query.new_vectors]
+
+    def _user_vectors(self, queries: Sequence[Query]) -> np.ndarray:
+        """Vectors (B, D) of users whose history holds at least one known item."""
+        if not any(query.new_vectors for query in queries):
+            histories = [np.array([self.items.row_of[i] for i in self._known(q)], dtype=np.int64) for q in queries]
+            return self._embedder.users(self._catalog, histories, self._vectors)
+        return self._embedder.users_of_vectors([self._history_vectors(query) for query in queries])
+
+    def _history_vectors(self, query: Query) -> np.ndarray:
+        """Vectors (L, D) of the newest known items of a history."""
+        newest = self._known(query)[-self._embedder.max_history_items :]
+        rows = [self.items.row_of.get(item_id) for item_id in newest]
+        return np.stack(
+            [query.new_vectors[i] if row is None else self._vectors[row] for i, row in zip(newest, rows, strict=True)]
+        )
 
     def _nearest(
         self, vectors: np.ndarray, queries: Sequence[Query], filters: Filters
@@ -161,7 +235,8 @@ def load_recommender(model: str, index: str, data: str | None = None) -> Recomme
     loaded = load_model(model)
     found = load_index(index, loaded.fingerprint)
     dataset = load_dataset(data or _data_of(index))
-    return Recommender(loaded, found, dataset.items, dataset.training_counts())
+    tokens = find_tokens(dataset.uri, loaded.config, loaded.tower.backbone)
+    return Recommender(loaded, found, dataset.items, dataset.training_counts(), tokens)
 
 
 def _data_of(index: str) -> str:

@@ -17,7 +17,7 @@ IMAGE, IMAGE_URI, IMAGE_STATUS = "image", "image_uri", "image_status"
 USER_ID, TIMESTAMP, RATING = "user_id", "timestamp", "rating"
 ITEM_IDS, TIMESTAMPS = "item_ids", "timestamps"
 SOURCE, KEY, REASON = "source", "key", "reason"
-EMBEDDING, CONTENT_HASH = "embedding", "content_hash"
+EMBEDDING, SCALE, CONTENT_HASH, HAS_IMAGE = "embedding", "scale", "content_hash", "has_image"
 
 # The fields that make up an item's text, in the order in which they are read out.
 TEXT_FIELDS = (TITLE, BRAND, CATEGORY, PRICE, DESCRIPTION)
@@ -49,6 +49,19 @@ PREPARED_ITEM_FIELDS = [
 
 
 def index_schema(width: int, dtype: str) -> pa.Schema:
-    """Schema of an index part: `embedding` is a fixed-size list of `width` values of `dtype` (float32 or float16)."""
-    value = {"float32": pa.float32(), "float16": pa.float16()}[dtype]
-    return pa.schema([(ITEM_ID, pa.string()), (EMBEDDING, pa.list_(value, width)), (CONTENT_HASH, pa.string())])
+    """Schema of an index part: `embedding` is a fixed-size list of `width` values of `dtype`.
+
+    dtype float32 or float16 is the vector itself; int8 comes with a float32 column `scale`, and the vector is their
+    product. `has_image`: whether the vector saw a picture; False is text alone, null is not said.
+    """
+    value = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}[dtype]
+    scale = [(SCALE, pa.float32())] if dtype == "int8" else []
+    return pa.schema(
+        [
+            (ITEM_ID, pa.string()),
+            (EMBEDDING, pa.list_(value, width)),
+            *scale,
+            (CONTENT_HASH, pa.string()),
+            (HAS_IMAGE, pa.bool_()),
+        ]
+    )

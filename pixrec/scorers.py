@@ -1,65 +1,212 @@
-"""A model and its knockouts as scorers of the evaluation. Knows towers; knows no metric and no report."""
+"""Everything that is ranked side by side, put together by name. Knows models, data sets and baselines; no metric.
+
+Shapes: B users · N items · D width of the shared space.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
 from pixrec import storage
 from pixrec.artifact import MODEL_MARKER, Index, Model, knockout_uri, load_model
-from pixrec.config import Modalities
+from pixrec.baselines import (
+    ContentLinear,
+    ItemTransition,
+    Popularity,
+    RecentPopularity,
+    ReciprocalRankFusion,
+    RepeatLast,
+    RoundRobin,
+)
+from pixrec.config import Config, Modalities
 from pixrec.data.items import ItemTable
-from pixrec.errors import ArtifactError
+from pixrec.data.sequences import Dataset
+from pixrec.errors import ArtifactError, ConfigError, InputError
+from pixrec.evaluation import AnyScorer, Scorer
+from pixrec.index import ROW_MULTIPLE
+from pixrec.knockouts import REPLACED, Replaced, ReplacedItems
 from pixrec.model.catalog import Catalog, Embedder
+from pixrec.predictions import Predictions
+from pixrec.sasrec import LOSS_OF, train_sasrec
 
 Progress = Callable[[str, int, int | None], None]
 
 KNOCKOUTS: dict[str, Modalities] = {"pixrec_text_only": "text", "pixrec_image_only": "image"}
+REPLACEMENTS: dict[str, Replaced] = {f"pixrec_{how}": how for how in REPLACED}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes the towers of one scorer, so that another process can make the same."""
+
+    name: str
+    model_uri: str
+    modality: Modalities | None = None
+    """What the model is shown; None: what it was trained on"""
+    replaced: Replaced | None = None
+
+    def towers(self, items: ItemTable, model: Model) -> tuple[Embedder, Catalog]:
+        """The model as this scorer uses it, and the items as it sees them."""
+        embedder = model.embedder()
+        if self.modality is not None:
+            embedder.modalities = self.modality
+        if self.replaced is not None:
+            items = ReplacedItems(items, self.replaced, model.encoder.image_size_px)
+        return embedder, Catalog(items, model.encoder)
 
 
 class TowerScorer:
-    """Cosine of user and item vectors over the whole catalog (N items)."""
+    """Cosine of user and item vectors over the whole catalog."""
 
-    def __init__(self, name: str, embedder: Embedder, catalog: Catalog, item_vectors: np.ndarray) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, embedder: Embedder, catalog: Catalog, item_vectors: np.ndarray, recipe: Recipe | None = None
+    ) -> None:
+        self.name, self.recipe, self.vectors = name, recipe, item_vectors
         self._embedder, self._catalog = embedder, catalog
-        self._vectors = item_vectors
-        self._items = torch.from_numpy(item_vectors)
+        filled = np.pad(item_vectors, ((0, -len(item_vectors) % ROW_MULTIPLE), (0, 0)))  # equal items, equal scores
+        self._items = torch.from_numpy(filled).to(embedder.device)
 
     def scores(self, histories: list[np.ndarray]) -> torch.Tensor:
         """Scores (B, N) float32 for histories of rows, oldest first."""
-        return torch.from_numpy(self._embedder.users(self._catalog, histories, self._vectors)) @ self._items.T
+        users = torch.from_numpy(self._embedder.users(self._catalog, histories, self.vectors)).to(self._items.device)
+        return (users @ self._items.T)[:, : len(self.vectors)]
 
 
 def tower_scorers(
-    model_uri: str, model: Model, items: ItemTable, index: Index | None, progress: Progress
+    model_uri: str,
+    model: Model,
+    items: ItemTable,
+    index: Index | None,
+    progress: Progress,
+    replaced: Sequence[str] = (),
 ) -> tuple[list[TowerScorer], dict[str, str]]:
-    """The model's scorer and its two knockouts, and how each knockout was made.
+    """The model's scorer, its two knockouts and those `replaced` names, and how each knockout was made.
 
     A knockout trained with the model is `trained`; where there is none, the model itself is scored with one modality
-    removed (`scored`), which is the weaker test. A model of a single modality has no knockouts.
+    removed (`scored`), which is the weaker test. `replaced`: the model is shown a constant or noise. A model of a
+    single modality has no knockouts.
     """
-    catalog = Catalog(items, model.encoder)
-    rows = np.arange(len(items))
-    embedder = model.embedder()
-    vectors = aligned(index, items) if index else embedder.items(catalog, rows, progress=_named(progress, "pixrec"))
-    scorers, made = [TowerScorer("pixrec", embedder, catalog, vectors)], dict[str, str]()
-    if model.config.model.modalities != "both":
-        return scorers, made
-    for name, modality in KNOCKOUTS.items():
-        uri = knockout_uri(model_uri, modality)
-        if storage.exists(storage.join(uri, MODEL_MARKER)):
-            made[name] = "trained"
-            knockout = load_model(uri)
-            embedder, seen = knockout.embedder(), Catalog(items, knockout.encoder)
+    recipes, made = [Recipe("pixrec", model_uri)], dict[str, str]()
+    if model.config.model.modalities == "both":
+        for name, modality in KNOCKOUTS.items():
+            uri = knockout_uri(model_uri, modality)
+            made[name] = "trained" if storage.exists(storage.join(uri, MODEL_MARKER)) else "scored"
+            recipes.append(Recipe(name, uri) if made[name] == "trained" else Recipe(name, model_uri, modality))
+        recipes += [Recipe(name, model_uri, replaced=REPLACEMENTS[name]) for name in replaced]
+        made |= dict.fromkeys(replaced, "replaced")
+    elif replaced:
+        raise InputError(f"evaluate.scorers names {replaced[0]}, but {model_uri} was trained on one modality alone")
+    scorers, device = [], str(model.embedder().device)
+    for recipe in recipes:
+        used = model if recipe.model_uri == model_uri else load_model(recipe.model_uri, device)
+        embedder, catalog = recipe.towers(items, used)
+        if recipe.name == "pixrec" and index is not None:
+            vectors = aligned(index, items)
         else:
-            made[name] = "scored"
-            embedder = Embedder(model.tower, model.encoder, modality, model.config.model.max_history_items)
-            seen = catalog
-        scorers.append(TowerScorer(name, embedder, seen, embedder.items(seen, rows, progress=_named(progress, name))))
+            vectors = embedder.items(catalog, np.arange(len(items)), progress=_named(progress, recipe.name))
+        scorers.append(TowerScorer(recipe.name, embedder, catalog, vectors, recipe))
     return scorers, made
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the command was given to be evaluated."""
+
+    model_uri: str | None = None
+    model: Model | None = None
+    index: Index | None = None
+    predictions: Predictions | None = None
+
+
+def build_scorers(
+    dataset: Dataset, config: Config, sources: Sources, progress: Progress
+) -> tuple[list[AnyScorer], dict[str, str]]:
+    """All scorers in the order of the tables, and how the knockouts among them were made.
+
+    First what is evaluated: the model with its knockouts, or the predictions; then what `evaluate.scorers` names.
+    To add a scorer, give it a name in `_Workshop.makers`. Raises ConfigError on an unknown name, InputError on one
+    that needs what was not given.
+    """
+    workshop, names = _Workshop(dataset, config, sources, progress), config.evaluate.scorers
+    workshop.check_names()
+    towers, made = list[TowerScorer](), dict[str, str]()
+    if sources.model is not None and sources.model_uri is not None:
+        replaced = [name for name in names if name in REPLACEMENTS]
+        towers, made = tower_scorers(sources.model_uri, sources.model, dataset.items, sources.index, progress, replaced)
+    workshop.made |= {tower.name: tower for tower in towers}
+    scorers: list[AnyScorer] = [*towers]
+    if sources.predictions is not None:
+        scorers.append(sources.predictions)
+    known = {scorer.name for scorer in scorers}
+    return scorers + [workshop.make(name) for name in names if name not in known], made
+
+
+class _Workshop:
+    """Makes scorers by name, each once."""
+
+    def __init__(self, dataset: Dataset, config: Config, sources: Sources, progress: Progress) -> None:
+        self.dataset, self.config, self.sources, self.progress = dataset, config, sources, progress
+        self.made: dict[str, Any] = {}
+        self.makers: dict[str, Callable[[], Scorer]] = {
+            "popularity": lambda: Popularity(dataset.training_counts()),
+            "recent_popularity": self._recent_popularity,
+            "repeat_last": lambda: RepeatLast(dataset.training_counts()),
+            "item_transition": self._item_transition,
+            "content_linear": lambda: ContentLinear(dataset.training_histories(), self.make("pixrec").vectors),
+            "generative_bm25": self._generative_bm25,
+            **{name: partial(self._sasrec, name) for name in LOSS_OF},
+            "rrf": lambda: ReciprocalRankFusion("rrf", [self.make(name) for name in config.evaluate.fused]),
+            "round_robin": lambda: RoundRobin("round_robin", [self.make(name) for name in config.evaluate.fused]),
+        }
+
+    def check_names(self) -> None:
+        """Raise ConfigError on a name that nobody makes, before any work is done."""
+        known = [*self.makers, *REPLACEMENTS, *KNOCKOUTS, "pixrec"]
+        for field, names in (("scorers", self.config.evaluate.scorers), ("fused", self.config.evaluate.fused)):
+            for name in names:
+                if name not in known or (field == "fused" and name in ("rrf", "round_robin")):
+                    near = difflib.get_close_matches(name, known, n=1)
+                    hint = f"did you mean {near[0]!r}?" if near and near[0] != name else f"known: {', '.join(known)}"
+                    raise ConfigError(f"evaluate.{field} names {name!r}; {hint}")
+
+    def make(self, name: str) -> Any:
+        if name not in self.made:
+            if name not in self.makers:
+                raise InputError(f"evaluate.scorers or evaluate.fused names {name}, which needs a --model that has it")
+            self.made[name] = self.makers[name]()
+        return self.made[name]
+
+    def _recent_popularity(self) -> Scorer:
+        events, visible = self.dataset.events, self.dataset.training_visible()
+        share = self.config.evaluate.recent_share
+        return RecentPopularity(events.rows[visible], events.timestamps[visible], len(self.dataset.items), share)
+
+    def _item_transition(self) -> Scorer:
+        histories, items = self.dataset.training_histories(), len(self.dataset.items)
+        settings = self.config.evaluate
+        steps, damping = settings.transition_steps, settings.transition_damping
+        return ItemTransition(histories, items, steps=steps, damping=damping)
+
+    def _sasrec(self, name: str) -> Scorer:
+        def tell(row: dict[str, Any]) -> None:
+            if "total_steps" in row:
+                self.progress(f"train {name}", row["step"], row["total_steps"])
+
+        return train_sasrec(name, self.dataset, self.config.sasrec, tell)
+
+    def _generative_bm25(self) -> Scorer:
+        from pixrec.generative import GenerativeBM25
+
+        if self.sources.model is None:
+            raise InputError("evaluate.scorers names generative_bm25, which needs --model")
+        return GenerativeBM25(self.sources.model, self.dataset.items, self.config.evaluate)
 
 
 def aligned(index: Index, items: ItemTable) -> np.ndarray:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -228,6 +229,18 @@ def read_rows(uri: str, group: int, start: int, stop: int) -> pa.Table:
         raise _failed(uri, error) from None
 
 
+def stream_table(uri: str, columns: list[str] | None, rows_at_a_time: int) -> Iterator[pa.Table]:
+    """The rows of one Parquet file in order, a few at a time; named columns that it lacks are left out."""
+    fs, path = arrow_location(uri)
+    try:
+        file = pq.ParquetFile(path, filesystem=fs, pre_buffer=False, buffer_size=_STREAM_BYTES)
+        known = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+        for batch in file.iter_batches(batch_size=rows_at_a_time, columns=known):
+            yield pa.Table.from_batches([batch])
+    except (pa.ArrowException, *_TROUBLE) as error:
+        raise _failed(uri, error) from None
+
+
 def write_table(uri: str, table: pa.Table) -> str:
     """Write one Parquet file whole; the answer is the hash of its bytes."""
     sink = pa.BufferOutputStream()
@@ -235,6 +248,30 @@ def write_table(uri: str, table: pa.Table) -> str:
     data = sink.getvalue().to_pybytes()
     write_bytes(uri, data)
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+@contextlib.contextmanager
+def table_writer(uri: str, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    """A function that appends rows to one new Parquet file, a row group a call; for what does not fit into memory."""
+    fs, path = arrow_location(uri)
+    try:
+        if not is_remote(uri):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        with pq.ParquetWriter(path, schema, filesystem=fs, compression="zstd") as writer:
+            yield writer.write_table
+    except _TROUBLE as error:
+        raise _unwritable(uri, error) from None
+
+
+@contextlib.contextmanager
+def open_stream(uri: str) -> Iterator[io.BufferedReader]:
+    """The bytes of one file from the start, a few MiB in memory at a time. Raises InputError, also inside the block."""
+    fs, path = _locate(uri)
+    try:
+        with fs.open(path, "rb", block_size=_STREAM_BYTES) if is_remote(uri) else open(path, "rb", 0) as raw:
+            yield io.BufferedReader(raw, _STREAM_BYTES)
+    except _TROUBLE as error:
+        raise _failed(uri, error) from None
 
 
 def remove(uri: str) -> None:
@@ -252,11 +289,7 @@ def staged_folder(uri: str, marker: str, kind: str) -> Iterator[str]:
     and readers go by it. What a killed run for the same place left behind is removed.
     """
     check_writable(uri, marker, kind)
-    prefix = f".{name(uri)}.partial-"
-    for left_behind in list_folders(parent(uri)):
-        if left_behind.startswith(prefix):
-            remove(join(parent(uri), left_behind))
-    staging = join(parent(uri), f"{prefix}{uuid.uuid4().hex[:8]}")
+    staging = _fresh_beside(uri, "partial")
     fs, staging_path = _locate(staging)
     try:
         if not is_remote(uri):
@@ -268,6 +301,24 @@ def staged_folder(uri: str, marker: str, kind: str) -> Iterator[str]:
     finally:
         if fs.exists(staging_path):
             fs.rm(staging_path, recursive=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(uri: str) -> Iterator[str]:
+    """A place beside `uri` for what is needed until the block ends, whichever way it ends."""
+    scratch = _fresh_beside(uri, "scratch")
+    try:
+        yield scratch
+    finally:
+        remove(scratch)
+
+
+def _fresh_beside(uri: str, what: str) -> str:
+    """A folder name of its own beside `uri`; what killed runs for the same place left behind is removed."""
+    prefix = f".{name(uri)}.{what}-"
+    for left_behind in (folder for folder in list_folders(parent(uri)) if folder.startswith(prefix)):
+        remove(join(parent(uri), left_behind))
+    return join(parent(uri), f"{prefix}{uuid.uuid4().hex[:8]}")
 
 
 def check_writable(uri: str, marker: str, kind: str) -> None:

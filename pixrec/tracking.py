@@ -1,14 +1,17 @@
-"""The log of a training run: rows for the report, TensorBoard events for those who watch. No Ray."""
+"""The log of a training run: rows for the report, TensorBoard events for those who watch, MLflow and Weights & Biases
+for those who ask. No Ray."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
 from pixrec import storage
+from pixrec.errors import ConfigError
 
 _ROWS, _EVENTS = "training.jsonl", "tensorboard"
 _NOT_FIGURES = ("part", "step", "total_steps")
@@ -17,10 +20,12 @@ _NOT_FIGURES = ("part", "step", "total_steps")
 class TrainingLog:
     """Rows of all parts of a run, kept below `folder`; continues what an interrupted run left there.
 
-    A row is a dict with `part`, `step` and figures. On s3:// the events are kept locally until `save`.
+    A row is a dict with `part`, `step` and figures. On s3:// the events are kept locally until `save`. `trackers` get
+    the figures too, in a run named `name`.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, trackers: Sequence[str] = (), name: str = "pixrec") -> None:
+        self._trackers = [open_tracker(tracker, name) for tracker in trackers]
         self._folder = folder
         self._remote = storage.is_remote(folder)
         self._events = tempfile.mkdtemp(prefix="pixrec-") if self._remote else storage.join(folder, _EVENTS)
@@ -36,6 +41,9 @@ class TrainingLog:
         for name, value in row.items():
             if name not in _NOT_FIGURES:
                 self._writers[part].add_scalar(name, value, row["step"])
+        figures = {f"{part}/{n}": v for n, v in row.items() if n not in _NOT_FIGURES}
+        for tracker in self._trackers:
+            tracker.log(figures, row["step"])
         if any(name.startswith("valid_") for name in row):
             self.save(self._folder)
 
@@ -54,8 +62,62 @@ class TrainingLog:
     def close(self) -> None:
         for writer in self._writers.values():
             writer.close()
+        for tracker in self._trackers:
+            tracker.close()
         if self._remote:
             storage.remove(self._events)
+
+
+class Tracker(Protocol):
+    """A service that keeps figures."""
+
+    def log(self, figures: dict[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_tracker(name: str, run: str) -> Tracker:
+    """Begin a run with `mlflow` or `wandb`. Raises ConfigError where the package is not installed."""
+    if name not in _TRACKERS:
+        raise ConfigError(f"train.trackers names {name!r}; known: {', '.join(_TRACKERS)}")
+    try:
+        return _TRACKERS[name](run)
+    except ImportError:
+        raise ConfigError(
+            f"train.trackers names {name!r}, which is not installed; pip install 'pixrec[{name}]'"
+        ) from None
+
+
+class _MLflow:
+    def __init__(self, run: str) -> None:
+        import mlflow
+
+        self._mlflow = mlflow
+        mlflow.start_run(run_name=run)
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        # MLflow takes no @ in a name.
+        self._mlflow.log_metrics({name.replace("@", "_at_"): value for name, value in figures.items()}, step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+class _WandB:
+    def __init__(self, run: str) -> None:
+        import wandb
+
+        self._run = wandb.init(project="pixrec", name=run)
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        # The parts of a run count their steps each from 1, and W&B's own step may not go back.
+        self._run.log({**figures, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_TRACKERS: dict[str, Callable[[str], Tracker]] = {"mlflow": _MLflow, "wandb": _WandB}
 
 
 def read_log(folder: str) -> list[dict[str, Any]]:

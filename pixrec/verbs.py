@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import pixrec
 from pixrec import storage
-from pixrec.artifact import MODEL_MARKER, check_index_writable, load_index, load_model
-from pixrec.baselines import Popularity, RepeatLast
+from pixrec.artifact import (
+    MODEL_MARKER,
+    Model,
+    check_index_writable,
+    keep_newest,
+    list_versions,
+    load_index,
+    load_model,
+    rollback,
+)
+from pixrec.artifact.sources import RECALL
+from pixrec.audit import audit, dataset_guards, provenance
 from pixrec.config import Config
 from pixrec.console import Console
-from pixrec.data.sequences import DATASET_MARKER, load_dataset, sample_users
+from pixrec.data.sequences import DATASET_MARKER, Dataset, HeldOut, load_dataset, sample_users
 from pixrec.errors import InputError
-from pixrec.evaluation import Scorer, evaluate_scorers
+from pixrec.evaluation import AnyScorer, Ranker, evaluate_scorers, rank_here
 from pixrec.metrics import count_ties, random_tie_recall, target_ranks
-from pixrec.report import choose_examples, format_table, write_report
-from pixrec.scorers import tower_scorers
+from pixrec.predictions import load_predictions
+from pixrec.report import choose_examples, choose_grids, format_table, notes, write_report
+from pixrec.results import Evaluation
+from pixrec.scorers import KNOCKOUTS, Sources, build_scorers
+from pixrec.seeds import aggregate
 from pixrec.tracking import read_log
 
 METRICS = "metrics.json"
@@ -26,12 +40,17 @@ HEADLINE_SCORERS = ("pixrec", "pixrec_text_only", "popularity")
 Summary = dict[str, Any]
 
 
-def prepare(items: str | None, interactions: str, out: str, source: str, config: Config, console: Console) -> Summary:
+def prepare(
+    items: str | None,
+    interactions: str,
+    out: str,
+    source: Literal["tables", "amazon2023"],
+    config: Config,
+    console: Console,
+) -> Summary:
     from pixrec.cluster.prepare import prepare as run
 
-    if source != "tables":
-        raise InputError(f"--source {source}: this release reads tables only; convert the raw files to Parquet tables")
-    info = run(items, interactions, out, config.prepare, progress=console.progress)
+    info = run(items, interactions, out, config.prepare, console.progress, source)
     return {"out": out, **{key: info[key] for key in ("items", "images", "interactions", "users", "split")}}
 
 
@@ -46,7 +65,38 @@ def train(data: str, out: str, config: Config, resume: bool, console: Console) -
     return {"out": out, **info}
 
 
-def embed(model: str, data: str, out: str, config: Config, console: Console) -> Summary:
+def embed(
+    model: str | None,
+    data: str | None,
+    out: str,
+    config: Config,
+    console: Console,
+    *,
+    list_only: bool = False,
+    rollback_to: str | None = None,
+    keep: int | None = None,
+) -> Summary:
+    """Publish a version of the index `out`; or list its versions, or go back to one. `keep` deletes old ones then."""
+    if keep is not None and keep < 1:
+        raise InputError(f"--keep {keep}: at least 1 version must stay")
+    if list_only or rollback_to is not None:
+        if model is not None or data is not None or (list_only and keep is not None):
+            raise InputError("--list goes with --out alone, --rollback with --out and --keep")
+    elif (model is None) != (data is None) or (model is None and keep is None):
+        raise InputError("embed needs --model and --data; without both: --list, --rollback VERSION or --keep N")
+    if list_only:
+        versions = list_versions(out)
+        current = next((found["version"] for found in versions if found["current"]), None)
+        return {"out": out, "current": current, "versions": versions}
+    summary: Summary = {"out": out}
+    if rollback_to is not None:
+        summary |= {"before": rollback(out, rollback_to), "current": rollback_to}
+    elif model is not None and data is not None:
+        summary |= _embed(model, data, out, config, console)
+    return summary if keep is None else {**summary, "deleted": keep_newest(out, keep)}
+
+
+def _embed(model: str, data: str, out: str, config: Config, console: Console) -> Summary:
     from pixrec.cluster.embed import check_ready
     from pixrec.cluster.embed import embed as run
     from pixrec.cluster.session import connect
@@ -54,61 +104,138 @@ def embed(model: str, data: str, out: str, config: Config, console: Console) -> 
     check_ready(model, data, out)
     with connect():
         manifest = run(model, data, out, config, progress=console.progress)
-    return {"out": out, **manifest}
+    counts = ("reused", "computed", "resumed", "redone", "text_alone", "pictures_rejected")
+    console.say(f"{manifest['rows']} items: " + ", ".join(f"{manifest[name]} {name}" for name in counts))
+    recall = manifest.get(RECALL, {})
+    if figures := ", ".join(f"{name} {recall[name]:.4f}" for name in recall if name.startswith("recall")):
+        console.say(f"{manifest['dtype']} finds of the exact neighbours by float32: {figures}")
+    return manifest
 
 
 def evaluate(
-    model: str,
+    model: str | None,
     data: str,
     index: str | None,
     out: str,
     config: Config,
     console: Console,
     ceiling: Mapping[str, Any] | None = None,
+    predictions: str | None = None,
+    also: Sequence[str] = (),
 ) -> Summary:
-    """Score the held-out events and write metrics.json and the report; `ceiling` is drawn beside the figures."""
-    with storage.staged_folder(out, METRICS, "evaluation") as staging:
-        loaded = load_model(model)
+    """Score the held-out events and write metrics.json and the report.
+
+    `predictions`: somebody else's rankings, with or without a `model` beside them. `also`: the metrics.json of further
+    seeds, summed up with this run. `ceiling` is drawn beside the figures.
+    """
+    if index and not model:
+        raise InputError("--index holds the vectors of a model's items; name the model with --model")
+    seeds = {place: storage.read_json(place) for place in also}
+    with storage.staged_folder(out, METRICS, "evaluation") as staging, contextlib.ExitStack() as stack:
+        loaded = load_model(model, _device(config.evaluate.device)) if model else None
         dataset = load_dataset(data)
         held_out = dataset.held_out("test")
         if not len(held_out.targets):
             raise InputError(f"{data}: no user has a test event with a history before it; choose another prepare.split")
-        counts = dataset.training_counts()
-        published = load_index(index, loaded.fingerprint) if index else None
-        towers, knockouts = tower_scorers(model, loaded, dataset.items, published, console.progress)
-        scorers: list[Scorer] = [*towers, Popularity(counts), RepeatLast(counts)]
+        settings = loaded.config if loaded else config
+        audited = audit(dataset, settings.model.max_history_items, settings.train)
+        sources = _sources(model, loaded, index, predictions, held_out, dataset, config)
+        scorers, knockouts = build_scorers(dataset, config, sources, console.progress)
+        if not scorers:
+            raise InputError("nothing to evaluate: give --model or --predictions, or name some in evaluate.scorers")
         evaluation = evaluate_scorers(
             scorers,
             held_out,
-            len(dataset.items),
             config.evaluate,
-            cold=counts == 0,
+            training_counts=dataset.training_counts(),
             with_image=dataset.items.with_image,
+            item_ids=dataset.items.item_ids,
+            rank=_ranker(data, config, stack),
             progress=lambda name, done, total: console.progress(f"rank {name}", done, total),
         )
         metrics = evaluation.metrics_json(dataset.info["split"]["kind"])
         metrics["knockouts"] = knockouts
-        metrics["provenance"] = {
-            "pixrec": pixrec.__version__,
-            "model_fingerprint": loaded.fingerprint,
-            "data_fingerprint": dataset.info["fingerprint"],
-            "index_version": published.version if published else None,
-        }
+        metrics["guards"] |= {"audit": audited, **dataset_guards(dataset)}
+        if sources.predictions:
+            metrics["predictions"] = {"scorer": sources.predictions.name, **sources.predictions.counts}
+        metrics["provenance"] = provenance(dataset, loaded, sources.index)
         if ceiling:
             metrics["ceiling"] = dict(ceiling)
+        if seeds:
+            metrics["seeds"] = aggregate({"this run": metrics, **seeds})
         storage.write_json(storage.join(staging, METRICS), metrics)
-        write_report(
-            staging,
-            metrics,
-            title=f"{storage.name(data)}: what PixRec recommends",
-            items=dataset.items,
-            examples=choose_examples(towers[0], evaluation.held_out, config.evaluate),
-            training_log=[row for row in read_log(model) if row["part"] == loaded.config.model.modalities],
-            notes=_notes(knockouts),
-            ceiling=ceiling,
-        )
+        log = [row for row in read_log(model) if row["part"] == settings.model.modalities] if model else []
+        title = f"{storage.name(data)}: what {_author(scorers[0].name)} recommends"
+        _write_page(staging, title, metrics, dataset, scorers[0], evaluation, log)
     console.say(format_table(metrics))
     return {"out": out, **{key: metrics[key] for key in ("users", "results", "guards")}}
+
+
+def _write_page(
+    folder: str,
+    title: str,
+    metrics: Mapping[str, Any],
+    dataset: Dataset,
+    scorer: AnyScorer,
+    evaluation: Evaluation,
+    log: Sequence[Mapping[str, Any]],
+) -> None:
+    """The report, with the users and the cases of `scorer`."""
+    write_report(
+        folder,
+        metrics,
+        title=title,
+        items=dataset.items,
+        examples=choose_examples(scorer, evaluation.held_out, evaluation.config),
+        grids=choose_grids(scorer, evaluation),
+        training_log=log,
+        notes=notes(metrics),
+        ceiling=metrics.get("ceiling"),
+    )
+
+
+def _sources(
+    model: str | None,
+    loaded: Model | None,
+    index: str | None,
+    predictions: str | None,
+    held_out: HeldOut,
+    dataset: Dataset,
+    config: Config,
+) -> Sources:
+    published = load_index(index, loaded.fingerprint) if index and loaded else None
+    if predictions is None:
+        return Sources(model, loaded, published)
+    users = sample_users(held_out, config.evaluate.max_users, config.evaluate.seed)
+    stem = storage.name(predictions).removesuffix(".parquet")
+    taken = {"pixrec", *config.evaluate.scorers} | set(KNOCKOUTS)
+    name = "predictions" if stem in taken else stem
+    return Sources(
+        model, loaded, published, load_predictions(predictions, name, users.user_ids, dataset.items.item_ids)
+    )
+
+
+def _ranker(data: str, config: Config, stack: contextlib.ExitStack) -> Ranker:
+    """Ranks in this process, or over Ray where `evaluate.num_actors` says so; `stack` ends what Ray began."""
+    if not config.evaluate.num_actors:
+        return rank_here
+    from pixrec.cluster.evaluate import ranker
+    from pixrec.cluster.session import connect
+
+    stack.enter_context(connect())
+    return ranker(data)
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("evaluate.device is cuda, but torch sees no GPU; set it to auto or cpu")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _author(scorer: str) -> str:
+    return "PixRec" if scorer == "pixrec" else scorer
 
 
 def recommend(
@@ -214,17 +341,3 @@ def _timed(console: Console, stage: str, work: Callable[[], Summary]) -> Summary
     summary = work()
     console.say(f"== {stage}: {time.monotonic() - started:.0f} s")
     return summary
-
-
-def _notes(knockouts: Mapping[str, str]) -> list[str]:
-    trained = [name for name, how in knockouts.items() if how == "trained"]
-    scored = [name for name, how in knockouts.items() if how == "scored"]
-    notes = []
-    if trained:
-        notes.append(f"{', '.join(trained)}: trained the same way on one modality alone, with the same budget.")
-    if scored:
-        notes.append(
-            f"{', '.join(scored)}: the model itself, scored with one modality removed; a weaker test than a knockout "
-            "trained with the same budget (train.knockouts)."
-        )
-    return notes

@@ -22,5 +22,5 @@ def dataset(items: ItemTable) -> Dataset:
 
 @pytest.fixture(scope="session")
 def model(items: ItemTable) -> Model:
-    """Compact user tower; read only."""
+    """Interleaved user tower; read only."""
     return tiny_model(items=items)

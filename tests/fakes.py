@@ -22,9 +22,18 @@ from PIL import Image
 
 import pixrec
 from pixrec import storage
-from pixrec.artifact import Model, fingerprint, index_version, new_model, save_model
+from pixrec.artifact import Model, fingerprint, index_version, new_model, save_model, with_compact
 from pixrec.cluster.prepare import check_counts
-from pixrec.config import Config, ModelConfig, PrepareConfig, TinyConfig, TrainConfig, load_config, to_dict
+from pixrec.config import (
+    CompactConfig,
+    Config,
+    ModelConfig,
+    PrepareConfig,
+    TinyConfig,
+    TrainConfig,
+    load_config,
+    to_dict,
+)
 from pixrec.data import tables
 from pixrec.data.items import ItemTable
 from pixrec.data.sequences import (
@@ -47,7 +56,7 @@ TINY = Config(
         embedding_width=16,
         max_history_items=4,
         max_text_tokens=12,
-        compact_layers=1,
+        compact=CompactConfig(layers=1, max_history_items=6),
         tiny=TinyConfig(
             vocabulary_tokens=400,
             hidden_width=32,
@@ -123,9 +132,11 @@ def tiny_dataset(
 
 
 def tiny_model(config: Config | None = None, items: ItemTable | None = None) -> Model:
-    """An untrained model whose tokenizer has read the titles of `items`."""
-    items = items or tiny_items()
-    model = new_model(config or TINY, [items.text(row) for row in range(len(items))])
+    """An untrained model whose tokenizer has read the titles of `items`; a compact tower knows the first half."""
+    items, config = items or tiny_items(), config or TINY
+    model = new_model(config, [items.text(row) for row in range(len(items))])
+    if config.model.user_tower == "compact":
+        model = with_compact(model, items.item_ids[: len(items) // 2])
     return dataclasses.replace(model, info={"fingerprint": fingerprint(model)})
 
 

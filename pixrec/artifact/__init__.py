@@ -16,7 +16,9 @@ from pixrec.artifact.model import (
     load_model,
     new_model,
     save_model,
+    with_compact,
 )
+from pixrec.artifact.versions import keep_newest, list_versions, rollback
 
 __all__ = [
     "MODEL_MARKER",
@@ -27,9 +29,13 @@ __all__ = [
     "fingerprint",
     "index_manifest",
     "index_version",
+    "keep_newest",
     "knockout_uri",
+    "list_versions",
     "load_index",
     "load_model",
     "new_model",
+    "rollback",
     "save_model",
+    "with_compact",
 ]

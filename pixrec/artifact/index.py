@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 import pixrec
 from pixrec import storage
+from pixrec.artifact.stored import to_table, to_vectors
 from pixrec.errors import ArtifactError
-from pixrec.schema import CONTENT_HASH, EMBEDDING, ITEM_ID, index_schema
+from pixrec.schema import EMBEDDING, HAS_IMAGE, ITEM_ID, SCALE, index_schema
 
-_MANIFEST, _CURRENT, _VERSIONS = "manifest.json", "CURRENT", "versions"
-_ROWS_PER_PART = 50_000
+MANIFEST, CURRENT, VERSIONS = "manifest.json", "CURRENT", "versions"
+_ROWS_PER_PART = 20_000
 
 
 @dataclass(frozen=True)
@@ -35,27 +37,39 @@ class Index:
 
 
 class IndexWriter:
-    """Collects vectors into part files of one version; nothing is visible before `index_version` ends."""
+    """Collects rows into part files of one version; nothing is visible before `index_version` ends.
 
-    def __init__(self, folder: str, width: int, dtype: str) -> None:
-        self._folder, self._schema, self._dtype = folder, index_schema(width, dtype), dtype
+    Of what was written it keeps the item ids, 20 bytes an item or so.
+    """
+
+    def __init__(self, folder: str, width: int, dtype: str, facts: dict[str, Any]) -> None:
+        self._folder, self._dtype, self._schema = folder, dtype, index_schema(width, dtype)
         self._pending: list[pa.Table] = []
+        self._item_ids: list[pa.ChunkedArray] = []
         self._parts = 0
-        self.rows = 0
-        self.item_ids: set[str] = set()
+        self.rows = self.with_image = 0
+        self.facts = facts
+        """What the manifest says beside the counts; may be added to until the block ends."""
+        self.manifest: dict[str, Any] = {}
+        """Set when the version is whole."""
 
-    def add(self, item_ids: list[str], vectors: np.ndarray, content_hashes: list[str]) -> None:
-        """Vectors (U, D) of U items. Raises ValueError on a repeated item or a value that is not finite."""
-        stored = vectors.astype(self._dtype)
-        if not np.isfinite(stored).all():
-            raise ValueError(f"the vector of an item near {item_ids[0]!r} is not finite")
-        self.item_ids.update(item_ids)
-        self.rows += len(item_ids)
-        if len(self.item_ids) != self.rows:
-            raise ValueError(f"an item near {item_ids[0]!r} came twice")
-        values = pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), stored.shape[1])
-        columns = {ITEM_ID: item_ids, EMBEDDING: values, CONTENT_HASH: content_hashes}
-        self._pending.append(pa.table(columns, schema=self._schema))
+    def add(
+        self,
+        item_ids: Sequence[str],
+        vectors: np.ndarray,
+        content_hashes: Sequence[str],
+        has_image: Sequence[bool] | None = None,
+    ) -> None:
+        """Vectors (U, D) of U items. Raises ValueError on a value that is not finite."""
+        seen = [None] * len(item_ids) if has_image is None else has_image
+        self.add_stored(to_table(item_ids, vectors, content_hashes, seen, self._dtype))
+
+    def add_stored(self, table: pa.Table) -> None:
+        """Rows as an index of this type stores them; they are copied bit by bit."""
+        self._pending.append(table.select(self._schema.names).cast(self._schema))
+        self._item_ids.append(table.column(ITEM_ID))
+        self.rows += len(table)
+        self.with_image += pc.sum(table.column(HAS_IMAGE)).as_py() or 0
         if sum(t.num_rows for t in self._pending) >= _ROWS_PER_PART:
             self.flush()
 
@@ -65,45 +79,58 @@ class IndexWriter:
             storage.write_table(part, pa.concat_tables(self._pending))
             self._parts, self._pending = self._parts + 1, []
 
+    def check_ids(self) -> None:
+        """Raise ValueError when an item came twice."""
+        ids = pa.chunked_array([chunk for column in self._item_ids for chunk in column.chunks], pa.string())
+        if pc.count_distinct(ids).as_py() != self.rows:
+            counted = pc.value_counts(ids)
+            twice = counted.filter(pc.greater(counted.field("counts"), 1)).field("values")
+            raise ValueError(f"item {twice[0].as_py()!r} came twice ({len(twice)} such items)")
+
 
 @contextlib.contextmanager
 def index_version(
     uri: str, model_fingerprint: str, width: int, dtype: str, facts: dict[str, Any]
 ) -> Iterator[IndexWriter]:
-    """Write a new version of the index at `uri`; when the block ends well it is published and CURRENT."""
+    """Write a new version of the index at `uri`; when the block ends well it is published and CURRENT.
+
+    Raises ValueError when an item came twice.
+    """
     now = datetime.datetime.now(datetime.UTC)
     version = f"{now:%Y%m%dT%H%M%S%f}-{model_fingerprint[:8]}"
-    with storage.staged_folder(storage.join(uri, _VERSIONS, version), _MANIFEST, "index version") as staging:
-        writer = IndexWriter(staging, width, dtype)
+    with storage.staged_folder(storage.join(uri, VERSIONS, version), MANIFEST, "index version") as staging:
+        writer = IndexWriter(staging, width, dtype, dict(facts))
         yield writer
         writer.flush()
-        manifest = {
+        writer.check_ids()
+        writer.manifest = {
             "version": version,
             "model_fingerprint": model_fingerprint,
             "width": width,
             "dtype": dtype,
             "rows": writer.rows,
+            "with_image": writer.with_image,
             "time": now.isoformat(timespec="seconds"),
             "pixrec": pixrec.__version__,
-            **facts,
+            **writer.facts,
         }
-        storage.write_json(storage.join(staging, _MANIFEST), manifest)
-    storage.write_bytes(storage.join(uri, _CURRENT), version.encode())
+        storage.write_json(storage.join(staging, MANIFEST), writer.manifest)
+    storage.write_bytes(storage.join(uri, CURRENT), version.encode())
 
 
 def check_index_writable(uri: str) -> None:
     """Raise OutputError when no index can be published at `uri`."""
-    storage.check_writable(uri, _VERSIONS, "index")  # a first version that failed left that folder and no CURRENT
+    storage.check_writable(uri, VERSIONS, "index")  # a first version that failed left that folder and no CURRENT
 
 
 def index_manifest(uri: str) -> dict[str, Any]:
     """The manifest of the current version. Raises ArtifactError when there is none."""
-    current = storage.join(uri, _CURRENT)
+    current = storage.join(uri, CURRENT)
     if not storage.exists(current):
-        raise ArtifactError(f"{uri} holds no published index (no {_CURRENT}); make one with pixrec embed")
-    manifest = storage.join(uri, _VERSIONS, storage.read_text(current).strip(), _MANIFEST)
+        raise ArtifactError(f"{uri} holds no published index (no {CURRENT}); make one with pixrec embed")
+    manifest = storage.join(uri, VERSIONS, storage.read_text(current).strip(), MANIFEST)
     if not storage.exists(manifest):
-        raise ArtifactError(f"{uri}: {_CURRENT} names a version that is not there; run pixrec embed again")
+        raise ArtifactError(f"{uri}: {CURRENT} names a version that is not there; run pixrec embed again")
     return dict(storage.read_json(manifest))
 
 
@@ -116,11 +143,10 @@ def load_index(uri: str, model_fingerprint: str | None = None) -> Index:
             "run pixrec embed with this model"
         )
     version = str(manifest["version"])
-    table = storage.read_table(storage.join(uri, _VERSIONS, version), [ITEM_ID, EMBEDDING])
+    columns = [ITEM_ID, EMBEDDING, *([SCALE] if manifest["dtype"] == "int8" else [])]
+    table = storage.read_table(storage.join(uri, VERSIONS, version), columns)
     if table.num_rows != manifest["rows"]:
         raise ArtifactError(
             f"{uri}: version {version} holds {table.num_rows} rows, its manifest says {manifest['rows']}"
         )
-    flat = table.column(EMBEDDING).combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    vectors = flat.astype(np.float32).reshape(-1, manifest["width"])
-    return Index(version, table.column(ITEM_ID).to_pylist(), vectors, manifest)
+    return Index(version, table.column(ITEM_ID).to_pylist(), to_vectors(table), manifest)

@@ -1,11 +1,13 @@
 """Save and load a model as one unit. safetensors, YAML and JSON only.
 
 A model is a folder: config.yaml (resolved), adapter/ (PEFT's format) or backbone/, heads.safetensors, processor/,
-model.json (written last). Its fingerprint names the weights, the tokenizer and what the towers may see.
+identities.json where items have learned vectors, model.json (written last). Its fingerprint names the weights, the
+tokenizer and what the towers may see.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -25,11 +27,13 @@ from pixrec.config import Config, dump_config, load_config
 from pixrec.errors import ArtifactError, ConfigError
 from pixrec.model.backbone import TINY, Backbone, add_lora, build_tiny, load_pretrained
 from pixrec.model.catalog import Embedder
+from pixrec.model.compact import CompactTower
 from pixrec.model.encoding import ItemEncoder, picture_statistics, train_tokenizer
 from pixrec.model.towers import DualTower
 
 MODEL_MARKER = "model.json"
 _KNOCKOUTS = "knockouts"
+_IDENTITIES = "identities.json"
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Model:
     config: Config
     info: dict[str, Any]
     """model.json: fingerprint, metrics, counts of training."""
+    identities: tuple[str, ...] = ()
+    """Items that have a learned vector of their own, in the order of those vectors."""
 
     @property
     def fingerprint(self) -> str:
@@ -48,7 +54,7 @@ class Model:
 
     def embedder(self) -> Embedder:
         model = self.config.model
-        return Embedder(self.tower, self.encoder, model.modalities, model.max_history_items)
+        return Embedder(self.tower, self.encoder, model.modalities, model.max_history_items, self.identities)
 
 
 def new_model(config: Config, texts: list[str], device: str = "cpu") -> Model:
@@ -73,6 +79,16 @@ def new_model(config: Config, texts: list[str], device: str = "cpu") -> Model:
     return Model(tower, ItemEncoder(tokenizer, tower.backbone.family, config.model.max_text_tokens), config, {})
 
 
+def with_compact(model: Model, trained_items: list[str]) -> Model:
+    """The model with an untrained compact user tower, which learns a vector for each of `trained_items` if so set."""
+    compact, width = model.config.model.compact, model.config.model.embedding_width
+    known = tuple(trained_items) if compact.identity else ()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(model.config.train.seed)
+        model.tower.compact = CompactTower(width, compact, width, len(known)).to(model.tower.log_temperature.device)
+    return dataclasses.replace(model, identities=known)
+
+
 def save_model(folder: str, model: Model, info: dict[str, Any]) -> dict[str, Any]:
     """Write all of a model into a local `folder`, model.json last; returns what model.json says."""
     path = Path(folder)
@@ -89,6 +105,8 @@ def save_model(folder: str, model: Model, info: dict[str, Any]) -> dict[str, Any
     (processor / "preprocessor_config.json").write_text(json.dumps(statistics, indent=2))
     backbone.model.save_pretrained(path / ("adapter" if model.config.model.lora.enabled else "backbone"))
     safetensors.torch.save_file(_heads(model.tower), path / "heads.safetensors")
+    if model.identities:
+        (path / _IDENTITIES).write_text(json.dumps(model.identities))
     facts = {"fingerprint": fingerprint(model), "pixrec": pixrec.__version__, **info}
     (path / MODEL_MARKER).write_text(json.dumps(facts, indent=2) + "\n")
     return facts
@@ -125,6 +143,7 @@ def fingerprint(model: Model) -> str:
         digest.update(tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
     digest.update(json.dumps(sorted(model.encoder.tokenizer.get_vocab().items())).encode())
     digest.update(repr(model.config.model).encode())
+    digest.update(json.dumps(model.identities).encode())
     return digest.hexdigest()
 
 
@@ -139,16 +158,20 @@ def _read_model(path: Path) -> Model:
         base = load_pretrained(str(path / "backbone"))
     backbone = Backbone(base, *picture_statistics(str(path / "processor")))
     tower = DualTower(backbone, config.model, config.train.temperature)
+    model = Model(tower, ItemEncoder(tokenizer, backbone.family, config.model.max_text_tokens), config, info)
     heads = safetensors.torch.load_file(path / "heads.safetensors")
+    if any(name.startswith("compact.") for name in heads):
+        listed = path / _IDENTITIES
+        model = with_compact(model, json.loads(listed.read_text()) if listed.exists() else [])
     missing, unexpected = tower.load_state_dict(heads, strict=False)
     if unexpected or [name for name in missing if not name.startswith("backbone.")]:
         raise ValueError("heads.safetensors does not fit config.yaml")
-    return Model(tower, ItemEncoder(tokenizer, backbone.family, config.model.max_text_tokens), config, info)
+    return model
 
 
 def _base(config: Config, tokenizer: PreTrainedTokenizerBase) -> Any:
     if config.model.backbone != TINY:
-        return load_pretrained(config.model.backbone)
+        return load_pretrained(config.model.backbone, nf4=config.model.lora.base == "nf4")
     names = {"image": "<image>", "pad": "<pad>", "bos": "<s>", "eos": "<end_of_utterance>"}
     ids = {key: tokenizer.get_vocab()[token] for key, token in names.items()}
     return build_tiny(config.model.tiny, len(tokenizer), ids, config.train.seed)

@@ -1,95 +1,218 @@
-"""Batch embedding: the catalog through the item tower in a Ray Data actor pool, published as an index version."""
+"""Batch embedding: the catalog through the item tower in Ray Data, published as an index version.
+
+Two stages that overlap: CPU tasks read and decode, model actors embed. An actor stores what it has computed at once,
+in the index's work folder, and sends only a receipt to the driver, which at the end puts the version together. So a
+run that is killed anywhere is finished by the next: it computes what neither the current version nor the work folder
+holds. Two runs for one index at a time do no harm: each publishes a whole version, and the later one is current.
+"""
 
 from __future__ import annotations
 
+import functools
 import os.path
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import ray.data
-import torch
 
 from pixrec import storage
-from pixrec.artifact import MODEL_MARKER, check_index_writable, index_manifest, index_version, load_model
-from pixrec.config import Config, EmbedConfig
-from pixrec.data.images import decode_image
-from pixrec.data.items import ItemTable
+from pixrec.artifact import MODEL_MARKER, check_index_writable, index_version
+from pixrec.artifact.sources import Sources, reusable, write_chosen
+from pixrec.artifact.stored import KEY
+from pixrec.artifact.unfinished import Unfinished, Vanished, sweep
+from pixrec.cluster.stages import ItemEmbedder, decode_items, hash_items, raise_fault
+from pixrec.config import Config, EmbedConfig, Modalities, load_config
+from pixrec.console import Rate
 from pixrec.data.sequences import DATASET_MARKER
-from pixrec.errors import ArtifactError
-from pixrec.model.encoding import Content
-from pixrec.schema import CONTENT_HASH, EMBEDDING, IMAGE, ITEM_ID, ITEMS, TEXT_FIELDS
+from pixrec.errors import ArtifactError, ConfigError, InputError, OutputError
+from pixrec.schema import ITEMS
+
+Progress = Callable[[str, int, int | None, str], None]
+
+_ATTEMPTS = 3
+_PIXEL_BYTES = 128 * 1024**2
 
 
-class ItemEmbedder:
-    """One actor: loads the model once, turns blocks of prepared items into vectors. Usable without Ray."""
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the driver knows of a model; the weights are the actors' business."""
 
-    def __init__(self, model: str, config: EmbedConfig) -> None:
-        torch.set_num_threads(config.threads_per_actor)
-        device = "cuda" if config.gpus_per_actor and torch.cuda.is_available() else "cpu"
-        self._embedder = load_model(model, device).embedder()
+    uri: str
+    fingerprint: str
+    width: int
+    image_size_px: int
+    modalities: Modalities
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        """Prepared items (U rows) to `item_id`, `embedding` (U, D) and `content_hash`."""
-        table = ItemTable(block)
-        size = self._embedder.encoder.image_size_px
-        images = [table.image(row) for row in range(len(table))]
-        contents = [
-            Content(table.text(row), None if image is None else decode_image(image, size))
-            for row, image in enumerate(images)
-        ]
-        vectors = self._embedder.contents(contents)
-        values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-        hashes = [table.content_hash(row) for row in range(len(table))]
-        return pa.table({ITEM_ID: table.item_ids, EMBEDDING: values, CONTENT_HASH: hashes})
+    def part_items(self, config: EmbedConfig) -> int:
+        """Items embedded and stored at a time: whole batches, and no more decoded pictures than memory likes."""
+        room = _PIXEL_BYTES // (3 * self.image_size_px**2)
+        return config.batch_size * max(1, min(config.max_part_items, room) // config.batch_size)
 
 
-def embed(
-    model: str, data: str, out: str, config: Config, *, progress: Callable[[str, int, int | None], None]
-) -> dict[str, Any]:
-    """Embed every item of the prepared data set `data` and publish a version at `out`; returns its manifest."""
+def embed(model: str, data: str, out: str, config: Config, *, progress: Progress) -> dict[str, Any]:
+    """Publish a version at `out` that holds every item of the prepared data set `data`; returns its manifest.
+
+    Rows of the current version whose item, content and model are the same are taken over.
+    """
+    for _ in range(_ATTEMPTS):
+        try:
+            return _embed(_model_facts(model), data, out, config.embed, progress)
+        except Vanished:
+            continue  # another run published what we counted on: plan again, with its version at hand
+    raise OutputError(f"{out}: other runs of pixrec embed keep clearing up what this one needs; wait for them")
+
+
+def _embed(model: ModelFacts, data: str, out: str, config: EmbedConfig, progress: Progress) -> dict[str, Any]:
     info = storage.read_json(storage.join(data, DATASET_MARKER))
-    loaded = load_model(model)
-    total, width = int(info["items"]["kept"]), loaded.config.model.embedding_width
-    settings = config.embed
+    total = int(info["items"]["kept"])
+    files = [storage.absolute(file) for file in storage.table_files(storage.join(data, ITEMS))]
+    unfinished = Unfinished(storage.absolute(out), model.fingerprint)
+    left_behind = unfinished.files()
+    reused_parts, before = reusable(out, model.fingerprint, config.dtype)
+    resumed_parts = [file for file in left_behind if file.endswith(".parquet")]
+    sources = Sources()
+    for part in [*reused_parts, *resumed_parts]:
+        sources.add(part)
+    pieces, wanted = _compare(files, sources, config, progress) if len(sources) else (_whole(files), [])
+    rejected = 0
+    if not pieces:
+        progress("embed", total, total, "nothing new")
+    else:
+        rejected = _compute(pieces, model, config, unfinished, sources, wanted, total, progress)
+    if sum(map(len, wanted)) != total:
+        raise RuntimeError(f"{sum(map(len, wanted))} items were embedded of {total}")
+
+    chosen = sources.choose(wanted)
+    taken = {part.file: len(part.rows) for part in chosen}
+    reused, resumed = (sum(taken.get(file, 0) for file in parts) for parts in (reused_parts, resumed_parts))
     facts = {
         "data": storage.absolute(data),
         "data_from_index": _relative(data, out),
         "data_fingerprint": info["fingerprint"],
+        "reused": reused,
+        "computed": total - reused,
+        "resumed": resumed,
+        "redone": unfinished.lost_rows(unfinished.files()),
+        "pictures_rejected": rejected,
     }
-    filesystem, path = storage.arrow_location(storage.join(data, ITEMS))
-    known = storage.read_schema(storage.join(data, ITEMS)).names
-    columns = [name for name in (ITEM_ID, *TEXT_FIELDS, IMAGE) if name in known]
-    items = ray.data.read_parquet(path, filesystem=filesystem, columns=columns)
-    vectors = items.map_batches(
-        ItemEmbedder,
-        fn_constructor_args=(storage.absolute(model), settings),
-        batch_size=settings.batch_size,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=settings.num_actors),
-        num_cpus=settings.cpus_per_actor,
-        num_gpus=settings.gpus_per_actor or None,
+    with index_version(out, model.fingerprint, model.width, config.dtype, facts) as writer:
+        write_chosen(writer, chosen, config.dtype, before)
+        writer.facts["text_alone"] = writer.rows - writer.with_image
+    unfinished.clear(left_behind)
+    sweep(out)
+    return writer.manifest
+
+
+def _whole(files: list[str]) -> list[dict[str, Any]]:
+    return [{"file": file, "rows": None} for file in files]
+
+
+def _compare(
+    files: list[str], sources: Sources, config: EmbedConfig, progress: Progress
+) -> tuple[list[dict[str, Any]], list[pa.Array]]:
+    """What is left to embed: pieces of files with the numbers of their rows; and the keys of all other items."""
+    found: dict[str, pa.Array] = {}
+    scan = ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files)).map_batches(
+        hash_items, batch_size=1, batch_format="pyarrow", num_cpus=config.cpus_per_decode
     )
-    with index_version(out, loaded.fingerprint, width, settings.dtype, facts) as writer:
-        blocks = cast(Iterable[pa.Table], vectors.iter_batches(batch_format="pyarrow", batch_size=None))
-        for block in blocks:
-            flat = block.column(EMBEDDING).combine_chunks().flatten().to_numpy()
-            ids, hashes = block.column(ITEM_ID).to_pylist(), block.column(CONTENT_HASH).to_pylist()
-            writer.add(ids, np.asarray(flat).reshape(-1, width), hashes)
-            progress("embed", writer.rows, total)
-        if writer.rows != total:
-            raise RuntimeError(f"{writer.rows} items were embedded of {total}")
-    return index_manifest(out)
+    for block in _blocks(scan):
+        for row in block.to_pylist():
+            raise_fault(row["fault"])
+            found[row["file"]] = _keys(row["keys"])
+            progress("compare", len(found), len(files), "files")
+    names, keys = list(found), pa.chunked_array(found.values(), KEY)
+    known = np.split(sources.known(keys.combine_chunks()), np.cumsum([len(found[name]) for name in names])[:-1])
+    pieces = [
+        {"file": name, "rows": np.flatnonzero(~old).astype(np.int32).tobytes()}
+        for name, old in zip(names, known, strict=True)
+        if not old.all()
+    ]
+    return pieces, [found[name].filter(pa.array(old)) for name, old in zip(names, known, strict=True)]
+
+
+def _compute(
+    pieces: list[dict[str, Any]],
+    model: ModelFacts,
+    config: EmbedConfig,
+    unfinished: Unfinished,
+    sources: Sources,
+    wanted: list[pa.Array],
+    total: int,
+    progress: Progress,
+) -> int:
+    """Embed the pieces; adds their parts to `sources` and their keys to `wanted`. Returns how many pictures were
+    unreadable."""
+    done, rejected, rate = sum(map(len, wanted)), 0, Rate()
+    progress("embed", done, total, "")
+    for block in _blocks(pipeline(pieces, model, config, unfinished)):
+        for receipt in block.to_pylist():
+            raise_fault(receipt["fault"])
+            keys = _keys(receipt["keys"])
+            sources.add(receipt["part"], keys)
+            wanted.append(keys)
+            done, rejected = done + len(keys), rejected + receipt["rejected"]
+            speed = rate.add(receipt["pictures"], "pictures/s")
+            progress("embed", done, total, f"{speed}, {rejected} rejected")
+    return rejected
+
+
+def pipeline(
+    pieces: list[dict[str, Any]], model: ModelFacts, config: EmbedConfig, unfinished: Unfinished
+) -> ray.data.Dataset:
+    """The two stages over `pieces` (`file`, and `rows` as int32 bytes or None for all): receipts of stored parts."""
+    part_items = model.part_items(config)
+    context = ray.data.DataContext.get_current().copy()
+    context.target_max_block_size = max(1, part_items * 3 * model.image_size_px**2)  # hand on what fills a part
+    with ray.data.DataContext.current(context):
+        items = ray.data.from_items(pieces, override_num_blocks=len(pieces))
+    decoded = items.map_batches(
+        functools.partial(decode_items, image_size_px=model.image_size_px, modalities=model.modalities),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=config.cpus_per_decode,
+        max_calls=0,  # the default; but stages whose settings are equal would be fused, and could not overlap
+    )
+    return decoded.map_batches(
+        ItemEmbedder,
+        fn_constructor_args=(model.uri, config, unfinished),
+        batch_size=part_items,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=config.num_actors),
+        num_cpus=config.cpus_per_actor,
+        num_gpus=config.gpus_per_actor or None,
+    )
 
 
 def check_ready(model: str, data: str, out: str) -> None:
     """Raise before Ray starts when a part is absent or --out cannot be written."""
     if not storage.exists(storage.join(data, DATASET_MARKER)):
         raise ArtifactError(f"{data} holds no complete data set (no {DATASET_MARKER}); make it with pixrec prepare")
-    if not storage.exists(storage.join(model, MODEL_MARKER)):
-        raise ArtifactError(f"{model} holds no complete model (no {MODEL_MARKER}); make one with pixrec train")
+    _model_facts(model)
     check_index_writable(out)
+
+
+def _model_facts(uri: str) -> ModelFacts:
+    if not storage.exists(storage.join(uri, MODEL_MARKER)):
+        raise ArtifactError(f"{uri} holds no complete model (no {MODEL_MARKER}); make one with pixrec train")
+    try:
+        config = load_config(storage.read_text(storage.join(uri, "config.yaml"))).model
+        pictures = storage.read_json(storage.join(uri, "processor", "preprocessor_config.json"))
+        fingerprint = str(storage.read_json(storage.join(uri, MODEL_MARKER))["fingerprint"])
+        size = int(pictures["size"]["height"])
+    except (InputError, ConfigError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{uri} is damaged: {' '.join(str(error).split())[:200]}; train it again") from None
+    return ModelFacts(storage.absolute(uri), fingerprint, config.embedding_width, size, config.modalities)
+
+
+def _blocks(data: ray.data.Dataset) -> Iterator[pa.Table]:
+    return cast(Iterator[pa.Table], data.iter_batches(batch_format="pyarrow", batch_size=None))
+
+
+def _keys(data: bytes) -> pa.Array:
+    return pa.FixedSizeBinaryArray.from_buffers(KEY, len(data) // KEY.byte_width, [None, pa.py_buffer(data)])
 
 
 def _relative(data: str, out: str) -> str | None:

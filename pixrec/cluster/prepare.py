@@ -15,21 +15,25 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from pixrec import __version__, errors, storage
 from pixrec.config import PrepareConfig, to_dict
-from pixrec.data import tables
-from pixrec.data.images import load_picture
+from pixrec.console import Rate
+from pixrec.data import amazon2023, tables
+from pixrec.data.fetch import Fetcher, Picture
+from pixrec.data.images import DECODER, shrink_image
 from pixrec.data.sequences import DATASET_MARKER, ITEMS_FOLDER, REJECTS_FOLDER, SEQUENCES_FOLDER
 from pixrec.schema import (
     IMAGE,
     IMAGE_URI,
     IMAGES,
+    INTERACTIONS,
     ITEM_ID,
+    ITEMS,
     MISSING,
     OK,
     RATING,
@@ -41,7 +45,8 @@ from pixrec.schema import (
     USER_ID,
 )
 
-Progress = Callable[[str, int, int | None], None]
+Progress = Callable[..., None]  # as Console.progress
+Source = Literal["tables", "amazon2023"]
 
 KIND = "data set"
 # A slice reads its row group up to its own rows, so a group is cut into no more than 64 slices, unless a slice would
@@ -50,7 +55,12 @@ _SLICES_PER_GROUP, _ROWS_LEAST, _ROWS_MOST, _BYTES_MOST = 64, 128, 4096, 64 * 10
 
 
 def prepare(
-    items_uri: str | None, interactions_uri: str, out_uri: str, config: PrepareConfig, progress: Progress
+    items_uri: str | None,
+    interactions_uri: str,
+    out_uri: str,
+    config: PrepareConfig,
+    progress: Progress,
+    source: Source = "tables",
 ) -> dict[str, Any]:
     """Make the prepared data set `out_uri` and return the content of its dataset.json.
 
@@ -58,19 +68,34 @@ def prepare(
     must be the same on every node. Raises InputError, OutputError.
     """
     storage.check_writable(out_uri, DATASET_MARKER, KIND)
-    files = _item_files(items_uri)
-    usable, catalog = _read_tables(items_uri, files, interactions_uri, config, progress)
-    kept = tables.core(usable.interactions, config.min_user_events, config.min_item_events)
+    inputs = {"source": source, "items": items_uri, "interactions": interactions_uri}
+    if source == "tables":
+        tables_at = amazon2023.Normalised(items_uri, interactions_uri, REJECTS.empty_table())
+        return _prepare(tables_at, inputs, out_uri, config, progress)
+    with storage.scratch_folder(storage.absolute(out_uri)) as scratch:
+        tables_at = amazon2023.to_tables(items_uri, interactions_uri, scratch, progress)
+        return _prepare(tables_at, inputs, out_uri, config, progress)
+
+
+def _prepare(
+    raw: amazon2023.Normalised, inputs: dict[str, Any], out_uri: str, config: PrepareConfig, progress: Progress
+) -> dict[str, Any]:
+    files = _item_files(raw.items)
+    usable, catalog = _read_tables(raw, files, inputs, config, progress)
+    # The raw reviews hold some twice, word for word; a table's events are all meant.
+    distinct = usable.interactions if inputs["source"] == "tables" else tables.without_repeats(usable.interactions)
+    kept = tables.core(distinct, config.min_user_events, config.min_item_events)
     split = tables.split_block(kept.timestamp, config)
 
     with storage.staged_folder(out_uri, DATASET_MARKER, KIND) as staging:
         staging = storage.absolute(staging)  # workers have another working directory
-        tables_rejected = pa.concat_tables([catalog.rejects, usable.rejects])
+        tables_rejected = pa.concat_tables([raw.rejects, catalog.rejects, usable.rejects])
         storage.write_table(_table_rejects(staging), tables_rejected)
-        if items_uri is None:
+        if raw.items is None:
             parts = [_write_bare_items(catalog.item_ids, staging)]
         else:
-            parts = sorted(_prepare_slices(_slices(files), staging, config, progress), key=lambda part: part["number"])
+            work = functools.partial(prepare_slice, staging=staging, config=config, cache=_cache(out_uri, config))
+            parts = sorted(_prepare_slices(work, _slices(files), config, progress), key=lambda part: part["number"])
         _drop_partial_files(staging)
         hashes = [part["hash"] for part in parts]
         progress("writing sequences", 0, None)
@@ -78,11 +103,12 @@ def prepare(
             hashes.append(storage.write_table(_part(staging, SEQUENCES_FOLDER, number), table))
         info = {
             "pixrec_version": __version__,
+            "decoder": DECODER,
             "fingerprint": _fingerprint(config, hashes),
-            **_counts(catalog, usable, kept, parts),
+            **_counts(raw, catalog, usable, len(distinct), kept, parts),
             "rejects": _count_rejects(staging),
             "split": split,
-            "inputs": {"items": items_uri, "interactions": interactions_uri},
+            "inputs": inputs,
             "config": to_dict(config),
         }
         check_counts(info)
@@ -100,21 +126,29 @@ def check_counts(info: dict[str, Any]) -> None:
 
 
 def _counts(
-    catalog: tables.CheckedIds, usable: tables.Usable, kept: tables.Interactions, parts: list[dict[str, Any]]
+    raw: amazon2023.Normalised,
+    catalog: tables.CheckedIds,
+    usable: tables.Usable,
+    distinct: int,
+    kept: tables.Interactions,
+    parts: list[dict[str, Any]],
 ) -> dict[str, Any]:
+    lines = Counter(raw.rejects.column(SOURCE).to_pylist())
+    bad_items, bad_events = lines[ITEMS] + len(catalog.rejects), lines[INTERACTIONS] + len(usable.rejects)
     return {
         "items": {
-            "read": len(catalog.item_ids) + len(catalog.rejects),
+            "read": len(catalog.item_ids) + bad_items,
             "kept": sum(part["items"] for part in parts),
-            "rejected": len(catalog.rejects),
+            "rejected": bad_items,
         },
         "images": {status: sum(part[status] for part in parts) for status in (OK, MISSING, REJECTED)},
         "interactions": {
-            "read": len(usable.interactions) + usable.filtered_rating + len(usable.rejects),
+            "read": len(usable.interactions) + usable.filtered_rating + bad_events,
             "kept": len(kept),
-            "rejected": len(usable.rejects),
+            "rejected": bad_events,
             "filtered_rating": usable.filtered_rating,
-            "filtered_kcore": len(usable.interactions) - len(kept),
+            "filtered_repeats": len(usable.interactions) - distinct,
+            "filtered_kcore": distinct - len(kept),
         },
         "users": len(np.unique(kept.user)),
     }
@@ -128,20 +162,21 @@ def _item_files(items_uri: str | None) -> list[str]:
 
 
 def _read_tables(
-    items_uri: str | None, files: list[str], interactions_uri: str, config: PrepareConfig, progress: Progress
+    raw: amazon2023.Normalised, files: list[str], inputs: dict[str, Any], config: PrepareConfig, progress: Progress
 ) -> tuple[tables.Usable, tables.CheckedIds]:
-    for file in storage.table_files(interactions_uri):
+    """What lies in the tables; errors speak of the places in `inputs`."""
+    for file in storage.table_files(raw.interactions):
         tables.check_interactions_schema(storage.read_schema(file), file, min_rating=config.min_rating)
     known = None
-    if items_uri is not None:
+    if raw.items is not None:
         progress("reading items", 0, None)
-        known = tables.check_item_ids(storage.read_table(items_uri, [ITEM_ID]).column(ITEM_ID), items_uri)
+        known = tables.check_item_ids(storage.read_table(raw.items, [ITEM_ID]).column(ITEM_ID), inputs["items"])
     progress("reading interactions", 0, None)
     columns = [USER_ID, ITEM_ID, TIMESTAMP] + [RATING] * (config.min_rating is not None)
     usable = tables.usable_interactions(
-        storage.read_table(interactions_uri, columns),
+        storage.read_table(raw.interactions, columns),
         known.item_ids if known else None,
-        interactions_uri,
+        inputs["interactions"],
         min_rating=config.min_rating,
     )
     return usable, known or tables.CheckedIds(usable.interactions.item_ids, REJECTS.empty_table())
@@ -170,17 +205,17 @@ def _slices(files: list[str]) -> list[_Slice]:
 
 
 def _prepare_slices(
-    slices: list[_Slice], staging: str, config: PrepareConfig, progress: Progress
+    work: Callable[[dict[str, Any]], dict[str, Any]], slices: list[_Slice], config: PrepareConfig, progress: Progress
 ) -> Iterator[dict[str, Any]]:
-    """What `prepare_slice` says of each slice, in any order; on Ray when there are pictures to decode."""
+    """What `work`, a `prepare_slice`, says of each slice, in any order; on Ray when there are pictures to decode."""
     names = {name for file in {piece.file for piece in slices} for name in storage.read_schema(file).names}
-    work = functools.partial(prepare_slice, staging=staging, config=config)
     results = _on_ray(work, slices, config) if names & {IMAGE, IMAGE_URI} else (work(asdict(piece)) for piece in slices)
-    done, total = 0, sum(piece.stop - piece.start for piece in slices)
+    done, total, rejected, rate = 0, sum(piece.stop - piece.start for piece in slices), 0, Rate()
     progress("preparing items", done, total)
     for result in results:
         done += slices[result["number"]].stop - slices[result["number"]].start
-        progress("preparing items", done, total)
+        rejected += result[REJECTED]
+        progress("preparing items", done, total, f"{rate.add(result[OK], 'pictures/s')}, {rejected} rejected")
         yield result
 
 
@@ -210,25 +245,16 @@ def _answer(row: dict[str, Any], *, work: Callable[[dict[str, Any]], dict[str, A
     return {"answer": json.dumps(answer)}
 
 
-def prepare_slice(row: dict[str, Any], *, staging: str, config: PrepareConfig) -> dict[str, Any]:
+def prepare_slice(
+    row: dict[str, Any], *, staging: str, config: PrepareConfig, cache: str | None = None
+) -> dict[str, Any]:
     """Read one slice (the fields of `_Slice`), store its pictures, write its items and its rejected pictures.
 
     The answer counts `items` and pictures by status, and holds the `hash` of the file written.
     """
     piece = _Slice(**row)
     table = tables.with_id(storage.read_rows(piece.file, piece.group, piece.start, piece.stop))
-    folder = storage.parent(piece.file)
-    pictures = [
-        load_picture(
-            data,
-            uri,
-            folder,
-            config.image_size_px,
-            max_bytes=config.max_image_bytes,
-            max_pixels=config.max_image_pixels,
-        )
-        for data, uri in zip(_values(table, IMAGE), _values(table, IMAGE_URI), strict=True)
-    ]
+    pictures = _pictures(table, storage.parent(piece.file), config, cache)
     statuses = [picture.status for picture in pictures]
     items = tables.prepared_items(table, [picture.data for picture in pictures], statuses)
     faults = [(key, picture.reason) for key, picture in zip(_values(items, ITEM_ID), pictures, strict=True)]
@@ -246,6 +272,24 @@ def prepare_slice(row: dict[str, Any], *, staging: str, config: PrepareConfig) -
     }
 
 
+def _pictures(table: pa.Table, folder: str, config: PrepareConfig, cache: str | None) -> list[Picture]:
+    """The pictures of a slice as they are stored; each is shrunk as soon as it is there, while others still come."""
+    pictures = [Picture(None, MISSING)] * len(table)
+    with Fetcher(folder, config, cache) as fetcher:
+        for row, picture in fetcher.pictures(zip(_values(table, IMAGE), _values(table, IMAGE_URI), strict=True)):
+            pictures[row] = _stored(picture, config)
+    return pictures
+
+
+def _stored(picture: Picture, config: PrepareConfig) -> Picture:
+    if picture.data is None:
+        return picture
+    try:
+        return Picture(shrink_image(picture.data, config.image_size_px, max_pixels=config.max_image_pixels), OK)
+    except errors.UnreadableImage as error:
+        return Picture(None, REJECTED, error.reason)
+
+
 def _write_bare_items(item_ids: pa.Array, staging: str) -> dict[str, Any]:
     """The catalog of an interactions table alone: ids, with no text and no pictures."""
     count = len(item_ids)
@@ -259,6 +303,10 @@ def _values(table: pa.Table, name: str) -> Iterator[Any]:
     if name not in table.column_names:
         return itertools.repeat(None, len(table))
     return (value.as_py() for value in table.column(name))
+
+
+def _cache(out_uri: str, config: PrepareConfig) -> str | None:
+    return f"{storage.absolute(out_uri)}.pictures" if config.fetch_cache == "auto" else config.fetch_cache
 
 
 def _part(staging: str, folder: str, number: int) -> str:
@@ -278,12 +326,23 @@ def _drop_partial_files(staging: str) -> None:
 
 def _count_rejects(staging: str) -> dict[str, int]:
     """How many rejects each `<source>: <reason>` has, most frequent first."""
-    table = storage.read_table(storage.join(staging, REJECTS_FOLDER), [SOURCE, REASON])
-    counted = Counter(zip(table.column(SOURCE).to_pylist(), table.column(REASON).to_pylist(), strict=True))
+    counted: Counter[tuple[str, str]] = Counter()
+    for file in storage.list_files(storage.join(staging, REJECTS_FOLDER), ".parquet"):
+        groups = storage.read_table(file, [SOURCE, REASON]).group_by([SOURCE, REASON]).aggregate([([], "count_all")])
+        for row in groups.to_pylist():
+            counted[row[SOURCE], row[REASON]] += row["count_all"]
     return {f"{source}: {reason}": count for (source, reason), count in counted.most_common()}
 
 
+# What changes how the work is done and nothing of what is written; a picture that came or did not is in the hashes.
+_NOT_CONTENT = {"num_cpus_per_task", "allow_private_addresses"}
+
+
 def _fingerprint(config: PrepareConfig, hashes: list[str]) -> str:
-    """Hash of what was written and of the settings behind it; how many CPUs a task claims changes nothing."""
-    settings = {name: value for name, value in to_dict(config).items() if name != "num_cpus_per_task"}
+    """Hash of what was written and of the settings behind it."""
+    settings = {
+        name: value
+        for name, value in to_dict(config).items()
+        if name not in _NOT_CONTENT and not name.startswith("fetch_")
+    }
     return hashlib.blake2b(json.dumps([settings, hashes]).encode(), digest_size=16).hexdigest()

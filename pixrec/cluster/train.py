@@ -7,37 +7,35 @@ It is removed once the model is published whole; until then --resume continues f
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import ray.train
 import ray.train.torch
 import safetensors.torch
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 
 from pixrec import storage
-from pixrec.artifact import MODEL_MARKER, knockout_uri, load_model, new_model, save_model
-from pixrec.cluster.progress import listening
+from pixrec.artifact import MODEL_MARKER, Model, knockout_uri, load_model, new_model, save_model
+from pixrec.cluster.compact import fit_compact
+from pixrec.cluster.vision import vision_once
+from pixrec.cluster.workers import NewsLog, OnRow, end_diverged, run_workers
 from pixrec.config import Config, Modalities, dump_config, load_config
 from pixrec.data.sequences import Dataset, load_dataset, sample_users
 from pixrec.errors import ArtifactError, ConfigError, InputError
 from pixrec.model.catalog import Catalog
+from pixrec.model.vision import find_tokens
 from pixrec.tracking import TrainingLog
-from pixrec.training import BatchSource, Collator, Trainer
+from pixrec.training import BatchSource, Collator, DivergedError, Trainer
 
 _CONFIG, _DATA = "config.yaml", "data.json"
-_OPTIMIZER, _STATE, _DONE = "optimizer.safetensors", "state.json", "done.json"
-_MAIL_SECONDS = 1.0
-
-OnRow = Callable[[dict[str, Any]], None]
+_OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
 
 
 def train(data: str, out: str, config: Config, *, resume: bool, on_row: OnRow) -> dict[str, Any]:
@@ -56,7 +54,7 @@ def train(data: str, out: str, config: Config, *, resume: bool, on_row: OnRow) -
 
     parts: list[Modalities] = [config.model.modalities, *config.train.knockouts]
     with (
-        contextlib.closing(TrainingLog(work)) as log,
+        contextlib.closing(TrainingLog(work, config.train.trackers, storage.name(out))) as log,
         storage.staged_folder(out, MODEL_MARKER, "model") as staging,
     ):
 
@@ -114,102 +112,86 @@ def _check_resumable(out: str, dataset: Dataset, config: Config) -> None:
 
 
 def _fit(part: str, data: str, work: str, config: Config, on_row: OnRow) -> str:
-    """Run the workers; returns the URI of the best checkpoint. A part that is done already is not run again."""
-    done = storage.join(work, _DONE)
-    if storage.exists(done):
-        return str(storage.read_json(done)["best"])
-    filesystem, path = storage.arrow_location(work)
-    remote = storage.is_remote(work)
-    settings = config.train
-    with listening(lambda row: on_row({"part": part, **row})) as mailbox:
-        trainer = ray.train.torch.TorchTrainer(
-            _worker,
-            train_loop_config={"data": data, "config": dump_config(config), "mailbox": mailbox},
-            scaling_config=ScalingConfig(
-                num_workers=settings.num_workers,
-                use_gpu=settings.use_gpu,
-                resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if settings.use_gpu else {})},
-            ),
-            torch_config=ray.train.torch.TorchConfig(backend="nccl" if settings.use_gpu else "gloo"),
-            run_config=RunConfig(
-                name="run",
-                storage_path=path,
-                storage_filesystem=filesystem if remote else None,
-                failure_config=FailureConfig(max_failures=settings.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="score"),
-            ),
+    """Train one model: the interleaved towers, then, if so set, the compact user tower on their item vectors."""
+
+    def log_row(row: dict[str, Any]) -> None:
+        on_row({"part": part, **row})
+
+    vision_once(data, config)
+    best = run_workers(_worker, {"data": data, "config": dump_config(config)}, work, config.train, log_row)
+    if config.model.user_tower == "compact":
+        best = fit_compact(
+            best, data, storage.join(work, "compact"), config, lambda row: on_row({"part": f"{part}_compact", **row})
         )
-        result = trainer.fit()
-    best = result.get_best_checkpoint("score", "max")
-    if best is None:
-        raise RuntimeError("training ended without a checkpoint")
-    best_uri = f"s3://{best.path}" if remote else best.path
-    storage.write_json(done, {"best": best_uri})
-    return best_uri
+    return best
 
 
 def _worker(job: dict[str, Any]) -> None:
     """What every training process runs: the Trainer, its log, and a checkpoint after each validation."""
     config = load_config(job["config"])
     torch.set_num_threads(config.train.threads_per_worker)
-    context = ray.train.get_context()
-    device = ray.train.torch.get_device()
     dataset = load_dataset(job["data"])
     texts = [dataset.items.text(row) for row in range(len(dataset.items))]
-    model = new_model(config, texts, str(device))
-    catalog = Catalog(dataset.items, model.encoder)
+    model = new_model(config, texts, str(ray.train.torch.get_device()))
+    begun = _restore(model, ray.train.get_checkpoint())
+    tokens = find_tokens(job["data"], config, model.tower.backbone)
+    catalog = Catalog(dataset.items, model.encoder, tokens=tokens)
     source = BatchSource(dataset.training_histories(), config.model.max_history_items, config.train)
     collator = Collator(catalog, dataset.training_counts(), config, source.examples_per_step)
+    saved = _to_save(model, config)
     trainer = Trainer(model.tower, source, collator, config)
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            _restore(trainer, Path(folder))
+    trainer.restore(*begun)
     held_out = sample_users(dataset.held_out("valid"), config.train.max_validation_users, config.train.seed)
-    log = _Log(job["mailbox"] if context.get_world_rank() == 0 else None, trainer.total_steps)
+    log = NewsLog(job["mailbox"], {"total_steps": trainer.total_steps})
+    reported = False
     while trainer.step < trainer.total_steps:
-        log.add(trainer.train_step())
+        try:
+            log.add(trainer.train_step())
+        except DivergedError as error:  # on all workers at once; an exception would be retried, to the same end
+            end_diverged(job["work"], trainer.rank, str(error), error.batch)
+            return
         if trainer.step % config.train.validate_every_steps == 0 or trainer.step == trainer.total_steps:
-            figures = trainer.validate(catalog, held_out) if len(held_out.targets) else {}
+            figures = trainer.validate(catalog, held_out)
             log.add({"step": trainer.step, **figures}, now=True)
             score = figures.get("valid_ndcg@10", float(trainer.step))
-            with tempfile.TemporaryDirectory(prefix="pixrec-") as folder:
-                saved = None
-                if context.get_world_rank() == 0:
-                    save_model(folder, dataclasses.replace(model, config=config), {"step": trainer.step, **figures})
-                    _save_state(trainer, Path(folder))
-                    saved = Checkpoint.from_directory(folder)
-                ray.train.report({"score": score, "step": trainer.step}, checkpoint=saved)
+            checkpoint = _checkpoint(trainer, saved, figures)
+            if reported:  # at most one upload at a time: a worker that dies loses no more than an interval and it
+                ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
+            metrics = {"score": score, "step": trainer.step}
+            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
+            reported = True
 
 
-class _Log:
-    """Rows on their way to the driver, sent at most once a second; silent on all workers but the first."""
-
-    def __init__(self, mailbox: Any, total_steps: int) -> None:
-        self._mailbox, self._total_steps = mailbox, total_steps
-        self._rows: list[dict[str, Any]] = []
-        self._sent = self._last = time.monotonic()
-
-    def add(self, row: dict[str, Any], now: bool = False) -> None:
-        moment = time.monotonic()
-        self._rows.append({**row, "total_steps": self._total_steps, "seconds": round(moment - self._last, 4)})
-        self._last = moment
-        if self._mailbox is not None and (now or moment - self._sent >= _MAIL_SECONDS):
-            arrived = self._mailbox.put.remote(self._rows)
-            self._rows, self._sent = [], moment
-            if now:
-                ray.get(arrived)  # the worker may end before the driver takes the rows, not before they are there
+def _to_save(model: Model, config: Config) -> Model:
+    """What checkpoints are written from: the model itself, or a whole copy of one that is about to be sharded."""
+    sharded = config.train.parallel == "fsdp2" and ray.train.get_context().get_world_size() > 1
+    tower = copy.deepcopy(model.tower).to("cpu") if sharded else model.tower
+    return dataclasses.replace(model, tower=tower, config=config)
 
 
-def _save_state(trainer: Trainer, folder: Path) -> None:
-    safetensors.torch.save_file(trainer.optimizer_tensors(), folder / _OPTIMIZER)
-    (folder / _STATE).write_text(json.dumps({"step": trainer.step}))
+def _checkpoint(trainer: Trainer, saved: Model, figures: dict[str, float]) -> Checkpoint | None:
+    """Model, optimiser and position in a local folder, which Ray removes once it is uploaded; the first worker's."""
+    optimizer = trainer.optimizer_tensors()
+    if trainer.sharded:
+        saved.tower.load_state_dict(trainer.whole_state())
+    if trainer.rank != 0:
+        return None
+    folder = tempfile.mkdtemp(prefix="pixrec-")
+    save_model(folder, saved, {"step": trainer.step, **figures})
+    safetensors.torch.save_file(optimizer, Path(folder) / _OPTIMIZER)
+    (Path(folder) / _STATE).write_text(json.dumps({"step": trainer.step}))
+    return Checkpoint.from_directory(folder)
 
 
-def _restore(trainer: Trainer, folder: Path) -> None:
-    trainer.tower.load_state_dict(load_model(str(folder), str(trainer.device)).tower.state_dict())
-    state = json.loads((folder / _STATE).read_text())
-    trainer.restore(int(state["step"]), safetensors.torch.load_file(folder / _OPTIMIZER, str(trainer.device)))
+def _restore(model: Model, checkpoint: Checkpoint | None) -> tuple[int, dict[str, torch.Tensor]]:
+    """Bring a checkpoint's weights into `model`; returns its step and the optimiser's state."""
+    if checkpoint is None:
+        return 0, {}
+    device = str(model.tower.log_temperature.device)
+    with checkpoint.as_directory() as folder:
+        model.tower.load_state_dict(load_model(folder, device).tower.state_dict())
+        state = json.loads((Path(folder) / _STATE).read_text())
+        return int(state["step"]), safetensors.torch.load_file(Path(folder) / _OPTIMIZER, device)
 
 
 def _publish(checkpoint: str, target: str, dataset: Dataset) -> None:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pixrec import storage
+from pixrec.data.images import DECODER
 from pixrec.data.text import item_text
 from pixrec.errors import ArtifactError, InputError
 from pixrec.schema import (
@@ -67,10 +68,10 @@ class ItemTable:
         return {name: _jsonable(self._value(name, row)) for name in self._columns if name != IMAGE}
 
     def content_hash(self, row: int) -> str:
-        """Hash of exactly what the model may see: the item's text and its stored picture."""
+        """Hash of exactly what the model may see: the item's text, its stored picture and how that is decoded."""
         text, image = self.text(row).encode(), self.image(row)
         content = hashlib.blake2b(len(text).to_bytes(8, "big") + text, digest_size=16)
-        content.update(b"" if image is None else b"\x01" + image)
+        content.update(b"" if image is None else b"\x01" + DECODER.encode() + image)
         return content.hexdigest()
 
     @property

@@ -56,16 +56,24 @@ class Dataset:
     info: dict[str, Any]
     events: Events = field(repr=False)
 
-    def training_histories(self) -> list[np.ndarray]:
-        """Each user's rows visible to training, oldest first; users without any are left out."""
-        starts, ends = self.events.offsets[:-1], self.events.offsets[:-1] + self._training_lengths()
+    def training_histories(self, *, with_validation: bool = False) -> list[np.ndarray]:
+        """Each user's rows visible to training, oldest first; users without any are left out.
+
+        `with_validation`: everything before the test, for a model whose settings are chosen already.
+        """
+        lengths = self._lengths_before_test() if with_validation else self._training_lengths()
+        starts, ends = self.events.offsets[:-1], self.events.offsets[:-1] + lengths
         return [self.events.rows[start:end] for start, end in zip(starts, ends, strict=True) if end > start]
+
+    def training_visible(self) -> np.ndarray:
+        """bool (E,): the events visible to training."""
+        visible = np.repeat(self._training_lengths(), np.diff(self.events.offsets))
+        position = np.arange(len(self.events.rows)) - np.repeat(self.events.offsets[:-1], np.diff(self.events.offsets))
+        return position < visible
 
     def training_counts(self) -> np.ndarray:
         """int64 (N,): events per item visible to training."""
-        visible = np.repeat(self._training_lengths(), np.diff(self.events.offsets))
-        position = np.arange(len(self.events.rows)) - np.repeat(self.events.offsets[:-1], np.diff(self.events.offsets))
-        return np.bincount(self.events.rows[position < visible], minlength=len(self.items))
+        return np.bincount(self.events.rows[self.training_visible()], minlength=len(self.items))
 
     def held_out(self, part: Part) -> HeldOut:
         """Users to validate or test on. A history holds every event before its target, later parts never."""
@@ -84,6 +92,12 @@ class Dataset:
         if split["kind"] == "temporal":
             return self.events.before(split["valid_start_ms"])
         return np.maximum(lengths - 2, 1)  # one or two events: the first is training's
+
+    def _lengths_before_test(self) -> np.ndarray:
+        lengths, split = np.diff(self.events.offsets), self.info["split"]
+        if split["kind"] == "temporal":
+            return self.events.before(split["test_start_ms"])
+        return np.maximum(lengths - 1, 1)
 
     def _target_positions(self, part: Part) -> np.ndarray:
         """int64 (B,): position of each user's target in the user's own events; below 1 where there is none."""

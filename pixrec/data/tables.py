@@ -28,14 +28,11 @@ from pixrec.schema import (
     INTERACTIONS,
     ITEM_ID,
     ITEMS,
-    KEY,
     PREPARED_ITEM_FIELDS,
     PRICE,
     RATING,
-    REASON,
     REJECTS,
     SEQUENCES,
-    SOURCE,
     TIMESTAMP,
     TITLE,
     USER_ID,
@@ -233,9 +230,7 @@ def usable_interactions(
         item.to_numpy(zero_copy_only=False)[good].astype(np.int64),
         moments.to_numpy(zero_copy_only=False)[good].astype(np.int64),
     )
-    rejected = rejects(
-        INTERACTIONS, _event_keys(users, items, ~good), pa.array(reasons).take(pa.array(fault[~good])).to_pylist()
-    )
+    rejected = rejects(INTERACTIONS, _event_keys(users, items, ~good), pa.array(reasons).take(pa.array(fault[~good])))
     if min_rating is None:
         return Usable(interactions, rejected, 0)
     rated = pc.fill_null(pc.greater_equal(plain(table.column(RATING)).cast(pa.float64()), min_rating), False)
@@ -243,6 +238,17 @@ def usable_interactions(
     if not keep.any():
         raise InputError(f"{where}: no event is rated prepare.min_rating {min_rating} or above; lower it")
     return Usable(interactions.only(keep), rejected, int((~keep).sum()))
+
+
+def without_repeats(interactions: Interactions) -> Interactions:
+    """The first event of those that agree in user, item and timestamp, in input order."""
+    order = np.lexsort((interactions.timestamp, interactions.item, interactions.user))  # stable: the first comes first
+    columns = (interactions.user[order], interactions.item[order], interactions.timestamp[order])
+    is_first = np.ones(len(order), dtype=bool)
+    is_first[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
+    keep = np.empty(len(order), dtype=bool)
+    keep[order] = is_first
+    return interactions.only(keep)
 
 
 def core(interactions: Interactions, min_user_events: int, min_item_events: int) -> Interactions:
@@ -306,8 +312,9 @@ def split_block(timestamps: np.ndarray, config: PrepareConfig) -> dict[str, Any]
     return {"kind": config.split, "valid_start_ms": valid_start_ms, "test_start_ms": test_start_ms}
 
 
-def rejects(source: str, keys: list[str], reasons: list[str]) -> pa.Table:
-    return pa.table({SOURCE: [source] * len(keys), KEY: keys, REASON: reasons}, schema=REJECTS)
+def rejects(source: str, keys: list[str] | pa.Array, reasons: list[str] | pa.Array) -> pa.Table:
+    columns = (pa.repeat(source, len(keys)), keys, reasons)
+    return pa.table([pa.array(column).cast(pa.string()) for column in columns], schema=REJECTS)
 
 
 def as_text(column: pa.ChunkedArray) -> pa.Array:
@@ -336,7 +343,10 @@ def _moments(column: pa.ChunkedArray, where: str) -> pa.Array:
         raise InputError(f"{where}: column {TIMESTAMP!r} holds a value beyond int64; {_MOMENT.cure}") from None
 
 
-def _event_keys(users: pa.Array, items: pa.Array, which: np.ndarray) -> list[str]:
-    rows, mask = np.flatnonzero(which), pa.array(which)
-    named = zip(rows, users.filter(mask).to_pylist(), items.filter(mask).to_pylist(), strict=True)
-    return [f"row {row}: {USER_ID} {user}, {ITEM_ID} {item}" for row, user, item in named]
+def _event_keys(users: pa.Array, items: pa.Array, which: np.ndarray) -> pa.Array:
+    """`row 7: user_id u1, item_id i9` of each event in question; Arrow's text, as there may be millions of them."""
+    mask, kind = pa.array(which), pa.large_string()
+    rows = pa.array(np.flatnonzero(which)).cast(kind)
+    user, item = (pc.fill_null(ids.filter(mask), "None") for ids in (users, items))
+    text = [pa.scalar(part, kind) for part in ("row ", f": {USER_ID} ", f", {ITEM_ID} ", "")]
+    return pc.binary_join_element_wise(text[0], rows, text[1], user, text[2], item, text[3])

@@ -1,8 +1,10 @@
-"""An item's fields as one line of text. Knows no tokens: cutting to a token budget is the model's business."""
+"""An item's fields as one line of text, and text out of HTML. Knows no tokens: those are the model's business."""
 
 from __future__ import annotations
 
+import html
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +12,10 @@ from pixrec.schema import BRAND, CATEGORY, DESCRIPTION, PRICE, TEXT_FIELDS
 
 SEPARATOR = " | "
 MAX_DESCRIPTION_CHARACTERS = 400  # about 100 tokens; towers read far fewer, and the title comes first
+
+# One tag or comment; every `<` is looked at once. What begins with no letter, as in `5 < 6`, is text.
+_TAG = re.compile(r"<(?:/?[a-zA-Z]|!)[^<>]*>")
+_UNSEEN = re.compile(r"<(script|style)\b[^<>]*>[^<]*</\1\s*>", re.IGNORECASE)
 
 
 def item_text(fields: Mapping[str, Any]) -> str:
@@ -19,6 +25,13 @@ def item_text(fields: Mapping[str, Any]) -> str:
     """
     parts = (_phrase(name, fields.get(name)) for name in TEXT_FIELDS)
     return SEPARATOR.join(part for part in parts if part)
+
+
+def plain_text(markup: str) -> str:
+    """HTML as one line of text: tags become spaces, `&amp;` becomes `&`, also where it was escaped twice."""
+    for _ in range(2):
+        markup = html.unescape(_TAG.sub(" ", _UNSEEN.sub(" ", markup)))
+    return " ".join(_TAG.sub(" ", markup).replace("\0", " ").split())
 
 
 def _phrase(name: str, value: Any) -> str:

@@ -7,11 +7,12 @@ Shapes: B rows · T tokens · P pictures · K tokens a picture · W width of the
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, LlamaConfig, PreTrainedModel, SmolVLMConfig
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlamaConfig, PreTrainedModel, SmolVLMConfig
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
 from pixrec.config import LoraConfig, TinyConfig
@@ -19,6 +20,7 @@ from pixrec.errors import ConfigError
 from pixrec.model.families import family_of
 
 TINY = "pixrec-tiny"
+VISION_MODULES = ("vision_model", "vision_tower", "visual", "connector", "multi_modal_projector")
 
 
 class Backbone(nn.Module):
@@ -50,17 +52,16 @@ class Backbone(nn.Module):
         `token_ids` and `is_token` (B, T): the tokens and which of them are real. `picture_slot` (B, T): for a
         picture token its row in `pictures` (P·K, W), -1 elsewhere.
         """
-        embeddings = self.model.get_input_embeddings()(token_ids)
+        # A picture token's id may lie outside the vocabulary (PaliGemma); its embedding is not looked at.
+        embeddings = self.model.get_input_embeddings()(token_ids.masked_fill(picture_slot >= 0, 0))
         if pictures.shape[0]:
             looked_up = pictures.to(embeddings.dtype)[picture_slot.clamp(min=0)]
             embeddings = torch.where((picture_slot >= 0).unsqueeze(-1), looked_up, embeddings)
-        language_model = self.family.language_model(self.model)
-        output = language_model(inputs_embeds=embeddings, attention_mask=is_token.long(), use_cache=False)
-        return output.last_hidden_state
+        return self.family.hidden_states(self.model, embeddings, is_token, picture_slot)
 
     def token_logits(self, hidden: Tensor) -> Tensor:
         """Scores (…, vocabulary) of the next token from hidden states (…, W)."""
-        return self.model.get_output_embeddings()(hidden)
+        return self.family.token_logits(self.model, hidden)
 
 
 def build_tiny(config: TinyConfig, tokenizer_size: int, ids: dict[str, int], seed: int) -> PreTrainedModel:
@@ -99,16 +100,36 @@ def build_tiny(config: TinyConfig, tokenizer_size: int, ids: dict[str, int], see
         return AutoModelForImageTextToText.from_config(whole)
 
 
-def load_pretrained(name_or_folder: str) -> PreTrainedModel:
-    """`from_pretrained` on a name or a local folder, safetensors only, weights in float32."""
+def load_pretrained(name_or_folder: str, nf4: bool = False) -> PreTrainedModel:
+    """`from_pretrained` on a name or a local folder, safetensors only, weights in float32.
+
+    `nf4` holds the matrices of the language model in 4 bits, for adapters to be trained on (QLoRA, Dettmers et al.
+    2023); the vision part stays whole. Raises ConfigError where bitsandbytes is not installed.
+    """
+    options = {"quantization_config": _nf4()} if nf4 else {}
     try:
         return AutoModelForImageTextToText.from_pretrained(
-            name_or_folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+            name_or_folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, **options
         )
     except (OSError, ValueError) as error:
         local = " (no such folder)" if not Path(name_or_folder).exists() else ""
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"model.backbone {name_or_folder!r} cannot be loaded{local}: {reason}") from None
+
+
+def _nf4() -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "model.lora.base nf4 needs bitsandbytes, which is not installed; pip install 'pixrec[nf4]', or set it to "
+            "as_is"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head", *VISION_MODULES],
+    )
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:

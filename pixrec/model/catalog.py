@@ -16,15 +16,26 @@ from pixrec.config import Modalities
 from pixrec.data.images import decode_image
 from pixrec.data.items import ItemTable
 from pixrec.model.encoding import Content, Histories, ItemEncoder, Items
-from pixrec.model.towers import CompactUserTower, DualTower
+from pixrec.model.towers import DualTower
+from pixrec.model.vision import PictureTokens
 
 
 class Catalog:
-    """Items by row, tokenised once and decoded at first use; decoded pictures are kept up to `cache_bytes`."""
+    """Items by row, tokenised once and decoded at first use; decoded pictures are kept up to `cache_bytes`.
 
-    def __init__(self, table: ItemTable, encoder: ItemEncoder, cache_bytes: int = 2_000_000_000) -> None:
+    Where `tokens` hold every picture they are read in place of the pictures.
+    """
+
+    def __init__(
+        self,
+        table: ItemTable,
+        encoder: ItemEncoder,
+        cache_bytes: int = 2_000_000_000,
+        tokens: PictureTokens | None = None,
+    ) -> None:
         self.table = table
         self.encoder = encoder
+        self.tokens = tokens if tokens is not None and tokens.hold(table) else None
         self._text_ids: dict[int, np.ndarray] = {}
         self._pixels: dict[int, np.ndarray | None] = {}
         self._room = max(1, cache_bytes // (3 * encoder.image_size_px**2))
@@ -52,6 +63,9 @@ class Catalog:
         return distinct, items, self.encoder.histories(items, local)
 
     def _picture(self, row: int) -> np.ndarray | None:
+        if self.tokens is not None:
+            stored = self.table.image(row)
+            return None if stored is None else self.tokens.of(stored)
         if row not in self._pixels:
             data = self.table.image(row)
             pixels = None if data is None else decode_image(data, self.encoder.image_size_px)
@@ -68,23 +82,35 @@ def distinct_rows(histories: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.
 
 
 class Embedder:
-    """A model in use: contents or rows in, unit vectors out as float32 arrays on the CPU."""
+    """A model in use: contents or rows in, unit vectors out as float32 arrays on the CPU.
 
-    def __init__(self, tower: DualTower, encoder: ItemEncoder, modalities: Modalities, max_history_items: int) -> None:
+    `identities` are the items with a learned vector of their own, in its order; only a compact tower has any.
+    """
+
+    def __init__(
+        self,
+        tower: DualTower,
+        encoder: ItemEncoder,
+        modalities: Modalities,
+        max_history_items: int,
+        identities: Sequence[str] = (),
+    ) -> None:
         self.tower = tower.eval()
         self.encoder = encoder
         self.modalities = modalities
-        self.max_history_items = max_history_items
+        self.compact = tower.compact
+        self.max_history_items = self.compact.user.max_history_items if self.compact else max_history_items
         self.device = tower.log_temperature.device
+        self._identity = {item_id: row for row, item_id in enumerate(identities)}
 
     @property
     def reads_item_vectors(self) -> bool:
         """Whether the user tower is content with the item vectors of the history."""
-        return isinstance(self.tower.user_tower, CompactUserTower)
+        return self.compact is not None
 
-    def contents(self, contents: Sequence[Content]) -> np.ndarray:
-        """Item vectors (U, D) of contents given directly."""
-        return self._items(self.encoder.items(contents, self.modalities))
+    def contents(self, contents: Sequence[Content], item_ids: Sequence[str] | None = None) -> np.ndarray:
+        """Item vectors (U, D) of contents given directly; `item_ids` where they are items of the catalog."""
+        return self._items(self.encoder.items(contents, self.modalities), item_ids)
 
     def items(
         self,
@@ -96,7 +122,8 @@ class Embedder:
         """Item vectors (U, D) of the items at `rows`."""
         parts = []
         for batch in _batches(rows, batch_size):
-            parts.append(self._items(catalog.items(batch, self.modalities)))
+            item_ids = [catalog.table.item_ids[row] for row in batch]
+            parts.append(self._items(catalog.items(batch, self.modalities), item_ids))
             if progress:
                 progress(sum(map(len, parts)), len(rows))
         return np.concatenate(parts)
@@ -107,28 +134,34 @@ class Embedder:
         `item_vectors` (N, D) spare a compact tower the backbone; an interleaved one does not look at them.
         """
         recent = [np.asarray(h)[-self.max_history_items :] for h in histories]
-        if self.reads_item_vectors and item_vectors is not None:
-            return self.users_of_vectors([item_vectors[h] for h in recent])
+        if self.compact is not None:
+            if item_vectors is not None:
+                return self.users_of_vectors([item_vectors[h] for h in recent])
+            distinct, local = distinct_rows(recent)
+            vectors = self.items(catalog, distinct)
+            return self.users_of_vectors([vectors[h] for h in local])
         _, items, sequences = catalog.histories(recent, self.modalities)
-        with torch.inference_mode():
+        with torch.no_grad():
             return self.tower.user_vectors(items.to(self.device), sequences.to(self.device)).float().cpu().numpy()
 
     def users_of_vectors(self, histories: Sequence[np.ndarray]) -> np.ndarray:
         """User vectors (B, D) of a compact tower from the item vectors (L, D) of each history."""
-        tower = self.tower.user_tower
-        assert isinstance(tower, CompactUserTower)
+        assert self.compact is not None
         lengths = torch.tensor([len(h) for h in histories])
         vectors = torch.zeros(len(histories), int(lengths.max()), histories[0].shape[1])
         for i, history in enumerate(histories):
             vectors[i, : len(history)] = torch.from_numpy(history.astype(np.float32))
-        is_item = torch.arange(vectors.shape[1]) < lengths.unsqueeze(1)
-        with torch.inference_mode():
-            prefixes = tower(vectors.to(self.device), is_item.to(self.device))
-            return prefixes[torch.arange(len(histories)), lengths - 1].float().cpu().numpy()
+        with torch.no_grad():
+            last = (lengths - 1).to(self.device)
+            return self.compact.user_vectors_at(vectors.to(self.device), last).float().cpu().numpy()
 
-    def _items(self, items: Items) -> np.ndarray:
-        with torch.inference_mode():
-            return self.tower.item_vectors(items.to(self.device)).float().cpu().numpy()
+    def _items(self, items: Items, item_ids: Sequence[str] | None) -> np.ndarray:
+        with torch.no_grad():
+            vectors = self.tower.item_vectors(items.to(self.device))
+            if self.compact is not None:
+                known = [self._identity.get(i, -1) for i in item_ids] if item_ids else [-1] * len(vectors)
+                vectors = self.compact.item_vectors(vectors, torch.tensor(known, device=self.device))
+            return vectors.float().cpu().numpy()
 
 
 def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -9,6 +9,7 @@ Shapes: U distinct items · B histories · L items in a history · T tokens · M
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from pixrec.config import Modalities
 from pixrec.model.families import Family
@@ -27,7 +29,10 @@ SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "<end_of_utterance>", "<fake_token_ar
 
 @dataclass(frozen=True)
 class Content:
-    """What a tower may see of one item: its text and, where there is one, its decoded picture (S, S, 3) uint8."""
+    """What a tower may see of one item: its text and, where there is one, its decoded picture (S, S, 3) uint8.
+
+    In place of the pixels there may be the picture tokens (K, W) that a frozen vision part made of them.
+    """
 
     text: str
     pixels: np.ndarray | None
@@ -52,7 +57,9 @@ class Items(_Tensors):
     picture_slot: Tensor
     """(U, T) int64, row among the (M·K) picture tokens, -1 elsewhere"""
     pixels: Tensor
-    """(M, S, S, 3) uint8"""
+    """(M, S, S, 3) uint8; none where `ready` has them"""
+    ready: Tensor
+    """(M, K, W) picture tokens computed before; none where `pixels` are still to be encoded"""
 
     def __len__(self) -> int:
         return self.token_ids.shape[0]
@@ -78,6 +85,17 @@ class Histories(_Tensors):
     """(B, L) int64, index of the token that closes each item; 0 on padding"""
     item: Tensor
     """(B, L) int64, row in `Items`; -1 on padding"""
+
+    @property
+    def target(self) -> Tensor:
+        """(P,) row in `Items` of each example's next item: every item but the first of each history."""
+        following = self.item[:, 1:]
+        return following[following >= 0]
+
+    @property
+    def target_text(self) -> Tensor:
+        """(B, T) bool, text tokens of the next items; never of the first item, which nothing precedes."""
+        return self.is_text & (self.position > 0)
 
 
 class ItemEncoder:
@@ -132,14 +150,23 @@ class ItemEncoder:
         length = max(len(row[0]) for row in rows)
         padded = [_pad([row[i] for row in rows], length, fill) for i, fill in enumerate((self.pad_id, 0, -1))]
         is_token = np.arange(length) < np.array([len(row[0]) for row in rows])[:, None]
-        size = self.image_size_px
+        pixels_given, ready = self._stack(pictures)
         return Items(
             token_ids=torch.from_numpy(padded[0]),
             is_token=torch.from_numpy(is_token),
             is_text=torch.from_numpy(padded[1].astype(bool)),
             picture_slot=torch.from_numpy(padded[2]),
-            pixels=torch.from_numpy(np.stack(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)),
+            pixels=pixels_given,
+            ready=ready,
         )
+
+    def _stack(self, pictures: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        size = self.image_size_px
+        pixels, ready = torch.zeros(0, size, size, 3, dtype=torch.uint8), torch.zeros(0, self.tokens_per_picture, 1)
+        if not pictures:
+            return pixels, ready
+        stacked = torch.from_numpy(np.stack(pictures))
+        return (stacked, ready) if stacked.dtype == torch.uint8 else (pixels, stacked)
 
     def histories(self, items: Items, histories: Sequence[np.ndarray]) -> Histories:
         """Write histories, each a row of indices into `items`, oldest first, as token sequences."""
@@ -222,10 +249,8 @@ def train_tokenizer(texts: Sequence[str], vocabulary_tokens: int) -> PreTrainedT
     )
 
 
-def picture_statistics(folder: str) -> tuple[list[float], list[float]]:
+def picture_statistics(name_or_folder: str) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the pixels that the backbone was trained with, from its processor's file."""
-    import json
-
-    file = Path(folder) / "preprocessor_config.json"
-    settings: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    file = cached_file(name_or_folder, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    settings: dict[str, Any] = {} if file is None else json.loads(Path(file).read_text())
     return settings.get("image_mean", [0.5, 0.5, 0.5]), settings.get("image_std", [0.5, 0.5, 0.5])

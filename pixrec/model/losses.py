@@ -30,21 +30,28 @@ def info_nce(
     candidate_ids: Tensor,
     temperature: Tensor,
     log_inclusion: Tensor | None = None,
+    excluded: Tensor | None = None,
+    *,
+    once: bool = True,
 ) -> Part:
     """InfoNCE (van den Oord et al., 2018) of unit vectors: cross-entropy of each anchor's own candidate among all.
 
-    anchors (P, D), candidates (G, D), target (P,) rows of `candidates`. An item that several workers brought counts
-    once, and never as a negative of itself. `log_inclusion` (G,) is the log
+    anchors (P, D), candidates (G, D), target (P,) rows of `candidates`. An id is never a negative of itself, and
+    counts once, whatever number of workers brought it (`once` False: each time). `log_inclusion` (G,) is the log
     chance of each candidate to be in the batch; negatives are reweighted by it, which makes the expected
     denominator that of the whole catalog (logQ correction, Yi et al., RecSys 2019; the positive, which is always
-    there, keeps its weight).
+    there, keeps its weight). `excluded` (P, G): candidates that are no negatives of an anchor.
     """
     logits = anchors @ candidates.T / temperature
     own = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, target.unsqueeze(1), True)
     if log_inclusion is not None:
         logits = torch.where(own, logits, logits - log_inclusion)
-    same_item = candidate_ids.unsqueeze(0) == candidate_ids[target].unsqueeze(1)
-    logits = logits.masked_fill((same_item | _repeats(candidate_ids)) & ~own, float("-inf"))
+    dropped = candidate_ids.unsqueeze(0) == candidate_ids[target].unsqueeze(1)
+    if once:
+        dropped = dropped | _repeats(candidate_ids)
+    if excluded is not None:
+        dropped = dropped | excluded
+    logits = logits.masked_fill(dropped & ~own, float("-inf"))
     total = F.cross_entropy(logits, target, reduction="sum")
     return Part(total, torch.tensor(float(len(target)), device=logits.device))
 
@@ -86,6 +93,14 @@ def _all_gather_rows(tensor: Tensor, sizes: list[int]) -> Tensor:
     return torch.cat([buffer[:size] for buffer, size in zip(buffers, sizes, strict=True)])
 
 
+def all_reduced_rows(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all workers, as a new tensor."""
+    summed = tensor.contiguous().clone()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(summed)
+    return summed
+
+
 class _Gather(torch.autograd.Function):
     """all_gather whose backward sums what every worker's loss says of this worker's rows."""
 
@@ -96,7 +111,6 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        summed = gradient.contiguous().clone()
-        dist.all_reduce(summed)
+        summed = all_reduced_rows(gradient)
         start = sum(ctx.sizes[: dist.get_rank()])
         return summed[start : start + ctx.sizes[dist.get_rank()]], None

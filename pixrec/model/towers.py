@@ -1,4 +1,4 @@
-"""The item tower and the two user towers, which meet in one space.
+"""The item tower and the interleaved user tower, which meet in one space; the compact one joins them trained.
 
 Plain torch: knows neither files nor workers. What a tower may see is decided before, in `encoding`.
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,19 @@ from torch import Tensor, nn
 
 from pixrec.config import ModelConfig
 from pixrec.model.backbone import Backbone
+from pixrec.model.compact import CompactTower
 from pixrec.model.encoding import Histories, Items
 
 MIN_TEMPERATURE = 0.01
+
+
+class HistoryOutputs(NamedTuple):
+    """What the objective needs of histories; fields as in `TowerOutputs`."""
+
+    user: Tensor
+    target_given_user: Tensor
+    text_logits: Tensor | None
+    text_ids: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -28,14 +39,14 @@ class TowerOutputs:
 
     user: Tensor
     """v_U of every prefix that has a next item (P, D)"""
-    target_given_user: Tensor | None
-    """v_T|U of that next item (P, D); None where the user tower does not read items with their history"""
+    target_given_user: Tensor
+    """v_T|U of that next item (P, D)"""
     item: Tensor
     """v_T of the distinct items (U, D)"""
     target: Tensor
     """row in `item` of each example's next item (P,)"""
     text_logits: Tensor | None
-    """scores of the next items' text tokens (text tokens, V); None as above or when not wanted"""
+    """scores of the next items' text tokens (text tokens, V); None when not wanted"""
     text_ids: Tensor | None
     """those tokens"""
 
@@ -45,8 +56,6 @@ class InterleavedUserTower(nn.Module):
 
     The language model is causal, so the states of one sequence hold v_U of every prefix: each position teaches.
     """
-
-    needs_pictures_of_history = True
 
     def __init__(self, width: int, config: ModelConfig) -> None:
         super().__init__()
@@ -65,33 +74,6 @@ class InterleavedUserTower(nn.Module):
         return F.normalize(self.projection(states), dim=-1)
 
 
-class CompactUserTower(nn.Module):
-    """A causal transformer over the item vectors of the history (SASRec, Kang & McAuley 2018, on content vectors)."""
-
-    needs_pictures_of_history = False
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        width = config.embedding_width
-        self.position = nn.Embedding(config.max_history_items, width)
-        nn.init.normal_(self.position.weight, std=0.02)
-        layer = nn.TransformerEncoderLayer(
-            width, config.compact_heads, 4 * width, config.compact_dropout, "gelu", batch_first=True, norm_first=True
-        )
-        self.layers = nn.TransformerEncoder(
-            layer, config.compact_layers, nn.LayerNorm(width), enable_nested_tensor=False
-        )
-        self.projection = nn.Linear(width, width)
-
-    def forward(self, item_vectors: Tensor, is_item: Tensor) -> Tensor:
-        """Unit item vectors (B, L, D) of histories, padded on the right, to unit vectors (B, L, D) of each prefix."""
-        length = item_vectors.shape[1]
-        inputs = item_vectors * math.sqrt(item_vectors.shape[-1]) + self.position.weight[:length]
-        future = torch.ones(length, length, dtype=torch.bool, device=inputs.device).triu(1)
-        inputs = inputs * is_item.unsqueeze(-1)
-        return F.normalize(self.projection(self.layers(inputs, mask=future, is_causal=True)), dim=-1)
-
-
 class DualTower(nn.Module):
     """Backbone, heads and user tower of one model."""
 
@@ -99,11 +81,8 @@ class DualTower(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.item_proj = nn.Linear(backbone.width, config.embedding_width)
-        self.user_tower: InterleavedUserTower | CompactUserTower
-        if config.user_tower == "interleaved":
-            self.user_tower = InterleavedUserTower(backbone.width, config)
-        else:
-            self.user_tower = CompactUserTower(config)
+        self.user_tower = InterleavedUserTower(backbone.width, config)
+        self.compact: CompactTower | None = None  # joined once the item tower is trained (`artifact.with_compact`)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
 
     @property
@@ -112,6 +91,8 @@ class DualTower(nn.Module):
 
     def pictures(self, items: Items) -> Tensor:
         """Picture tokens (M·K, W) of all pictures of `items`."""
+        if items.ready.shape[0]:
+            return items.ready.flatten(0, 1)
         if not items.pixels.shape[0]:
             return torch.zeros(0, self.backbone.width, device=items.pixels.device)
         return self.backbone.picture_tokens(items.pixels).flatten(0, 1)
@@ -126,34 +107,32 @@ class DualTower(nn.Module):
         """Last hidden states (B, T, W) of whole histories."""
         return self.backbone.hidden_states(histories.token_ids, histories.is_token, histories.picture_slot, pictures)
 
-    def user_vectors(self, items: Items, histories: Histories, known: Tensor | None = None) -> Tensor:
-        """v_U of whole histories, unit vectors (B, D). `known` (U, D): item vectors computed before, compact only."""
+    def user_vectors(self, items: Items, histories: Histories) -> Tensor:
+        """v_U of whole histories by the interleaved tower, unit vectors (B, D)."""
         last = (histories.item >= 0).sum(1) - 1
-        if isinstance(self.user_tower, CompactUserTower):
-            vectors = self.item_vectors(items) if known is None else known
-            prefixes = self.user_tower(vectors[histories.item.clamp(min=0)], histories.item >= 0)
-        else:
-            prefixes = self.user_tower(self.history_states(histories, self.pictures(items)), histories)
+        prefixes = self.user_tower(self.history_states(histories, self.pictures(items)), histories)
         return prefixes[torch.arange(len(last), device=last.device), last]
+
+    def read_histories(self, histories: Histories, pictures: Tensor, generate: bool) -> HistoryOutputs:
+        """Everything the objective needs of histories whose last item is a target only; `pictures` (M·K, W)."""
+        has_next = histories.item[:, 1:] >= 0
+        hidden = self.history_states(histories, pictures)
+        user = self.user_tower(hidden, histories)[:, :-1][has_next]
+        conditioned = F.normalize(self.item_proj(_mean_of_each_item(hidden, histories)), dim=-1)[:, 1:][has_next]
+        if not generate:
+            return HistoryOutputs(user, conditioned, None, None)
+        wanted = histories.target_text
+        logits = self.backbone.token_logits(hidden[:, :-1][wanted[:, 1:]])
+        return HistoryOutputs(user, conditioned, logits, histories.token_ids[wanted])
 
     def forward(self, items: Items, histories: Histories, generate: bool) -> TowerOutputs:
         """Everything the objective needs; `generate` asks for the scores of the next items' text."""
         pictures = self.pictures(items)
         vectors = self.item_vectors(items, pictures)
-        has_next = histories.item[:, 1:] >= 0
-        target = histories.item[:, 1:][has_next]
-        if isinstance(self.user_tower, CompactUserTower):
-            known = histories.item[:, :-1]  # the last item is a target only
-            prefixes = self.user_tower(vectors[known.clamp(min=0)], known >= 0)
-            return TowerOutputs(prefixes[has_next], None, vectors, target, None, None)
-        hidden = self.history_states(histories, pictures)
-        user = self.user_tower(hidden, histories)[:, :-1][has_next]
-        conditioned = F.normalize(self.item_proj(_mean_of_each_item(hidden, histories)), dim=-1)[:, 1:][has_next]
-        if not generate:
-            return TowerOutputs(user, conditioned, vectors, target, None, None)
-        wanted = histories.is_text & (histories.position > 0)  # never the first item: nothing precedes it
-        logits = self.backbone.token_logits(hidden[:, :-1][wanted[:, 1:]])
-        return TowerOutputs(user, conditioned, vectors, target, logits, histories.token_ids[wanted])
+        read = self.read_histories(histories, pictures, generate)
+        return TowerOutputs(
+            read.user, read.target_given_user, vectors, histories.target, read.text_logits, read.text_ids
+        )
 
 
 def _take(states: Tensor, index: Tensor) -> Tensor:

@@ -20,6 +20,14 @@ class Versions:
 
 
 @dataclass(frozen=True)
+class NewItem:
+    """An item of a history that the catalog lacks: what it says, and its picture."""
+
+    fields: dict[str, Any]
+    image: bytes | None = None
+
+
+@dataclass(frozen=True)
 class Ranking:
     """Ranked (item_id, score), best first, and where they came from."""
 
@@ -58,7 +66,13 @@ class Backend(Protocol):
     """None stands for an item that is unknown, or has no picture. Every method may raise a BackendError."""
 
     async def recommend(
-        self, history: list[str], k: int, exclude: list[str], exclude_history: bool, filters: Filters
+        self,
+        history: list[str],
+        k: int,
+        exclude: list[str],
+        exclude_history: bool,
+        filters: Filters,
+        new_items: dict[str, NewItem],
     ) -> Ranking | Refusal: ...
 
     async def similar(self, item_id: str, k: int, filters: Filters) -> Ranking | Refusal | None: ...

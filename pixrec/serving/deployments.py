@@ -19,8 +19,8 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from pixrec.config import ServeConfig
-from pixrec.errors import UnreadableImage
-from pixrec.serving.backend import Filters, Overloaded, Ranking, Refusal, Unavailable, Versions
+from pixrec.errors import InputError, UnreadableImage
+from pixrec.serving.backend import Filters, NewItem, Overloaded, Ranking, Refusal, Unavailable, Versions
 from pixrec.serving.http import create_api
 
 if TYPE_CHECKING:
@@ -48,15 +48,28 @@ class RecommenderReplica:
         self._answer_together = batched(self.answer_all)
 
     async def recommend(
-        self, history: list[str], k: int, exclude: list[str], exclude_history: bool, filters: Filters
+        self,
+        history: list[str],
+        k: int,
+        exclude: list[str],
+        exclude_history: bool,
+        filters: Filters,
+        new_items: dict[str, NewItem],
     ) -> Ranking | Refusal:
-        from pixrec.recommender import Query
+        from pixrec import recommender
 
         # Refused before it joins a batch, where it would fail its neighbours.
         refusal = self._refusal(filters)
         if refusal is not None:
             return refusal
-        query = Query(history, k, exclude=exclude, exclude_history=exclude_history, filters=filters)
+        vectors = {}
+        if new_items:
+            given = {i: recommender.NewItem(item.fields, item.image) for i, item in new_items.items()}
+            try:
+                vectors = await self._compute(self._recommender.encode_new, given)
+            except InputError as error:
+                return Refusal("new_items", str(error))
+        query = recommender.Query(history, k, exclude, exclude_history, filters, vectors)
         return self._ranking(await self._answer_together(query))
 
     async def answer_all(self, queries: list[Query]) -> list[Answer]:
@@ -110,9 +123,15 @@ class ServeBackend:
         self._timeout_seconds = timeout_seconds
 
     async def recommend(
-        self, history: list[str], k: int, exclude: list[str], exclude_history: bool, filters: Filters
+        self,
+        history: list[str],
+        k: int,
+        exclude: list[str],
+        exclude_history: bool,
+        filters: Filters,
+        new_items: dict[str, NewItem],
     ) -> Ranking | Refusal:
-        return await self._ask("recommend", history, k, exclude, exclude_history, filters)
+        return await self._ask("recommend", history, k, exclude, exclude_history, filters, new_items)
 
     async def similar(self, item_id: str, k: int, filters: Filters) -> Ranking | Refusal | None:
         return await self._ask("similar", item_id, k, filters)

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 import pixrec
 from pixrec.config import ServeConfig
-from pixrec.serving.backend import Backend, BackendError, Overloaded, Ranking, Refusal
+from pixrec.serving.backend import Backend, BackendError, NewItem, Overloaded, Ranking, Refusal
 from pixrec.serving.gate import Gate, JsonResponse, unavailable
 
 MAX_REPORTED_ERRORS = 20
@@ -60,10 +60,24 @@ class _Body(BaseModel):
     )
 
 
+class NewItemBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    title: Text | None = None
+    brand: Text | None = None
+    category: Text | None = None
+    price: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    description: Text | None = None
+    image_base64: str | None = Field(None, description="Its picture, base64 of an image file.")
+
+
 class RecommendBody(_Body):
     history: Ids = Field(description="The shopper's items, oldest first. Ids the catalog does not hold are skipped.")
     exclude: Ids = Field(default_factory=list, description="Never return these items.")
     exclude_history: bool = Field(True, description="Do not return items of the history.")
+    new_items: dict[Text, NewItemBody] = Field(
+        default_factory=dict, description="Items of the history that the catalog does not hold yet, by id."
+    )
 
 
 class SimilarBody(_Body):
@@ -133,7 +147,10 @@ def _ranking_routes(backend: Backend, config: ServeConfig) -> APIRouter:
         k = _checked_k(body, config)
         for name in ("history", "exclude"):
             _check_length(name, len(getattr(body, name)), config.max_request_items, "items")
-        return _ranked(await backend.recommend(body.history, k, body.exclude, body.exclude_history, body.filters))
+        new_items = _new_items(body, config)
+        return _ranked(
+            await backend.recommend(body.history, k, body.exclude, body.exclude_history, body.filters, new_items)
+        )
 
     @router.post("/similar", response_model=RankingAnswer, responses=UNKNOWN)
     async def similar(body: SimilarBody) -> Response:
@@ -272,11 +289,23 @@ def _check_length(field: str, length: int, most: int, unit: str) -> None:
         raise _field_error(field, f"{field} holds {length} {unit}: at most {most}")
 
 
-def _decoded(image_base64: str) -> bytes:
+def _new_items(body: RecommendBody, config: ServeConfig) -> dict[str, NewItem]:
+    _check_length("new_items", len(body.new_items), config.max_new_items, "items")
+    found = {}
+    for item_id, item in body.new_items.items():
+        fields = item.model_dump(exclude={"image_base64"}, exclude_none=True)
+        _check_length("new_items", sum(len(str(v)) for v in fields.values()), config.max_text_characters, "characters")
+        if not fields and not item.image_base64:
+            raise _field_error("new_items", f"item {item_id!r} has neither text nor a picture")
+        found[item_id] = NewItem(fields, _decoded(item.image_base64, "new_items") if item.image_base64 else None)
+    return found
+
+
+def _decoded(image_base64: str, field: str = "image_base64") -> bytes:
     try:
         return base64.b64decode(image_base64, validate=True)
     except ValueError:
-        raise _field_error("image_base64", "image_base64 is not base64") from None
+        raise _field_error(field, "image_base64 is not base64") from None
 
 
 def _field_error(field: str, message: str) -> RequestValidationError:

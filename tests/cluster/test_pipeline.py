@@ -208,11 +208,12 @@ def test_recommend(verb: Callable[..., dict[str, Any]], place: Path):
 def test_embed_again_adds_a_version(place: Path, ray_session: None):
     first, items = load_index(str(place / "index")), load_dataset(str(place / "data")).items
     half = dataclasses.replace(CONFIG, embed=dataclasses.replace(CONFIG.embed, dtype="float16"))
-    seen: list[tuple[str, int, int | None]] = []
+    seen: list[tuple[str, int, int | None, str]] = []
     manifest = embed(
         str(place / "model"), str(place / "data"), str(place / "index"), half, progress=lambda *a: seen.append(a)
     )
-    assert seen[-1] == ("embed", WORLD.num_items, WORLD.num_items)
+    assert seen[-1] == ("embed", WORLD.num_items, WORLD.num_items, "nothing new")
+    assert (manifest["reused"], manifest["computed"]) == (WORLD.num_items, 0)
     second = load_index(str(place / "index"), manifest["model_fingerprint"])
     assert names(place / "index" / "versions") == {first.version, second.version}
     assert first.version < second.version == manifest["version"]

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +33,13 @@ PICTURES: dict[str, tuple[str, str | None]] = {
     "text.jpg": ("rejected", "not a picture"),
     "empty.jpg": ("rejected", "empty"),
     "huge.jpg": ("rejected", "file too large"),
-    "http://localhost/1.jpg": ("rejected", "http pictures are not fetched"),
+    "http://localhost/1.jpg": ("rejected", "address refused"),
     "nowhere.jpg": ("missing", "file not found"),
     "": ("missing", None),
 }
 
 
-def silent(stage: str, done: int, total: int | None) -> None:
+def silent(stage: str, done: int, total: int | None, note: str = "") -> None:
     pass
 
 
@@ -107,11 +111,14 @@ def test_prepare_end_to_end(ray_session: None, raw: Path, tmp_path: Path, capfd:
 
     assert capfd.readouterr().out == ""
     assert stages[-1][0] == "writing sequences"
-    assert ("preparing items", NUM_ITEMS, NUM_ITEMS) in stages
+    last = next(step for step in reversed(stages) if step[0] == "preparing items")
+    assert last[:3] == ("preparing items", NUM_ITEMS, NUM_ITEMS)
+    assert last[3].endswith(f" pictures/s, {info['images']['rejected']} rejected")
     assert json.loads((tmp_path / "out" / "dataset.json").read_text()) == info
     check_counts(info)
     assert info["items"] == {"read": NUM_ITEMS, "kept": NUM_ITEMS - 1, "rejected": 1}
     assert info["interactions"]["read"] == 500
+    assert info["interactions"].pop("filtered_repeats") == 0, "a table's events are all meant"
     assert min(info["interactions"].values()) > 0, "every way out is taken in this test"
 
     data = load_dataset(out)
@@ -261,6 +268,166 @@ def test_faults_of_the_tables_are_found_before_ray_starts(no_ray: None, raw: Pat
         )
     assert "\n" not in str(raised.value)
     assert everything_below(tmp_path) == before
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slices one after the other in this process: what they do is the same."""
+    monkeypatch.setattr(module, "_on_ray", lambda work, slices, config: [work(vars(piece)) for piece in slices])
+
+
+@pytest.fixture
+def shop(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[str]]]:
+    """A loopback server with one good picture, a text, and nothing else; the paths asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            body = {"/good": jpeg(), "/text.jpg": b"no picture"}.get(self.path)
+            self.send_response(200 if body else 404)
+            self.end_headers()
+            self.wfile.write(body or b"")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def write_amazon(folder: Path, pictures: list[str]) -> tuple[str, str]:
+    """Items B0, B1, ... with one picture each, in the published format; odd lines and reviews among them."""
+    items = [
+        {
+            "parent_asin": f"B{row}",
+            "title": f"Cup &amp; saucer {row}",
+            "main_category": "Kitchen",
+            "price": "from 5.00",
+            "images": [{"variant": "PT01", "hi_res": "http://192.0.2.1/no"}, {"variant": "MAIN", "large": url}],
+            "description": ["<b>Blue</b>", "cup"],
+        }
+        for row, url in enumerate(pictures)
+    ]
+    reviews = [
+        {
+            "user_id": f"u{user}",
+            "parent_asin": f"B{(user + step) % len(items)}",
+            "timestamp": 1000 * step,
+            "rating": 4 + user % 2,
+        }
+        for user in range(6)
+        for step in range(4)
+    ]
+    reviews += [reviews[0], {**reviews[1], "rating": 1.0}, {**reviews[2], "parent_asin": "B999"}]
+    with gzip.open(folder / "meta_Kitchen.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(item) + "\n" for item in items) + "{half a line\n")
+    (folder / "Kitchen.jsonl").write_text("".join(json.dumps(review) + "\n" for review in reviews) + "[]\n")
+    return str(folder / "meta_Kitchen.jsonl.gz"), str(folder / "Kitchen.jsonl")
+
+
+def test_amazon2023_with_pictures_from_the_web(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shop: tuple[str, list[str]]
+):
+    run_here(monkeypatch)
+    web, asked = shop
+    items, events = write_amazon(tmp_path, [f"{web}/good", f"{web}/gone", f"{web}/text.jpg", f"{web}/good"])
+    config = PrepareConfig(**{**vars(CONFIG), "min_rating": 2.0, "allow_private_addresses": True})
+    out = tmp_path / "out"
+    info = prepare(items, events, str(out), config, silent, "amazon2023")
+    check_counts(info)
+    assert info["items"] == {"read": 5, "kept": 4, "rejected": 1}
+    assert info["images"] == {"ok": 2, "missing": 1, "rejected": 1}
+    assert info["interactions"] == {
+        "read": 28,
+        "kept": 24,
+        "rejected": 2,
+        "filtered_rating": 1,
+        "filtered_repeats": 1,
+        "filtered_kcore": 0,
+    }
+    assert info["rejects"] == {
+        "items: not valid JSON": 1,
+        "interactions: not valid JSON": 1,
+        "interactions: item is not in the items table": 1,
+        "images: file not found": 1,
+        "images: not a picture": 1,
+    }
+    assert info["inputs"] == {"source": "amazon2023", "items": items, "interactions": events}
+    data = load_dataset(str(out))
+    assert data.items.text(3) == "Cup & saucer 3 | Kitchen | $5.00 | Blue cup"
+    assert data.items.image(0)
+    assert data.items.image(0) == data.items.image(3)
+    names = {"Kitchen.jsonl", "meta_Kitchen.jsonl.gz", "out", "out.pictures"}
+    assert {path.name for path in tmp_path.iterdir()} == names, "the tables in between are gone"
+
+    asked.clear()
+    again = prepare(items, events, str(out), config, silent, "amazon2023")
+    assert again["fingerprint"] == info["fingerprint"]
+    assert asked == ["/gone"], "what was downloaded is not asked for again"
+
+
+def test_everything_on_s3(monkeypatch: pytest.MonkeyPatch, raw: Path, bucket: str, shop: tuple[str, list[str]]):
+    run_here(monkeypatch)
+    web, asked = shop
+    catalog = f"{bucket}/catalog"
+    storage.copy_folder(str(raw), catalog)
+    uris = [f"{catalog}/good.jpg", "good.png", "../catalog/cut.jpg", "nowhere.jpg", f"{web}/good", "s3://no-such/x.jpg"]
+    titles = [f"t{row}" for row in range(6)]
+    items = pa.table({"item_id": [f"i{row:03d}" for row in range(6)], "title": titles, "image_uri": uris})
+    storage.write_table(f"{catalog}/items.parquet", items)
+    config = PrepareConfig(**{**vars(CONFIG), "allow_private_addresses": True})
+    places = [f"{catalog}/items.parquet", f"{catalog}/interactions.parquet", f"{bucket}/out"]
+    info = prepare(*places, config, silent)
+    assert info["images"] == {"ok": 3, "missing": 2, "rejected": 1}
+    data = load_dataset(f"{bucket}/out")
+    statuses = [data.items.fields(row)["image_status"] for row in range(6)]
+    assert statuses == ["ok", "ok", "rejected", "missing", "ok", "missing"]
+
+    lines = [{"parent_asin": f"B{row}", "title": "Cup", "images": [{"large": f"{web}/good"}]} for row in range(2)]
+    reviews = [{"user_id": "u", "parent_asin": f"B{row}", "timestamp": row} for row in range(2)]
+    for name, rows in (("raw/meta_Cups.jsonl.gz", lines), ("raw/Cups.jsonl.gz", reviews)):
+        packed = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+        storage.write_bytes(f"{bucket}/{name}", packed)
+    asked.clear()
+    info = prepare(f"{bucket}/raw", f"{bucket}/raw", f"{bucket}/out", config, silent, "amazon2023")
+    assert info["images"] == {"ok": 2, "missing": 0, "rejected": 0}
+    assert asked == [], "the cache lies on s3:// too"
+    assert not [name for name in storage.list_folders(bucket) if name.startswith(".")]
+
+
+def test_private_addresses_are_refused_unless_allowed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shop: tuple[str, list[str]]
+):
+    run_here(monkeypatch)
+    web, asked = shop
+    items, events = write_amazon(tmp_path, [f"{web}/good"] * 4)
+    info = prepare(items, events, str(tmp_path / "out"), CONFIG, silent, "amazon2023")
+    assert info["images"] == {"ok": 0, "missing": 0, "rejected": 4}
+    assert info["rejects"]["images: address refused"] == 4
+    assert asked == []
+    assert not (tmp_path / "out.pictures").exists()
+
+
+def test_faults_of_the_raw_files_leave_nothing(no_ray: None, tmp_path: Path):
+    items, events = write_amazon(tmp_path, ["http://192.0.2.1/x"] * 4)
+    Path(events).write_text("user_id,item_id\n")
+    before = everything_below(tmp_path)
+    with pytest.raises(InputError, match=r"Kitchen\.jsonl: holds nothing usable"):
+        prepare(items, events, str(tmp_path / "out"), CONFIG, silent, "amazon2023")
+    assert everything_below(tmp_path) == before
+
+
+def test_pictures_from_the_bytes_column(monkeypatch: pytest.MonkeyPatch, raw: Path, tmp_path: Path):
+    run_here(monkeypatch)
+    pictures = [jpeg() if row % 2 else None for row in range(NUM_ITEMS)]
+    items = write_items(raw, {"image": pictures, "image_uri": ["good.png", "text.jpg"] * (NUM_ITEMS // 2)})
+    info = prepare(items, str(raw / "interactions.parquet"), str(tmp_path / "out"), CONFIG, silent)
+    assert info["images"] == {"ok": NUM_ITEMS - 1, "missing": 0, "rejected": 0}, "bytes win over a URI"
 
 
 def test_a_place_that_is_taken_is_refused_first(no_ray: None, raw: Path):

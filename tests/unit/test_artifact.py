@@ -232,7 +232,7 @@ def publish(uri: Path, ids: str = "abcd", dtype: str = "float32", model: str = "
     return vectors
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0), ("float16", 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0), ("float16", 1e-2), ("int8", 1e-2)])
 def test_an_index_is_read_as_it_was_written(tmp_path: Path, dtype: str, tolerance: float):
     vectors = publish(tmp_path, dtype=dtype)
     index = load_index(str(tmp_path), "0123456789")
@@ -244,12 +244,14 @@ def test_an_index_is_read_as_it_was_written(tmp_path: Path, dtype: str, toleranc
     assert index.manifest["data"] == "d"
     assert index.version.endswith("-01234567")
     table = storage.read_table(str(tmp_path / "versions" / index.version))
-    assert table.column_names == ["item_id", "embedding", "content_hash"]
+    scale = ["scale"] if dtype == "int8" else []
+    assert table.column_names == ["item_id", "embedding", *scale, "content_hash", "has_image"]
     assert (
         str(table.schema.field("embedding").type)
         == {
             "float32": "fixed_size_list<element: float>[3]",
             "float16": "fixed_size_list<element: halffloat>[3]",
+            "int8": "fixed_size_list<element: int8>[3]",
         }[dtype]
     )
     assert table.column("content_hash").to_pylist() == [f"hash of {item}" for item in "abcd"]

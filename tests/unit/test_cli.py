@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pytest
-from fakes import write_index, write_model, write_prepared
+from fakes import tiny_dataset, write_index, write_model, write_prepared
 
 from pixrec import cli, storage, verbs
 from pixrec.artifact import Model
@@ -116,6 +117,21 @@ def test_an_empty_interactions_table(run: Run, tables: Path):
         pa.table({"user_id": ["u"], "item_id": ["a"], "timestamp": [1]}).slice(1),
     )
     refused(prepare(run, tables), "interactions.parquet", "the interactions table is empty")
+
+
+def test_raw_amazon_reviews(run: Run, tmp_path: Path):
+    line = {"user_id": "u", "parent_asin": "B1", "timestamp": 5, "rating": 4.0, "title": "Nice"}
+    rows = [line, line, {**line, "parent_asin": "B2", "timestamp": 6}]
+    (tmp_path / "Kitchen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "half a li\n")
+    reviews = ["--interactions", tmp_path / "Kitchen.jsonl", "--out", tmp_path / "out"]
+    ran = run("prepare", *reviews, "--source", "amazon2023")
+    assert ran.code == 0
+    summary = json.loads(ran.out[-1])
+    assert summary["items"] == {"read": 2, "kept": 2, "rejected": 0}
+    assert summary["interactions"]["rejected"] == summary["interactions"]["filtered_repeats"] == 1
+    refused(run("prepare", *reviews), "pixrec prepare: ", "Kitchen.jsonl", "cannot be read")
+    items = ["--items", tmp_path / "meta_Kitchen.jsonl"]
+    refused(run("prepare", *reviews, *items, "--source", "amazon2023"), "meta_Kitchen.jsonl", "no such file or folder")
 
 
 @pytest.mark.parametrize("name", ["items.parquet", "interactions.parquet"])
@@ -285,6 +301,72 @@ def test_evaluate_writes_metrics_and_sums_up(run: Run, made: Path, tmp_path: Pat
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
     assert metrics["results"] == summary["results"]
     assert set(metrics["knockouts"].values()) == {"scored"}
+
+
+@pytest.fixture
+def predictions(made: Path, tmp_path: Path) -> Path:
+    """Every test user's own target and an unknown item; one user is left out, and a stranger is in."""
+    held_out, ids = tiny_dataset().held_out("test"), tiny_dataset().items.item_ids
+    lists = [[ids[target], "nowhere"] for target in held_out.targets]
+    table = pa.table({"user_id": [*held_out.user_ids[1:], "stranger"], "item_ids": [*lists[1:], ["i00"]]})
+    storage.write_table(str(tmp_path / "theirs.parquet"), table)
+    return tmp_path / "theirs.parquet"
+
+
+def test_evaluate_scores_predictions_without_a_model(run: Run, made: Path, tmp_path: Path, predictions: Path):
+    options = ("--data", made / "data", "--predictions", predictions, "--set", "evaluate.bootstrap_samples=10")
+    ran = run("evaluate", *options, "--out", tmp_path / "report")
+    assert ran.code == 0, ran.err
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert list(metrics["results"])[:2] == ["theirs", "popularity"]
+    assert metrics["results"]["theirs"]["recall@1"] == 0.9  # of 10 users one is missing
+    assert metrics["predictions"] == {
+        "scorer": "theirs",
+        "users": 9,
+        "users_missing": 1,
+        "users_unknown": 1,
+        "items_unknown": 9,
+        "items_repeated": 0,
+    }
+    assert metrics["provenance"]["model_fingerprint"] is None
+    assert metrics["guards"]["audit"]["leaks"] == 0
+    assert "theirs: read from a file" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_evaluate_puts_predictions_beside_a_model(run: Run, made: Path, tmp_path: Path, predictions: Path):
+    options = ("--model", made / "model", "--data", made / "data", "--predictions", predictions)
+    options = (*options, "--set", "evaluate.bootstrap_samples=10", "--set", "evaluate.scorers=[popularity]")
+    ran = run("evaluate", *options, "--out", tmp_path / "report")
+    assert ran.code == 0, ran.err
+    names = list(json.loads(ran.out[-1])["results"])
+    assert names == ["pixrec", "pixrec_text_only", "pixrec_image_only", "theirs", "popularity"]
+
+
+def test_evaluate_sums_up_several_seeds(run: Run, made: Path, tmp_path: Path):
+    options = ("--data", made / "data", "--set", "evaluate.bootstrap_samples=10")
+    assert run("evaluate", *options, "--out", tmp_path / "one").code == 0
+    other = tmp_path / "one" / "metrics.json"
+    assert run("evaluate", *options, "--also", other, "--out", tmp_path / "two").code == 0
+    seeds = json.loads((tmp_path / "two" / "metrics.json").read_text())["seeds"]
+    assert seeds["runs"] == ["this run", str(other)]
+    recall = seeds["results"]["popularity"]["recall@10"]
+    assert (recall["sd"], len(recall["values"])) == (0, 2)
+
+
+def test_evaluate_refuses(run: Run, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options = ("--data", made / "data", "--out", tmp_path / "report")
+    refused(run("evaluate", *options, "--set", "evaluate.scorers=[]"), "nothing to evaluate", "--model")
+    refused(run("evaluate", *options, "--index", made / "index"), "--index", "--model")
+    refused(run("evaluate", *options, "--predictions", tmp_path / "none.parquet"), "none.parquet", "no such file")
+    refused(run("evaluate", *options, "--also", tmp_path / "none.json"), "none.json", "no such file")
+    refused(run("evaluate", *options, "--set", "evaluate.scorers=[populrity]"), "'populrity'", "'popularity'")
+
+    def leaking(self: Dataset) -> list[np.ndarray]:
+        return np.split(self.events.rows, self.events.offsets[1:-1])
+
+    monkeypatch.setattr(Dataset, "training_histories", leaking)
+    refused(run("evaluate", *options), "leak: 10 events held out are visible too early", "prepare")
+    assert not (tmp_path / "report").exists()
 
 
 def test_version(run: Run):

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console as RichConsole
 
 from pixrec import console as console_module
-from pixrec.console import Console
+from pixrec.console import Console, Rate
 
 
 class Clock:
@@ -38,7 +38,29 @@ def test_what_lasts_is_said_every_five_seconds(clock: Clock, capsys: pytest.Capt
         for done in range(21):
             console.progress("embed", done, 100, "fast")
             clock.now += 1
-    assert capsys.readouterr().err.splitlines() == [f"embed {done}/100 fast" for done in (5, 10, 15, 20)]
+    assert capsys.readouterr().err.splitlines() == [
+        "embed 5/100 (0:01:35 left) fast",
+        "embed 10/100 (0:01:30 left) fast",
+        "embed 15/100 (0:01:25 left) fast",
+        "embed 20/100 (0:01:20 left) fast",
+    ]
+
+
+def test_what_was_there_at_the_beginning_says_nothing_of_the_pace(clock: Clock, capsys: pytest.CaptureFixture[str]):
+    with Console() as console:
+        console.progress("embed", 900, 1000)
+        clock.now += 6
+        console.progress("embed", 900, 1000)
+        clock.now += 6
+        console.progress("embed", 910, 1000)
+    assert capsys.readouterr().err.splitlines() == ["embed 900/1000", "embed 910/1000 (0:01:48 left)"]
+
+
+def test_a_rate_counts_from_its_beginning(clock: Clock):
+    rate = Rate()
+    assert rate.add(5, "pictures/s") == "5 pictures/s", "the first second counts as one"
+    clock.now += 10
+    assert rate.add(11995, "pictures/s") == "1,200 pictures/s"
 
 
 def test_what_fails_at_once_leaves_no_line(clock: Clock, capsys: pytest.CaptureFixture[str]):
@@ -63,7 +85,7 @@ def test_training_rows(clock: Clock, capsys: pytest.CaptureFixture[str]):
         console.training({"part": "text", "step": 4, "total_steps": 9, "valid_mrr": 0.25, "valid_recall@10": 0.5})
         console.training({"part": "text", "step": 4, "total_steps": 9, "seconds": 0.1})  # a validation without users
     assert capsys.readouterr().err.splitlines() == [
-        "train both 2/9 loss 1.500  loss_ut 1.250",
+        "train both 2/9 (0:00:35 left) loss 1.500  loss_ut 1.250",
         "train text step 4: mrr 0.2500  recall@10 0.5000",
     ]
 

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from pixrec import evaluation as protocol
 from pixrec.config import EvaluateConfig
 from pixrec.data.sequences import HeldOut
 from pixrec.errors import InputError
-from pixrec.evaluation import evaluate_scorers, sample_users
+from pixrec.evaluation import Collector, evaluate_scorers, sample_users, users_of
 
 NUM_ITEMS = 6
-COLD = np.array([False, False, False, False, False, True])
+LISTS = ("coverage", "novelty")
+COUNTS = np.array([9, 1, 2, 1, 3, 0])  # item 5 is cold, item 0 alone is head
 WITH_IMAGE = np.array([True, True, True, True, False, False])
 HELD_OUT = HeldOut(
     ["u0", "u1", "u2", "u3"],
@@ -37,7 +39,7 @@ FLAT = Table("popularity", [1.0] * NUM_ITEMS)
 
 def evaluate(scorers=(FALLING, FLAT), held_out=HELD_OUT, **config):
     config = EvaluateConfig(**{"ks": (2,), "bootstrap_samples": 50, "batch_size": 3} | config)
-    return evaluate_scorers(list(scorers), held_out, NUM_ITEMS, config, cold=COLD, with_image=WITH_IMAGE)
+    return evaluate_scorers(list(scorers), held_out, config, training_counts=COUNTS, with_image=WITH_IMAGE)
 
 
 def test_ranks_with_seen_items_allowed_and_filtered():
@@ -58,7 +60,9 @@ def test_metrics_json_has_the_promised_shape():
     assert {k: result[k] for k in ("recall@1", "recall@2", "recall@10", "mrr")} == pytest.approx(
         {"recall@1": 1 / 4, "recall@2": 1 / 4, "recall@10": 1, "mrr": (1 / 3 + 1 / 6 + 1 + 1 / 4) / 4}
     )
-    assert set(result["ci95"]) == set(result) - {"ci95"}
+    lists = {f"{name}@{k}" for name in ("coverage", "novelty") for k in (1, 2, 10)}
+    assert set(result["ci95"]) == set(result) - {"ci95"} - lists
+    assert set(result) >= {f"{name}@{k}" for name in ("recall", "ndcg", "mrr", "map") for k in (1, 2, 10)} | lists
     for metric, (low, high) in result["ci95"].items():
         assert low <= result[metric] <= high
     assert json.loads(json.dumps(metrics)) == metrics  # plain numbers only
@@ -67,8 +71,12 @@ def test_metrics_json_has_the_promised_shape():
 def test_seen_filtered_swaps_the_two_settings():
     allowed, filtered = evaluate().metrics_json("x"), evaluate(seen="filtered").metrics_json("x")
     assert filtered["protocol"]["seen"] == "filtered"
-    assert filtered["results"] == allowed["results_other_seen"]["results"]
-    assert filtered["results_other_seen"] == {"seen": "allowed", "results": allowed["results"]}
+    accuracy = lambda results: {s: {m: v for m, v in r.items() if not m.startswith(LISTS)} for s, r in results.items()}  # noqa: E731
+    assert accuracy(filtered["results"]) == allowed["results_other_seen"]["results"]
+    assert filtered["results_other_seen"] == {"seen": "allowed", "results": accuracy(allowed["results"])}
+    # filtered, u1 is recommended item 1 first, u0 and u2 item 2, u3 item 0
+    assert allowed["results"]["pixrec"]["coverage@1"] == pytest.approx(1 / 6)
+    assert filtered["results"]["pixrec"]["coverage@1"] == pytest.approx(3 / 6)
 
 
 def test_buckets_hold_every_user_once_a_pair():
@@ -77,12 +85,16 @@ def test_buckets_hold_every_user_once_a_pair():
     assert users == {
         "target_warm": 3,
         "target_cold": 1,
+        "target_head": 1,
+        "target_tail": 2,
         "target_with_picture": 3,
         "target_without_picture": 1,
         "history_short": 2,
         "history_long": 2,
     }
-    assert buckets["target_cold"]["results"]["pixrec"] == {"recall@10": 1.0, "ci95": {"recall@10": [1.0, 1.0]}}
+    cold = buckets["target_cold"]["results"]["pixrec"]
+    assert (cold["recall@10"], cold["ci95"]["recall@10"]) == (1.0, [1.0, 1.0])
+    assert cold["ndcg@10"] == pytest.approx(1 / np.log2(7))
 
 
 def test_an_empty_bucket_has_no_results():
@@ -106,7 +118,9 @@ def test_guard_names_the_scorer_below_popularity():
     mask = np.zeros(21, bool)
     best_last = Table("popularity", list(range(21)))
     best_first = Table("pixrec", list(range(21, 0, -1)))
-    evaluation = evaluate_scorers([best_first, best_last], held_out, 21, EvaluateConfig(), cold=mask, with_image=mask)
+    evaluation = evaluate_scorers(
+        [best_first, best_last], held_out, EvaluateConfig(), training_counts=mask + 1, with_image=mask
+    )
     assert evaluation.metrics_json("x")["guards"]["below_popularity"] == ["pixrec"]
 
 
@@ -116,21 +130,36 @@ def test_differences_are_taken_from_the_first_scorer():
     assert differences["minus"]["popularity"]["recall@1"] == 0.25
     low, high = differences["minus"]["popularity"]["ci95"]["recall@1"]
     assert 0 <= low < 0.25 < high < 1
+    other = differences["minus"]["popularity"]
+    assert 0 < other["p"]["mrr"] == other["p_holm"]["mrr"] <= 1
 
 
-def test_item_order_does_not_change_metrics():
-    order = np.random.default_rng(0).permutation(NUM_ITEMS)
-    place = np.argsort(order)
-    shuffled_held_out = HeldOut(HELD_OUT.user_ids, [place[h] for h in HELD_OUT.histories], place[HELD_OUT.targets])
-    shuffled = evaluate_scorers(
-        [Table("pixrec", FALLING._scores[order].tolist()), FLAT],
-        shuffled_held_out,
-        NUM_ITEMS,
-        EvaluateConfig(ks=(2,), bootstrap_samples=50, batch_size=3),
-        cold=COLD[order],
-        with_image=WITH_IMAGE[order],
-    )
-    assert shuffled.metrics_json("x") == evaluate().metrics_json("x")
+def test_p_values_are_adjusted_for_the_number_of_scorers():
+    minus = evaluate([FALLING, FLAT, Table("third", [1.0] * 6)]).metrics_json("x")["differences"]["minus"]
+    assert minus["third"]["p_holm"]["mrr"] == pytest.approx(min(1.0, 2 * minus["third"]["p"]["mrr"]))
+
+
+@pytest.mark.parametrize("seen", ["allowed", "filtered"])
+def test_item_order_does_not_change_metrics(seen):
+    """Ranks, ties, coverage and novelty alike, with many ties among items of one score."""
+    rng = np.random.default_rng(0)
+    ids = [f"item {row}" for row in range(NUM_ITEMS)]
+    scores = {"pixrec": FALLING._scores, "popularity": FLAT._scores, "coarse": torch.tensor([1.0, 2, 2, 1, 2, 1])}
+
+    def measured(order):
+        place = np.argsort(order)
+        return evaluate_scorers(
+            [Table(name, values[torch.from_numpy(order)].tolist()) for name, values in scores.items()],
+            HeldOut(HELD_OUT.user_ids, [place[h] for h in HELD_OUT.histories], place[HELD_OUT.targets]),
+            EvaluateConfig(ks=(2, 3), bootstrap_samples=50, batch_size=3, seen=seen),
+            training_counts=COUNTS[order],
+            with_image=WITH_IMAGE[order],
+            item_ids=[ids[row] for row in order],
+        ).metrics_json("x")
+
+    straight = measured(np.arange(NUM_ITEMS))
+    for _ in range(5):
+        assert measured(rng.permutation(NUM_ITEMS)) == straight
 
 
 def test_batches_do_not_change_ranks_and_progress_counts_users():
@@ -138,9 +167,8 @@ def test_batches_do_not_change_ranks_and_progress_counts_users():
     evaluation = evaluate_scorers(
         [FALLING],
         HELD_OUT,
-        NUM_ITEMS,
         EvaluateConfig(batch_size=3),
-        cold=COLD,
+        training_counts=COUNTS,
         with_image=WITH_IMAGE,
         progress=lambda *step: seen.append(step),
     )
@@ -168,4 +196,52 @@ def test_refusals():
     with pytest.raises(InputError, match="holds out no event"):
         evaluate(held_out=HeldOut([], [], np.array([], dtype=np.int64)))
     with pytest.raises(ValueError, match="one entry for each"):
-        evaluate_scorers([FALLING], HELD_OUT, NUM_ITEMS, EvaluateConfig(), cold=COLD[:2], with_image=WITH_IMAGE)
+        evaluate_scorers([FALLING], HELD_OUT, EvaluateConfig(), training_counts=COUNTS[:2], with_image=WITH_IMAGE)
+
+
+def test_no_more_scores_at_a_time_than_the_bound(monkeypatch):
+    sizes = []
+
+    class Watched(Table):
+        def scores(self, histories):
+            sizes.append(len(histories))
+            return super().scores(histories)
+
+    expected = evaluate([FALLING]).metrics_json("x")
+    monkeypatch.setattr(protocol, "MAX_SCORES", 2 * NUM_ITEMS + 1)
+    assert evaluate([Watched("pixrec", FALLING._scores.tolist())], batch_size=100).metrics_json("x") == expected
+    assert sizes == [2, 2]
+    monkeypatch.setattr(protocol, "MAX_SCORES", 1)
+    evaluate([Watched("pixrec", FALLING._scores.tolist())])
+    assert sizes[2:] == [1] * 4  # a single user has to fit
+
+
+def test_a_scorer_may_ask_who_the_users_are():
+    class ByName:
+        name = "by_name"
+
+        def scores_of(self, user_ids):
+            wanted = dict(zip(HELD_OUT.user_ids, HELD_OUT.targets, strict=True))
+            return torch.nn.functional.one_hot(torch.tensor([wanted[u] for u in user_ids]), NUM_ITEMS).float()
+
+    assert evaluate([ByName()]).metrics_json("x")["results"]["by_name"]["recall@1"] == 1
+
+
+def test_blocks_may_come_in_any_order():
+    """As they do from several machines."""
+    tasks = []
+
+    def rank(scorer, task, progress):
+        tasks.append(task)
+        return protocol.rank_here(scorer, task, progress)
+
+    config = EvaluateConfig(ks=(2,), bootstrap_samples=50)
+    known = {"training_counts": COUNTS, "with_image": WITH_IMAGE}
+    expected = evaluate_scorers([FALLING], HELD_OUT, config, rank=rank, **known).outcomes["pixrec"]
+    collector = Collector(tasks[0])
+    for users in (np.array([3, 1]), np.array([0]), np.array([2])):
+        collector.add(users, tasks[0].rank(FALLING, users_of(HELD_OUT, users)))
+    outcome = collector.outcome()
+    assert outcome.lists == pytest.approx(expected.lists)
+    for seen in ("allowed", "filtered"):
+        np.testing.assert_array_equal(outcome.ranks[seen], expected.ranks[seen])

@@ -21,9 +21,12 @@ LAYERS = [
     ["storage"],
     ["data"],
     ["model"],
-    ["training", "index", "metrics", "baselines"],
+    ["training", "index", "metrics", "significance", "baselines", "validation"],
+    ["sequential"],
     ["artifact", "tracking"],
-    ["evaluation", "scorers", "report", "recommender"],
+    ["audit", "evaluation", "generative", "knockouts", "predictions", "results", "sasrec", "seeds"],
+    ["scorers"],
+    ["report", "recommender"],
     ["cluster", "serving"],
     ["verbs"],
     ["cli"],
@@ -43,6 +46,9 @@ KEPT_TO = {
     "s3fs": {"storage"},
     "peft": {"model"},
     "jinja2": {"report"},
+    "aiohttp": {"data"},
+    "simplejpeg": {"data"},
+    "bm25s": {"generative"},
 }
 NEVER = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 

@@ -5,14 +5,19 @@ import math
 import numpy as np
 import pytest
 import torch
+import torchmetrics.functional.retrieval as torchmetrics
 
+from pixrec.index import top_k
 from pixrec.metrics import (
-    bootstrap_ci,
+    ListStatistics,
     count_ties,
-    paired_difference_ci,
+    random_tie_metrics,
     random_tie_recall,
     rank_metrics,
+    rank_targets,
     target_ranks,
+    top_rows,
+    user_metrics,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -99,6 +104,8 @@ def test_exclusions_are_one_for_each_user():
 def naive_metrics(ranks, ks):
     result = {"mrr": sum(1 / rank for rank in ranks) / len(ranks)}
     for k in ks:
+        for name in ("mrr", "map"):
+            result[f"{name}@{k}"] = sum(1 / rank for rank in ranks if rank <= k) / len(ranks)
         result[f"recall@{k}"] = sum(1 for rank in ranks if rank <= k) / len(ranks)
         # NDCG as defined over the list: the gain of each place, here 1 at the target's, over the ideal list's
         gains = [[1.0 if place == rank else 0.0 for place in range(1, k + 1)] for rank in ranks]
@@ -112,8 +119,9 @@ def test_rank_metrics_equal_the_naive_computation():
 
 
 def test_rank_metrics_by_hand():
+    reciprocal = {"mrr@1": 1 / 3, "map@1": 1 / 3, "mrr@10": 4 / 9, "map@10": 4 / 9, "mrr": (1 + 1 / 3 + 1 / 20) / 3}
     assert rank_metrics([1, 3, 20], [1, 10]) == pytest.approx(
-        {"recall@1": 1 / 3, "recall@10": 2 / 3, "ndcg@1": 1 / 3, "ndcg@10": 1.5 / 3, "mrr": (1 + 1 / 3 + 1 / 20) / 3}
+        {"recall@1": 1 / 3, "recall@10": 2 / 3, "ndcg@1": 1 / 3, "ndcg@10": 1.5 / 3, **reciprocal}
     )
 
 
@@ -125,46 +133,90 @@ def test_rank_metrics_refuse(ranks, ks):
         rank_metrics(np.array(ranks), ks)
 
 
-def test_interval_contains_the_mean_and_shrinks_with_users():
-    rng = np.random.default_rng(2)
-    widths = []
-    for users in (50, 500, 5000):
-        values = rng.random(users) < 0.3
-        low, high = bootstrap_ci(values, 1000, seed=0)
-        assert low < values.mean() < high
-        widths.append(high - low)
-    assert widths[0] > 2 * widths[1] > 4 * widths[2]
+LIBRARY = {
+    "recall": torchmetrics.retrieval_recall,
+    "ndcg": torchmetrics.retrieval_normalized_dcg,
+    "mrr": torchmetrics.retrieval_reciprocal_rank,
+    "map": torchmetrics.retrieval_average_precision,
+}
 
 
-def test_interval_has_the_width_theory_gives():
-    values = np.random.default_rng(3).normal(size=500)
-    low, high = bootstrap_ci(values, 2000, seed=1)
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(500), rel=0.1)
+def library(name: str, scores: torch.Tensor, target: int, k: int) -> float:
+    relevant = torch.zeros(len(scores), dtype=torch.int64)
+    relevant[target] = 1
+    return float(LIBRARY[name](scores, relevant, top_k=k))
 
 
-def test_interval_is_reproducible_in_any_blocks(monkeypatch):
-    values = np.random.default_rng(4).normal(size=100)
-    whole = bootstrap_ci(values, 200, seed=5)
-    monkeypatch.setattr("pixrec.metrics.RESAMPLE_BLOCK", 700)
-    assert bootstrap_ci(values, 200, seed=5) == pytest.approx(whole)
-    assert bootstrap_ci(values, 200, seed=6) != pytest.approx(whole)
+def test_metrics_equal_those_of_torchmetrics():
+    """Scores above 0: torchmetrics takes an item of 0 or less as not retrieved at all."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(60, 80, generator=generator) + 0.1
+    targets = torch.randint(80, (60,), generator=generator)
+    values = user_metrics(target_ranks(scores, targets), (1, 5, 10, 50))
+    for name in LIBRARY:
+        for k in (1, 5, 10, 50):
+            theirs = [library(name, s, int(t), k) for s, t in zip(scores, targets, strict=True)]
+            np.testing.assert_allclose(values[f"{name}@{k}"], theirs, atol=1e-6)
+    whole = [library("mrr", s, int(t), 80) for s, t in zip(scores, targets, strict=True)]
+    np.testing.assert_allclose(values["mrr"], whole, atol=1e-6)
 
 
-def test_interval_of_one_value_is_that_value():
-    assert bootstrap_ci([0.25]) == (0.25, 0.25)
+def test_ties_equal_those_of_torchmetrics_where_it_defines_them():
+    """It averages NDCG over the orders of tied items; of the other metrics it says nothing."""
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randint(1, 7, (60, 40), generator=generator).float()
+    targets = torch.randint(40, (60,), generator=generator)
+    ranked = rank_targets(scores, targets)
+    assert (ranked.ties > 0).mean() > 0.9
+    ours = random_tie_metrics(ranked.allowed, ranked.ties, (1, 5, 10, 40))
+    pessimistic = rank_metrics(ranked.allowed, (1, 5, 10, 40))
+    for k in (1, 5, 10, 40):
+        theirs = [library("ndcg", s, int(t), k) for s, t in zip(scores, targets, strict=True)]
+        assert ours[f"ndcg@{k}"] == pytest.approx(np.mean(theirs), abs=1e-6)
+        assert pessimistic[f"ndcg@{k}"] <= ours[f"ndcg@{k}"]
 
 
-@pytest.mark.parametrize(("values", "samples"), [([], 10), ([NAN], 10), ([1.0], 0)])
-def test_interval_refuses(values, samples):
-    with pytest.raises(ValueError, match=r"values|samples"):
-        bootstrap_ci(values, samples)
+def test_top_rows_are_those_of_top_k():
+    generator = torch.Generator().manual_seed(2)
+    queries, items = torch.randn(7, 4, generator=generator).round(), torch.randn(90, 4, generator=generator).round()
+    scores = queries @ items.T
+    np.testing.assert_array_equal(top_rows(scores, 12), top_k(queries, items, 12)[1].numpy())
+    assert top_rows(scores, 500).shape == (7, 90)
 
 
-def test_pairing_takes_out_what_users_share():
-    rng = np.random.default_rng(6)
-    shared = rng.normal(size=400)
-    a, b = shared + 0.1 + 0.01 * rng.normal(size=400), shared
-    low, high = paired_difference_ci(a, b)
-    assert 0.09 < low < 0.1 < high < 0.11
-    with pytest.raises(ValueError, match="same users"):
-        paired_difference_ci(a, b[:-1])
+def test_equal_scores_are_listed_in_the_order_given():
+    scores = np.array([[1, 2, 2, 2, 0]], dtype=np.float32)
+    assert top_rows(scores, 2).tolist() == [[1, 2]]
+    assert top_rows(scores, 2, torch.tensor([4, 3, 2, 1, 0])).tolist() == [[3, 2]]
+
+
+def test_seen_items_and_items_without_a_score_are_not_recommended():
+    scores = np.array([[3, 2, 1, -INF], [NAN, 2, 1, 0]], dtype=np.float32)
+    before = scores.copy()
+    assert top_rows(scores, 4, seen=[np.array([0, 0]), np.array([1])]).tolist() == [[1, 2, -1, -1], [2, 3, -1, -1]]
+    np.testing.assert_array_equal(scores, before)
+
+
+def test_coverage_and_novelty_by_hand_and_in_blocks():
+    counts = np.array([4, 2, 1, 1, 0])  # 1, 2, 3, 3 bits; the item never seen counts as seen once
+    lists = np.array([[0, 1, 4], [0, 2, -1], [-1, -1, -1]])
+    whole, parts = ListStatistics((1, 3), counts), ListStatistics((1, 3), counts)
+    whole.add(lists)
+    for row in lists:
+        parts.add(row[None])
+    novelty = {"novelty@1": 1.0, "novelty@3": ((1 + 2 + 3) / 3 + (1 + 3) / 2) / 2}
+    assert whole.results() == pytest.approx({"coverage@1": 0.2, "coverage@3": 0.8, **novelty})
+    assert parts.results() == pytest.approx(whole.results())
+    assert whole.longest == 3
+
+
+def test_filtered_ranks_need_no_second_pass():
+    rng = np.random.default_rng(3)
+    scores = rng.integers(0, 9, (30, 25)).astype(np.float32)
+    targets = rng.integers(0, 25, 30)
+    seen = [rng.integers(0, 25, 8) for _ in targets]
+    ranked = rank_targets(scores, targets, seen)
+    for user, target in enumerate(targets):
+        rivals = [i for i in range(25) if i != target and i not in set(seen[user])]
+        assert ranked.filtered[user] == 1 + sum(scores[user, i] >= scores[user, target] for i in rivals)
+        assert ranked.ties[user] == sum(scores[user] == scores[user, target]) - 1

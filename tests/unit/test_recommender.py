@@ -17,7 +17,8 @@ from pixrec.errors import ArtifactError, InputError, UnreadableImage
 from pixrec.index import top_k
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoding import Content
-from pixrec.recommender import Answer, Query, Recommender
+from pixrec.recommender import Answer, NewItem, Query, Recommender
+from pixrec.schema import TEXT_FIELDS
 
 
 def index_of(model: Model, items: ItemTable, rows: np.ndarray | None = None) -> Index:
@@ -185,6 +186,33 @@ def test_an_interleaved_tower_reads_contents(items: ItemTable, dataset: Dataset)
     single = recommender.recommend(["i05"], 3)
     assert ids(alone) == ids(single)
     np.testing.assert_allclose([s for _, s in alone.items], [s for _, s in single], atol=1e-5)
+
+
+def test_a_history_of_items_that_the_data_set_lacks(items: ItemTable, dataset: Dataset):
+    """The vector of a new item is the one the catalog would have; it is made once and usable in histories at once."""
+    model = tiny_model(tiny_config(model={"user_tower": "compact"}), items)
+    recommender = Recommender(model, index_of(model, items), items, dataset.training_counts())
+    last = len(items) - 1  # beyond the identities: its vector is its content's
+    copy = NewItem({n: v for n, v in items.fields(last).items() if n in TEXT_FIELDS}, items.image(last))
+    vectors = recommender.encode_new({"new": copy, "i00": copy})
+    assert list(vectors) == ["new"]
+    np.testing.assert_allclose(vectors["new"], index_of(model, items).vectors[last], atol=1e-6)
+    known, new = recommender.answer(
+        [Query(["i03", items.item_ids[last]], 5), Query(["i03", "new", "gone"], 5, new_vectors=vectors)]
+    )
+    assert new.unknown_items == ["gone"]
+    assert [i for i, _ in new.items if i != items.item_ids[last]][:4] == ids(known)[:4]
+    made: list[int] = []
+    contents = recommender._embedder.contents
+    recommender._embedder.contents = lambda found: made.append(len(found)) or contents(found)  # type: ignore
+    again = recommender.encode_new({"another name": copy, "different": NewItem({"title": "lamp"})})
+    assert made == [1]
+    np.testing.assert_array_equal(again["another name"], vectors["new"])
+
+
+def test_an_interleaved_tower_takes_no_new_items(recommender: Recommender):
+    with pytest.raises(InputError, match="interleaved"):
+        recommender.encode_new({"new": NewItem({"title": "lamp"})})
 
 
 def test_items_that_came_after_the_index(model: Model, items: ItemTable, dataset: Dataset, recommender: Recommender):

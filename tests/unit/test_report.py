@@ -14,7 +14,9 @@ from pixrec.config import EvaluateConfig
 from pixrec.data.items import ItemTable
 from pixrec.data.sequences import HeldOut
 from pixrec.evaluation import evaluate_scorers
-from pixrec.report import Example, _ticks, choose_examples, format_table, write_report
+from pixrec.report import Example, choose_examples, choose_grids, format_table, notes, write_report
+from pixrec.report.plots import curves, round_ticks
+from pixrec.report.words import metric_name, probability, warnings
 
 MALICIOUS = '"><script src="https://evil.example/x.js"></script><img src=https://evil.example onerror=alert(1)>'
 
@@ -50,12 +52,23 @@ def items() -> ItemTable:
     )
 
 
+class Falling(Rising):
+    def scores(self, histories: list[np.ndarray]) -> torch.Tensor:
+        return -super().scores(histories)
+
+
+SCORERS = (Rising("pixrec"), Rising("popularity"))
+
+
+def evaluation(held_out: HeldOut = HELD_OUT, scorers=SCORERS, **config):
+    config = EvaluateConfig(**{"bootstrap_samples": 20} | config)
+    counts = np.array([1, 1, 0, 2])
+    return evaluate_scorers(scorers, held_out, config, training_counts=counts, with_image=np.ones(4, bool))
+
+
 @pytest.fixture
 def metrics() -> dict:
-    mask = np.zeros(4, bool)
-    config = EvaluateConfig(bootstrap_samples=20)
-    scorers = [Rising("pixrec"), Rising("popularity")]
-    return evaluate_scorers(scorers, HELD_OUT, 4, config, cold=mask, with_image=~mask).metrics_json("leave_one_out")
+    return evaluation().metrics_json("leave_one_out")
 
 
 def page(tmp_path, metrics, items, **extra) -> str:
@@ -76,7 +89,7 @@ class Audit(HTMLParser):
         self.tags.append(tag)
         self.loads += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action", "poster")]
         self.loads += [value for name, value in attrs if name.startswith("on")]
-        if tag not in ("meta", "link", "img", "line", "rect", "circle", "polyline"):
+        if tag not in ("meta", "link", "img", "line", "rect", "circle", "polyline", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -95,10 +108,11 @@ def full_page(tmp_path, metrics, items) -> str:
         items,
         examples=[
             *choose_examples(Rising("pixrec"), HELD_OUT, EvaluateConfig(), k=2),
-            Example("u2", [1, 2], 0, [(1, 0.5), (2, 0.4)]),
+            Example("u2", [1, 2], 0, [1, 2]),
         ],
         training_log=[{"step": s, "loss": 1.0, "loss_nig": 2.0, "loss_tt": 1.0, "loss_ut": 3 / s} for s in (1, 2)]
         + [{"step": 2, "valid_ndcg@10": 0.25}, {"step": 3, "loss_nig": float("nan")}],
+        grids=choose_grids(Rising("pixrec"), evaluation()),
         notes=["A <b>note</b>."],
         ceiling={"name": "oracle", "recall@10": 0.9},
     )
@@ -126,6 +140,12 @@ def test_the_page_says_what_the_numbers_say(tmp_path, metrics, items):
     for text in ("User against item", "0.25", "Split: leave one out", "of 4 items", "Ties count against", "100.0 %"):
         assert text in html
     assert f"{metrics['results']['pixrec']['mrr']:.4f}" in html
+    assert html.count("data:image/jpeg;base64,")
+
+
+def test_pictures_are_encoded_again_or_left_out(tmp_path, metrics, items):
+    examples = choose_examples(Rising("pixrec"), HELD_OUT, EvaluateConfig(), k=2)
+    html = page(tmp_path, metrics, items, examples=[*examples, Example("u2", [1, 2], 0, [1, 2])])
     assert html.count("data:image/jpeg;base64,") == 2 * 2 + 1 + 1  # pictures of a and d; c's bytes are no picture
 
 
@@ -133,14 +153,14 @@ def test_a_bare_metrics_json_is_enough(tmp_path, metrics, items):
     bare = {key: metrics[key] for key in ("protocol", "users", "results")}
     html = page(tmp_path, bare, items)
     assert "Training" not in html
-    assert "Histories and answers" not in html
+    assert "Users drawn at random" not in html
 
 
 def test_examples_follow_the_setting_for_seen_items():
     allowed = choose_examples(Rising("pixrec"), HELD_OUT, EvaluateConfig(), k=3)
     filtered = choose_examples(Rising("pixrec"), HELD_OUT, EvaluateConfig(seen="filtered"), k=3)
-    assert [[row for row, _ in e.recommended] for e in allowed] == [[3, 2, 1], [3, 2, 1]]
-    assert [[row for row, _ in e.recommended] for e in filtered] == [[2, 1], [3, 2, 0]]
+    assert [e.recommended for e in allowed] == [[3, 2, 1], [3, 2, 1]]
+    assert [e.recommended for e in filtered] == [[2, 1], [3, 2, 0]]
     assert choose_examples(Rising("pixrec"), HELD_OUT, EvaluateConfig(report_histories=0)) == []
 
 
@@ -155,7 +175,74 @@ def test_table_for_the_terminal(metrics):
     ("low", "high"), [(0, 1), (0, 0), (0, 0.62), (-0.03, 0.2), (1.9, 7.3), (2, 2), (0, 3e-4), (-5, 0)]
 )
 def test_ticks_cover_the_values_with_round_numbers(low, high):
-    ticks = _ticks(low, high)
+    ticks = round_ticks(low, high)
     assert ticks[0] <= low <= high <= ticks[-1]
     assert 2 <= len(ticks) <= 7
     assert len({f"{tick:g}" for tick in ticks}) == len(ticks)
+
+
+MANY = HeldOut([f"u{i}" for i in range(6)], [np.array([1])] * 6, np.array([3, 2, 1, 0, 3, 2]))
+
+
+def test_grids_show_the_best_the_worst_and_the_cold():
+    rising = Rising("pixrec")
+    grids = {grid.title: grid for grid in choose_grids(rising, evaluation(MANY, report_cases=2), k=1)}
+    assert set(grids) == {"Best cases", "Worst cases", "Cold items"}
+    assert [e.rank for e in grids["Best cases"].examples] == [1, 1]
+    assert [e.rank for e in grids["Worst cases"].examples] == [4, 3]
+    assert {e.target for e in grids["Cold items"].examples} == {2}
+    assert all(e.recommended == [3] for grid in grids.values() for e in grid.examples)
+    assert choose_grids(rising, evaluation(MANY, report_cases=0)) == []
+
+
+def test_what_text_alone_gets_wrong_is_shown_with_both_ranks(monkeypatch):
+    monkeypatch.setattr("pixrec.report.pictures.HIT_RANK", 1)
+    scorers = [Rising("pixrec"), Falling("pixrec_text_only")]
+    grids = choose_grids(scorers[0], evaluation(MANY, scorers))
+    assert grids[-1].title == "What text alone gets wrong"
+    assert {(e.user_id, e.rank, e.note) for e in grids[-1].examples} == {
+        ("u0", 1, "text alone: rank 4"),
+        ("u4", 1, "text alone: rank 4"),
+    }
+
+
+def test_the_page_tells_what_stands_beside_the_results(tmp_path, metrics, items):
+    metrics["knockouts"] = {"pixrec_text_only": "trained", "pixrec_image_noise": "replaced"}
+    metrics["guards"]["audit"] = {
+        "leaks": 0,
+        "training_events": 1234,
+        "training_windows_checked": 77,
+        "targets_checked": {"valid": 5, "test": 6},
+    }
+    metrics["predictions"] = {
+        "scorer": "mine", "users": 3, "users_missing": 4, "users_unknown": 5, "items_unknown": 6, "items_repeated": 7,
+    }  # fmt: skip
+    figures = {"mean": 0.25, "sd": 0.015625, "values": [0.2, 0.3]}
+    metrics["seeds"] = {"runs": ["a", "b"], "results": {"pixrec": dict.fromkeys(metrics["results"]["pixrec"], figures)}}
+    html = page(tmp_path, metrics, items, notes=notes(metrics))
+    for text in ("none of the 6 test and 5 validation targets", "1,234 events or in one of 77 windows"):
+        assert text in html
+    for text in ("of 2 runs", "0.2500 ± 0.0156", "4 users without a list", "7 repeats", "replaced by a constant"):
+        assert text in html
+    for text in ("Coverage@10", "Novelty@50", "MAP@5", "trained the same way"):
+        assert text in html
+
+
+def test_warnings():
+    assert warnings({}) == []
+    told = warnings({"guards": {"below_popularity": ["pixrec"]}, "provenance": {"trained_on_this_data": False}})
+    assert len(told) == 2
+    assert "pixrec" in told[0]
+    assert "may have seen" in told[1]
+
+
+def test_names_and_probabilities():
+    named = [metric_name(m) for m in ("recall@10", "ndcg@10", "mrr", "map@5", "coverage@1")]
+    assert named == ["Recall@10", "NDCG@10", "MRR", "MAP@5", "Coverage@1"]
+    assert [probability(p) for p in (0.001, 0.01, 0.5, 1.0)] == ["p < .01", "p = .01", "p = .50", "p = 1.00"]
+
+
+def test_a_loss_without_parts_is_drawn():
+    log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    assert [curve["name"] for curve in curves(log)] == ["Training loss"]
+    assert [curve["name"] for curve in curves([{**row, "loss_ut": 1.0} for row in log])] == ["User against item"]

@@ -181,3 +181,53 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
     with storage.staged_folder(str(tmp_path / "out"), "done", "thing") as staging:
         storage.write_bytes(storage.join(staging, "done"), b"")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.partial-dead", "out"]
+
+
+def test_a_table_is_written_piece_by_piece(tmp_path: Path):
+    uri = str(tmp_path / "new" / "t.parquet")
+    schema = pa.schema([("a", pa.int64())])
+    with storage.table_writer(uri, schema) as write:
+        for start in (0, 3):
+            write(pa.table({"a": range(start, start + 3)}, schema=schema))
+    assert storage.read_table(uri).column("a").to_pylist() == list(range(6))
+    assert [group.rows for group in storage.row_groups(uri)] == [3, 3]
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(OutputError, match="cannot be written"),
+        storage.table_writer(f"{tmp_path}/file/t.parquet", schema),
+    ):
+        pass
+
+
+def test_a_stream_is_read_from_the_start(tmp_path: Path):
+    (tmp_path / "lines").write_bytes(b"one\ntwo\n")
+    with storage.open_stream(str(tmp_path / "lines")) as stream:
+        assert stream.peek(2).startswith(b"on")
+        assert stream.readlines() == [b"one\n", b"two\n"]
+    with pytest.raises(InputError, match="no such file"), storage.open_stream(str(tmp_path / "none")):
+        pass
+
+
+def test_scratch_is_gone_afterwards_and_so_is_what_a_killed_run_left(tmp_path: Path):
+    left_behind, other = tmp_path / ".out.scratch-0a1b2c3d", tmp_path / ".outer.scratch-0a1b2c3d"
+    for folder in (left_behind, other):
+        folder.mkdir()
+    with storage.scratch_folder(str(tmp_path / "out")) as scratch:
+        storage.write_bytes(f"{scratch}/x", b"x")
+        assert not left_behind.exists()
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_a_table_is_streamed_in_order_a_few_rows_at_a_time(tmp_path: Path):
+    uri = str(tmp_path / "t.parquet")
+    table = pa.table({"a": range(10), "b": [str(n) for n in range(10)]})
+    storage.write_table(uri, table)
+    parts = list(storage.stream_table(uri, ["b", "absent"], 4))
+    assert [len(part) for part in parts] == [4, 4, 2]
+    assert pa.concat_tables(parts).equals(table.select(["b"]))
+    assert pa.concat_tables(storage.stream_table(uri, None, 99)).equals(table)
+    with pytest.raises(InputError, match="no such file"):
+        list(storage.stream_table(str(tmp_path / "absent"), None, 1))
+    (tmp_path / "text").write_text("no table")
+    with pytest.raises(InputError, match="cannot be read"):
+        list(storage.stream_table(str(tmp_path / "text"), None, 1))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pixrec import storage
+from pixrec.errors import ConfigError
 from pixrec.tracking import TrainingLog, read_log
 
 
@@ -81,3 +83,49 @@ def test_on_a_remote_place_the_events_wait_in_a_local_folder(monkeypatch: pytest
 
 def test_no_log(tmp_path: Path):
     assert read_log(str(tmp_path)) == []
+
+
+class Service:
+    """What mlflow and wandb offer, as far as it is used."""
+
+    def __init__(self) -> None:
+        self.said: list[Any] = []
+
+    def start_run(self, run_name: str) -> None:
+        self.said.append(run_name)
+
+    def log_metrics(self, figures: dict[str, float], step: int) -> None:
+        self.said.append((figures, step))
+
+    def end_run(self) -> None:
+        self.said.append("end")
+
+    def init(self, project: str, name: str) -> Service:
+        self.said.append(f"{project}/{name}")
+        return self
+
+    def log(self, figures: dict[str, float]) -> None:
+        self.said.append(figures)
+
+    def finish(self) -> None:
+        self.said.append("end")
+
+
+def test_trackers_get_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    mlflow, wandb = Service(), Service()
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log = TrainingLog(str(tmp_path), ("mlflow", "wandb"), "shop")
+    log.add(loss(1, 2.0))
+    log.add(valid(1))
+    log.close()
+    assert mlflow.said == ["shop", ({"both/loss": 2.0}, 1), ({"both/valid_recall_at_10": 0.5}, 1), "end"]
+    figures = [{"both/loss": 2.0, "step": 1}, {"both/valid_recall@10": 0.5, "step": 1}]
+    assert wandb.said == ["pixrec/shop", *figures, "end"]
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_a_tracker_that_is_not_installed_is_said_with_its_extra(tmp_path: Path, monkeypatch, name: str):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=rf"{name}.*pip install 'pixrec\[{name}\]'"):
+        TrainingLog(str(tmp_path), (name,))

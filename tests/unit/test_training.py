@@ -8,7 +8,7 @@ from fakes import tiny_config, tiny_dataset, tiny_items, tiny_model
 from pixrec.config import TrainConfig
 from pixrec.errors import InputError
 from pixrec.model.catalog import Catalog
-from pixrec.training import BatchSource, Collator, Trainer, TrainingTask
+from pixrec.training import BatchSource, Collator, DivergedError, Trainer, TrainingTask
 
 INTERLEAVED = {"user_tower": "interleaved"}
 
@@ -32,7 +32,7 @@ def test_every_event_is_a_target_once_an_epoch_when_windows_fit():
 
 
 def test_long_histories_are_cut_into_windows_that_move_from_epoch_to_epoch():
-    source = BatchSource([np.arange(50)], 4, TrainConfig(histories_per_step=1, num_workers=1))
+    source = BatchSource([np.arange(50)], 4, TrainConfig(histories_per_step=1, num_workers=1, alpha=0, beta=0))
     epochs = [
         [tuple(source.step(e * source.steps_per_epoch + s)[0]) for s in range(source.steps_per_epoch)] for e in (0, 1)
     ]
@@ -50,6 +50,26 @@ def test_a_batch_is_a_function_of_the_step_and_workers_share_it():
     assert sorted(shared[0] + shared[1]) == sorted(whole)
 
 
+def test_buckets_of_like_length_hold_every_history_once_and_pad_less():
+    rng = np.random.default_rng(0)
+    histories = [np.arange(100 * i, 100 * i + rng.integers(2, 9)) for i in range(96)]
+
+    def epoch(bucket_steps, number=0):
+        config = TrainConfig(histories_per_step=8, num_workers=1, bucket_steps=bucket_steps)
+        source = BatchSource(histories, 10, config)
+        return [source.step(number * source.steps_per_epoch + step) for step in range(source.steps_per_epoch)]
+
+    def padding(batches):
+        return 1 - sum(len(w) for b in batches for w in b) / sum(8 * max(map(len, b)) for b in batches)
+
+    drawn, alike = epoch(1), epoch(12)
+    assert sorted(int(w[0]) for b in alike for w in b) == [100 * i for i in range(96)]
+    assert padding(alike) < 0.4 * padding(drawn)
+    longest = [max(map(len, batch)) for batch in alike]
+    assert longest != sorted(longest)
+    assert [int(w[0]) for w in epoch(12, 1)[0]] != [int(w[0]) for w in alike[0]]
+
+
 def test_nothing_to_learn_is_said():
     with pytest.raises(InputError, match="two events"):
         BatchSource([np.array([1]), np.array([2])], 4, TrainConfig())
@@ -64,9 +84,8 @@ def test_no_held_out_event_reaches_training():
     assert seen <= training
 
 
-@pytest.mark.parametrize("model", [INTERLEAVED, {"user_tower": "compact"}], ids=["interleaved", "compact"])
-def test_training_learns_the_next_item(model):
-    training, dataset = trainer(model=model, train={"epochs": 60, "learning_rate": 3e-3, "modality_dropout": 0})
+def test_training_learns_the_next_item():
+    training, dataset = trainer(train={"epochs": 60, "learning_rate": 3e-3, "modality_dropout": 0})
     first = training.train_step()
     while training.step < training.total_steps:
         last = training.train_step()
@@ -126,3 +145,118 @@ def test_a_data_set_without_pictures_trains():
     collator = Collator(Catalog(dataset.items, model.encoder), dataset.training_counts(), config, 4.0)
     row = Trainer(model.tower, source, collator, dataclasses.replace(config)).train_step()
     assert np.isfinite(row["loss"])
+
+
+def parameters(training):
+    return {name: p.detach().clone() for name, p in training.tower.named_parameters()}
+
+
+@pytest.mark.parametrize("option", [{"activation_checkpointing": True}, {"micro_batch_histories": 2}])
+def test_what_saves_memory_changes_no_gradient(option):
+    plain, _ = trainer(train={"gradient_clip": 1e9})
+    saving, _ = trainer(train={"gradient_clip": 1e9, **option})
+    rows = [t.train_step() for t in (plain, saving)]
+    assert rows[1]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5)
+    assert rows[1]["gradient_norm"] == pytest.approx(rows[0]["gradient_norm"], rel=1e-5)
+
+
+def test_activation_checkpointing_is_on_in_every_layer():
+    training, _ = trainer(train={"activation_checkpointing": True})
+    layers = training.tower.backbone.model.model.text_model.layers
+    assert all(layer.gradient_checkpointing for layer in layers)
+
+
+def test_bf16_is_near_float32_and_keeps_weights_and_loss_whole():
+    plain, _ = trainer()
+    half, _ = trainer(train={"precision": "bf16"})
+    assert half.train_step()["loss"] == pytest.approx(plain.train_step()["loss"], rel=0.02)
+    assert {p.dtype for p in half.tower.parameters()} == {torch.float32}
+
+
+def test_compile_reaches_the_language_model(monkeypatch):
+    called = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: called.append((type(module), options)))
+    training, _ = trainer(train={"compile": True})
+    language_model = training.tower.backbone.model.model.text_model
+    assert called == [(type(language_model), {"dynamic": True})]
+
+
+def test_accumulated_passes_give_the_mean_of_their_losses():
+    """With generation alone, which contrasts nothing, and passes of the same number of tokens."""
+    option = {"alpha": 0, "beta": 0, "modality_dropout": 0, "gradient_clip": 1e9, "learnable_temperature": False}
+    whole, _ = trainer(train={**option, "histories_per_step": 4})
+    parts, _ = trainer(train={**option, "histories_per_step": 4, "gradient_accumulation": 2})
+    row, split = whole.train_step(), parts.train_step()
+    assert split["loss_nig"] == pytest.approx(row["loss_nig"], rel=1e-5)
+    assert split["loss"] == pytest.approx(row["loss"], rel=0.05)
+    assert split["gradient_norm"] == pytest.approx(row["gradient_norm"], rel=0.1)
+
+
+def test_extra_negatives_come_from_a_table_that_a_validation_renews():
+    training, dataset = trainer(train={"extra_negatives": 5, "alpha": 0, "beta": 1})
+    first = training._extra(0)
+    assert len(first.rows) == len(set(first.rows.tolist())) == 5
+    assert first.drawn == pytest.approx(5 / 12)
+    table = training.table.clone()
+    training.train_step()
+    assert torch.equal(training.table, table), "stale until the next validation"
+    training.validate(training.collate.catalog, dataset.held_out("valid"))
+    assert not torch.equal(training.table, table)
+    assert torch.allclose(training.table.norm(dim=1), torch.ones(12), atol=1e-5)
+
+
+def test_a_resumed_run_draws_the_extra_negatives_of_the_undisturbed_one():
+    option = {"train": {"extra_negatives": 5}}
+    whole, dataset = trainer(**option)
+    for _ in range(2):
+        whole.train_step()
+    state, tensors = whole.whole_state(), {n: t.clone() for n, t in whole.optimizer_tensors().items()}
+    whole.validate(whole.collate.catalog, dataset.held_out("valid"))
+    resumed, _ = trainer(**option)
+    resumed.tower.load_state_dict(state)
+    resumed.restore(2, tensors)
+    expected = [whole.train_step()["loss"] for _ in range(2)]
+    assert [resumed.train_step()["loss"] for _ in range(2)] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_validation_says_what_each_modality_brings():
+    training, dataset = trainer(train={"epochs": 60, "learning_rate": 3e-3})
+    while training.step < 60:
+        training.train_step()
+    figures = training.validate(training.collate.catalog, dataset.held_out("valid"))
+    assert figures["valid_loss"] < figures["valid_loss_text_only"]  # only pictures tell these items apart
+    assert figures["valid_recall@10_image_only"] >= figures["valid_recall@10_text_only"]
+    quiet, _ = trainer(train={"validate_modalities": False})
+    assert not [k for k in quiet.validate(quiet.collate.catalog, dataset.held_out("valid")) if "only" in k]
+
+
+def test_every_row_says_what_the_step_took():
+    training, _ = trainer()
+    row = training.train_step()
+    assert 0 <= row["padding_share"] < 1
+    assert 0 <= row["data_wait_share"] <= 1
+    assert row["samples_per_second"] > 0
+    assert row["tokens_per_second"] > row["samples_per_second"]
+    assert row["peak_memory_bytes"] > 1e7
+
+
+def test_divergence_names_the_batch():
+    training, dataset = trainer()
+    training.train_step()
+    with torch.no_grad():
+        training.tower.item_proj.weight.fill_(float("nan"))
+    before = parameters(training)
+    with pytest.raises(DivergedError, match="holds among others i0") as error:
+        training.train_step()
+    ids = dataset.items.item_ids
+    assert error.value.batch["step"] == 2
+    assert error.value.batch["histories"] == [[ids[r] for r in w] for w in training.source.step(1)]
+    assert all(torch.equal(before[n], p) or before[n].isnan().any() for n, p in training.tower.named_parameters())
+
+
+def test_where_nobody_is_held_out_there_are_no_figures():
+    training, dataset = trainer(train={"extra_negatives": 5})
+    held_out = dataset.held_out("valid")
+    nobody = type(held_out)([], [], held_out.targets[:0])
+    assert training.validate(training.collate.catalog, nobody) == {}
+    assert training.table is not None, "the table is renewed all the same"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from fakes import tiny_items
 
 from pixrec import storage
 from pixrec.data.items import ItemTable, load_items
@@ -126,3 +127,10 @@ def test_load_items_keeps_the_order_of_the_files(tmp_path: Path):
 def test_load_items_names_the_cure(tmp_path: Path):
     with pytest.raises(ArtifactError, match="make it with pixrec prepare"):
         load_items(str(tmp_path))
+
+
+def test_another_decoder_makes_another_content_of_what_has_a_picture(monkeypatch: pytest.MonkeyPatch):
+    items = tiny_items(2, with_pictures={0})
+    before = [items.content_hash(row) for row in range(2)]
+    monkeypatch.setattr("pixrec.data.items.DECODER", "another")
+    assert [items.content_hash(row) == before[row] for row in range(2)] == [False, True]

@@ -9,6 +9,7 @@ import pytest
 from pixrec.config import PrepareConfig
 from pixrec.data import tables
 from pixrec.errors import InputError
+from pixrec.schema import REJECTS
 
 ITEMS = pa.schema([("item_id", pa.string()), ("title", pa.string())])
 EVENTS = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("timestamp", pa.int64())])
@@ -279,3 +280,23 @@ def test_split_block():
 def test_a_temporal_split_needs_three_periods(times: list[int]):
     with pytest.raises(InputError, match=r"too few different times.*set prepare\.split to leave_one_out"):
         tables.split_block(np.array(times), PrepareConfig(split="temporal"))
+
+
+def test_of_repeated_events_the_first_stays():
+    rows = [("u", "a", 1), ("u", "a", 1), ("v", "a", 1), ("u", "b", 1), ("u", "a", 2), ("u", "a", 1), ("v", "a", 1)]
+    kept = tables.without_repeats(usable(rows).interactions)
+    assert spelt(kept) == [
+        {"user_id": "u", "item_ids": ["a", "b", "a"], "timestamps": [1, 1, 2]},
+        {"user_id": "v", "item_ids": ["a"], "timestamps": [1]},
+    ]
+    assert len(tables.without_repeats(kept)) == len(kept) == 4
+
+
+def test_rejects_name_row_user_and_item():
+    table = usable([("u", "a", 1), (None, "b", 2), ("v", None, 3), ("w", "x", 4)]).rejects
+    assert table.schema == REJECTS
+    assert [tuple(row.values()) for row in table.to_pylist()] == [
+        ("interactions", "row 1: user_id None, item_id b", "user_id is empty"),
+        ("interactions", "row 2: user_id v, item_id None", "item_id is empty"),
+        ("interactions", "row 3: user_id w, item_id x", "item is not in the items table"),
+    ]

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
-from pixrec.data.text import MAX_DESCRIPTION_CHARACTERS, item_text
+import time
+
+import pytest
+
+from pixrec.data.text import MAX_DESCRIPTION_CHARACTERS, item_text, plain_text
 
 
 def test_all_fields_in_reading_order():
@@ -36,3 +40,28 @@ def test_a_long_description_is_cut_at_a_word():
 
 def test_a_free_item_has_a_price():
     assert item_text({"price": 0.0}) == "$0.00"
+
+
+@pytest.mark.parametrize(
+    ("markup", "text"),
+    [
+        ("Plain  text\n", "Plain text"),
+        ("<p>One</p><p>Two<br/>three</p>", "One Two three"),
+        ("Salt &amp; pepper &#39;n&#39; oil", "Salt & pepper 'n' oil"),
+        ("&lt;b&gt;Bold&lt;/b&gt; &amp;amp; twice", "Bold & twice"),
+        ("5 < 6 and 7 > 3, <3", "5 < 6 and 7 > 3, <3"),
+        ("<!-- note -->A<style>p {x: y}</style>B<SCRIPT src='a'>if (1) {}</script >C", "A B C"),
+        ("<a href='x' title='cut", "<a href='x' title='cut"),
+        ("nul\0 and \u00a0 space", "nul and space"),
+        ("", ""),
+    ],
+)
+def test_html_becomes_text(markup: str, text: str):
+    assert plain_text(markup) == text
+
+
+def test_hostile_html_takes_no_longer_than_its_length():
+    started = time.monotonic()
+    for markup in ("<" * 200_000, "<a " * 70_000, "<script>" * 25_000, "<!--" * 50_000, "&amp;" * 40_000):
+        plain_text(markup)
+    assert time.monotonic() - started < 5

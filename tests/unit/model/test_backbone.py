@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, Idefics3Config, LlamaConfi
 
 from pixrec.artifact import load_model, new_model, save_model
 from pixrec.errors import ConfigError
-from pixrec.model.backbone import build_tiny
+from pixrec.model.backbone import build_tiny, load_pretrained
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoding import train_tokenizer
 
@@ -101,3 +101,14 @@ def test_tiny_weights_follow_the_seed():
 def test_an_absent_backbone_is_said(items):
     with pytest.raises(ConfigError, match="nowhere"):
         new_model(tiny_config(model={"backbone": "/nowhere"}), ["text"])
+
+
+def test_lora_on_no_module_is_said():
+    with pytest.raises(ConfigError, match="'q_projection', which matches no module"):
+        tiny_model(tiny_config(model={"lora": {"enabled": True, "targets": ["q_projection"]}}))
+
+
+def test_four_bits_without_their_package_are_refused_with_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"bitsandbytes.*pip install 'pixrec\[nf4\]'"):
+        load_pretrained("anything", nf4=True)

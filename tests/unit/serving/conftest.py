@@ -13,7 +13,7 @@ import pytest
 from fastapi import FastAPI
 
 from pixrec.config import ServeConfig
-from pixrec.serving.backend import Filters, Ranking, Refusal, Versions
+from pixrec.serving.backend import Filters, NewItem, Ranking, Refusal, Versions
 from pixrec.serving.http import create_api
 
 JPEG = b"\xff\xd8\xff and so on"
@@ -28,14 +28,21 @@ class FakeBackend:
         self.asked: list[tuple[Any, ...]] = []
 
     async def recommend(
-        self, history: list[str], k: int, exclude: list[str], exclude_history: bool, filters: Filters
+        self,
+        history: list[str],
+        k: int,
+        exclude: list[str],
+        exclude_history: bool,
+        filters: Filters,
+        new_items: dict[str, NewItem],
     ) -> Ranking | Refusal:
-        known = [item_id for item_id in history if item_id in self.catalog]
+        self.new_items = new_items
+        known = [item_id for item_id in history if item_id in self.catalog or item_id in new_items]
         left_out = {*exclude, *(history if exclude_history else ())}
         ranking = self._rank("recommend", k, filters, left_out, history, exclude_history)
         if isinstance(ranking, Refusal):
             return ranking
-        unknown = [item_id for item_id in history if item_id not in self.catalog]
+        unknown = [item_id for item_id in history if item_id not in known]
         return dataclasses.replace(ranking, unknown_items=unknown, fallback=not known)
 
     async def similar(self, item_id: str, k: int, filters: Filters) -> Ranking | Refusal | None:

@@ -14,9 +14,9 @@ from ray.serve.exceptions import BackPressureError
 
 from pixrec.config import ServeConfig
 from pixrec.data.items import ItemTable
-from pixrec.errors import UnreadableImage
+from pixrec.errors import InputError, UnreadableImage
 from pixrec.recommender import Answer, Query
-from pixrec.serving.backend import Overloaded, Ranking, Refusal, Unavailable, Versions
+from pixrec.serving.backend import NewItem, Overloaded, Ranking, Refusal, Unavailable, Versions
 from pixrec.serving.deployments import RecommenderReplica, ServeBackend, bind
 
 
@@ -26,7 +26,15 @@ class FakeRecommender:
     def __init__(self) -> None:
         self.items = ItemTable(pa.table({"item_id": ["a", "b"], "brand": ["Acme", None], "image": [b"jpeg", None]}))
         self.batches: list[int] = []
+        self.encoded: list[tuple[str, Any, Any]] = []
         self.threads: set[str] = set()
+
+    def encode_new(self, new_items: Any) -> dict[str, Any]:
+        for item_id, item in new_items.items():
+            if item.image is not None:
+                raise InputError(f"item {item_id!r}: not a picture")
+            self.encoded.append((item_id, item.fields, item.image))
+        return {item_id: [1.0] for item_id in new_items}
 
     def answer(self, queries: list[Query]) -> list[Answer]:
         self.batches.append(len(queries))
@@ -65,12 +73,25 @@ def test_a_bad_filter_is_refused_before_it_joins_a_batch(
 ) -> None:
     colour = {"colour": ["red"]}
     for refusal in (
-        asyncio.run(replica.recommend([], 3, [], True, colour)),
+        asyncio.run(replica.recommend([], 3, [], True, colour, {})),
         asyncio.run(replica.similar("a", 3, colour)),
         asyncio.run(replica.search("x", None, 3, colour)),
     ):
         assert refusal == Refusal("filters", "'colour' is no filter field of this catalog; known: brand")
     assert recommender.batches == []
+
+
+def test_new_items_are_encoded_before_the_batch(replica: RecommenderReplica, recommender: FakeRecommender) -> None:
+    async def alone(query: Query) -> Answer:
+        return (await replica.answer_all([query]))[0]
+
+    replica._answer_together = alone
+    ranking = asyncio.run(replica.recommend(["n"], 3, [], True, {}, {"n": NewItem({"title": "lamp"})}))
+    assert isinstance(ranking, Ranking)
+    assert recommender.encoded == [("n", {"title": "lamp"}, None)]
+    refusal = asyncio.run(replica.recommend(["n"], 3, [], True, {}, {"n": NewItem({}, b"no picture")}))
+    assert refusal == Refusal("new_items", "item 'n': not a picture")
+    assert recommender.batches == [1]
 
 
 def test_the_replica_answers_with_its_versions(replica: RecommenderReplica) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pixrec.serving.backend import Overloaded, Unavailable
+from pixrec.serving.backend import NewItem, Overloaded, Unavailable
 from pixrec.serving.http import image_type, jsonable
 
 RANKING_KEYS = {"items", "model_version", "index_version", "unknown_items", "fallback"}
@@ -39,6 +39,15 @@ def test_exclusions_reach_the_backend(client: Any) -> None:
     body = {"history": ["a"], "exclude": ["c"], "exclude_history": False, "k": 200}
     items = client("POST", "/v1/recommend", json=body).json()["items"]
     assert [item["item_id"] for item in items] == ["a", "b/ä 1", "c/image"]
+
+
+def test_new_items_reach_the_backend_with_their_pictures(client: Any, backend: Any) -> None:
+    picture = base64.b64encode(backend.images["a"]).decode()
+    body = {"history": ["n"], "new_items": {"n": {"title": "A lamp", "price": 3.5, "image_base64": picture}}}
+    answer = client("POST", "/v1/recommend", json=body)
+    assert answer.status_code == 200, answer.text
+    assert (answer.json()["unknown_items"], answer.json()["fallback"]) == ([], False)
+    assert backend.new_items == {"n": NewItem({"title": "A lamp", "price": 3.5}, backend.images["a"])}
 
 
 def test_similar_and_search_answer_the_same_shape(client: Any) -> None:
@@ -79,6 +88,11 @@ BAD_BODIES = [
     ("/v1/recommend", {"history": [], "filters": {"brand": ["x"] * 1001}}, "filters"),
     ("/v1/recommend", {"history": [], "filters": []}, "filters"),
     ("/v1/recommend", {"history": [], "histroy": []}, "histroy"),
+    ("/v1/recommend", {"history": ["n"], "new_items": {"n": {}}}, "new_items"),
+    ("/v1/recommend", {"history": ["n"], "new_items": {"n": {"titel": "x"}}}, "new_items"),
+    ("/v1/recommend", {"history": ["n"], "new_items": {"n": {"title": "x" * 10_001}}}, "new_items"),
+    ("/v1/recommend", {"history": ["n"], "new_items": {"n": {"image_base64": "no base64!"}}}, "new_items"),
+    ("/v1/recommend", {"history": [], "new_items": {str(n): {"title": "x"} for n in range(21)}}, "new_items"),
     ("/v1/similar", {}, "item_id"),
     ("/v1/similar", {"item_id": 7}, "item_id"),
     ("/v1/similar", {"item_id": "a", "filters": {"colour": ["red"]}}, "filters"),

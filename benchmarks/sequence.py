@@ -1,0 +1,71 @@
+"""SASRec with its losses on one prepared data set, several seeds, beside popularity: the figures to hold against the
+published ones. `python -m benchmarks.sequence DATA --scorers sasrec_sampled --seeds 0 1 2 [--set sasrec.width=128 ...]`
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from pixrec.baselines import Popularity
+from pixrec.config import load_config
+from pixrec.data.sequences import load_dataset
+from pixrec.metrics import target_ranks, user_metrics
+from pixrec.sasrec import train_sasrec
+from pixrec.significance import bootstrap_ci
+
+METRICS = ("recall@1", "recall@10", "ndcg@10")
+
+
+def measure(scorer: Any, held_out: Any) -> dict[str, Any]:
+    """Figures with intervals over the test users, seen items allowed and filtered."""
+    ranks: dict[str, list[np.ndarray]] = {"allowed": [], "filtered": []}
+    for start in range(0, len(held_out.targets), 256):
+        histories, targets = held_out.histories[start : start + 256], held_out.targets[start : start + 256]
+        scores = scorer.scores(histories)
+        ranks["allowed"].append(target_ranks(scores, targets))
+        ranks["filtered"].append(target_ranks(scores, targets, histories))
+    figures = {}
+    for seen, parts in ranks.items():
+        values = user_metrics(np.concatenate(parts), (1, 10))
+        figures[seen] = {m: [round(float(values[m].mean()), 4), *np.round(bootstrap_ci(values[m]), 4)] for m in METRICS}
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data")
+    parser.add_argument("--scorers", nargs="+", default=["sasrec_sampled"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--set", nargs="*", default=[], dest="overrides")
+    parser.add_argument("--epochs", type=int, help="train for so many; otherwise the first seed's validation tells")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    config, dataset = load_config("", args.overrides).sasrec, load_dataset(args.data)
+    held_out = dataset.held_out("test")
+    print(json.dumps({"scorer": "popularity", **measure(Popularity(dataset.training_counts()), held_out)}), flush=True)
+    for name in args.scorers:
+        epochs = args.epochs
+        for seed in args.seeds:
+            started = time.monotonic()
+            scorer = train_sasrec(name, dataset, dataclasses.replace(config, seed=seed), _validations, epochs)
+            epochs = int(scorer.figures["epoch"])
+            row = {"scorer": name, "seed": seed, "seconds": round(time.monotonic() - started), "epochs": epochs}
+            print(json.dumps({**row, **measure(scorer, held_out)}), flush=True)
+
+
+def _validations(row: dict[str, Any]) -> None:
+    if "valid_ndcg@10" in row:
+        print(json.dumps({k: round(v, 4) for k, v in row.items()}), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

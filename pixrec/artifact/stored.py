@@ -1,0 +1,120 @@
+"""Item vectors as an index stores them: float32, float16 or int8, and what a type costs in exact neighbours.
+
+Knows Arrow tables of the index schema; knows no file and no version.
+
+Shapes: U items of a block · N items of an index · D width · Q queries · k neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from pixrec.index import top_k
+from pixrec.schema import CONTENT_HASH, EMBEDDING, HAS_IMAGE, ITEM_ID, SCALE, index_schema
+
+_INT8_MOST = 127.0
+
+KEY = pa.binary(16)
+
+
+def to_table(
+    item_ids: Sequence[str],
+    vectors: np.ndarray,
+    content_hashes: Sequence[str],
+    has_image: Sequence[bool | None] | np.ndarray,
+    dtype: str,
+) -> pa.Table:
+    """U rows of the index schema from vectors (U, D). Raises ValueError on a value that is not finite."""
+    columns = {ITEM_ID: pa.array(item_ids, pa.string()), CONTENT_HASH: pa.array(content_hashes, pa.string())}
+    columns[HAS_IMAGE] = pa.array(has_image, pa.bool_())
+    if dtype == "int8":
+        stored, scale = _to_int8(vectors)
+        columns[SCALE] = pa.array(scale)
+    else:
+        stored = scale = vectors.astype(dtype)
+    if not (np.isfinite(stored).all() and np.isfinite(scale).all()):
+        raise ValueError(f"the vector of an item near {item_ids[0]!r} is not finite")
+    width = vectors.shape[1]
+    columns[EMBEDDING] = pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), width)
+    schema = index_schema(width, dtype)
+    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
+
+
+def to_vectors(table: pa.Table) -> np.ndarray:
+    """The vectors (U, D) float32 of rows of the index schema."""
+    column = table.column(EMBEDDING)
+    values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    vectors = values.reshape(-1, column.type.list_size).astype(np.float32)
+    if SCALE in table.column_names:
+        vectors *= table.column(SCALE).to_numpy()[:, None]
+    return vectors
+
+
+def dtype_of(schema: pa.Schema) -> str:
+    """The name of the type in which a part of this schema holds its vectors."""
+    value = schema.field(EMBEDDING).type.value_type
+    return {pa.float32(): "float32", pa.float16(): "float16", pa.int8(): "int8"}[value]
+
+
+def item_keys(item_ids: Iterable[str], content_hashes: Iterable[str]) -> pa.Array:
+    """One key of 16 bytes for each item: the hash of its id and its content."""
+    pairs = zip(item_ids, content_hashes, strict=True)
+    keys = [hashlib.blake2b(f"{item}\0{content}".encode(), digest_size=16).digest() for item, content in pairs]
+    return pa.array(keys, KEY)
+
+
+def _to_int8(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Integers (U, D) and scales (U,) whose product has the direction of the vector, nearly, and exactly its length.
+
+    The largest value of each vector becomes 127. Raises ValueError on a value that is not finite.
+    """
+    if not np.isfinite(vectors).all():
+        raise ValueError("a vector is not finite")
+    most = np.abs(vectors).max(1, keepdims=True)
+    integers = np.rint(vectors * (_INT8_MOST / np.where(most > 0, most, 1.0)))
+    lengths = np.linalg.norm(integers, axis=1)
+    scale = np.linalg.norm(vectors, axis=1) / np.where(lengths > 0, lengths, 1.0)
+    return integers.astype(np.int8), scale.astype(np.float32)
+
+
+class NeighbourRecall:
+    """Which share of an item's exact neighbours (by float32) is still found among the stored vectors.
+
+    Blocks of all N items come one after the other and are not kept: memory is that of the queries.
+    """
+
+    def __init__(self, queries: np.ndarray, rows: np.ndarray, ks: tuple[int, ...] = (10, 100)) -> None:
+        """`queries` (Q, D) float32 are the vectors of the items at `rows` (Q,), counted in the order of the blocks."""
+        self._queries, self._rows, self._ks = queries, rows, ks
+        nothing = np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
+        self._exact = self._stored = nothing
+        self._seen = 0
+
+    def add(self, exact: np.ndarray, stored: np.ndarray) -> None:
+        """The next U items: their float32 vectors and what the index gives back for them, both (U, D)."""
+        self._exact = self._merged(self._exact, exact)
+        self._stored = self._merged(self._stored, stored)
+        self._seen += len(exact)
+
+    def result(self) -> dict[str, float]:
+        """`recall@k` for each k that has as many other items."""
+        figures = {}
+        for k in self._ks:
+            if k < self._seen:
+                pairs = zip(self._neighbours(self._exact, k), self._neighbours(self._stored, k), strict=True)
+                figures[f"recall@{k}"] = float(np.mean([len(a & b) / k for a, b in pairs]))
+        return figures
+
+    def _merged(self, best: tuple[np.ndarray, np.ndarray], block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        k = max(self._ks) + 1  # the item itself is among them
+        scores, rows = top_k(self._queries, block, k)
+        scores, rows = np.hstack([best[0], scores]), np.hstack([best[1], rows + self._seen])
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+
+    def _neighbours(self, best: tuple[np.ndarray, np.ndarray], k: int) -> list[set[int]]:
+        return [set(found[found != own][:k].tolist()) for found, own in zip(best[1], self._rows, strict=True)]

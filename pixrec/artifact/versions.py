@@ -1,0 +1,54 @@
+"""The versions of an index: which there are, going back to one, deleting old ones. Knows manifests, no vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pixrec import storage
+from pixrec.artifact.index import CURRENT, MANIFEST, VERSIONS
+from pixrec.errors import ArtifactError, InputError
+
+
+def list_versions(uri: str) -> list[dict[str, Any]]:
+    """The manifests of all complete versions, oldest first, each with `current`.
+
+    Raises ArtifactError when `uri` holds no index.
+    """
+    current = _current(uri)
+    manifests = [_manifest(uri, name) for name in storage.list_folders(storage.join(uri, VERSIONS))]
+    return [{**found, "current": found["version"] == current} for found in manifests if found]
+
+
+def rollback(uri: str, version: str) -> str | None:
+    """Make `version` the one in use; returns the one that was. Raises InputError when there is no such version."""
+    known = [found["version"] for found in list_versions(uri)]
+    if version not in known:
+        raise InputError(f"--rollback {version}: no version of {uri}; there are {', '.join(known) or 'none'}")
+    before = _current(uri)
+    storage.write_bytes(storage.join(uri, CURRENT), version.encode())
+    return before
+
+
+def keep_newest(uri: str, count: int) -> list[str]:
+    """Delete all versions but the newest `count` and the one in use; returns those deleted, oldest first."""
+    if count < 1:
+        raise InputError(f"--keep {count}: at least 1 version must stay")
+    old = [found["version"] for found in list_versions(uri)[:-count] if not found["current"]]
+    for version in old:
+        folder = storage.join(uri, VERSIONS, version)
+        storage.remove(storage.join(folder, MANIFEST))  # from here on it is no version
+        storage.remove(folder)
+    return old
+
+
+def _current(uri: str) -> str | None:
+    if not storage.exists(storage.join(uri, VERSIONS)):
+        raise ArtifactError(f"{uri} holds no index (no {VERSIONS}); make one with pixrec embed")
+    current = storage.join(uri, CURRENT)
+    return storage.read_text(current).strip() if storage.exists(current) else None
+
+
+def _manifest(uri: str, name: str) -> dict[str, Any] | None:
+    manifest = storage.join(uri, VERSIONS, name, MANIFEST)
+    hidden = name.startswith(".")
+    return None if hidden or not storage.exists(manifest) else dict(storage.read_json(manifest))

@@ -1,0 +1,166 @@
+"""What the workers of batch embedding do: hash items, decode them, embed them. Plain functions and one class.
+
+Usable without Ray; Arrow tables in, Arrow tables out. Pictures go from stage to stage as uint8 at the model's size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pixrec import errors, storage
+from pixrec.artifact import load_model
+from pixrec.artifact.stored import item_keys, to_table
+from pixrec.artifact.unfinished import Unfinished
+from pixrec.config import EmbedConfig, Modalities
+from pixrec.data.images import decode_image
+from pixrec.data.items import ItemTable
+from pixrec.errors import PixRecError, UnreadableImage
+from pixrec.model.catalog import Embedder
+from pixrec.model.encoding import Content
+from pixrec.schema import CONTENT_HASH, IMAGE, ITEM_ID, TEXT_FIELDS
+
+PIXELS, TEXT, REJECTED_PICTURE, FAULT = "pixels", "text", "rejected_picture", "fault"
+DECODED = pa.schema(
+    [
+        (ITEM_ID, pa.string()),
+        (TEXT, pa.string()),
+        (PIXELS, pa.binary()),  # (S, S, 3) uint8; null where the model is to see no picture
+        (REJECTED_PICTURE, pa.bool_()),
+        (CONTENT_HASH, pa.string()),
+        (FAULT, pa.string()),  # of a row that is no item: an error of ours, see `raise_fault`
+    ]
+)
+_COLUMNS = [ITEM_ID, *TEXT_FIELDS, IMAGE]
+_ROWS_READ = 128
+
+
+def hash_items(pieces: pa.Table) -> Iterator[pa.Table]:
+    """For each `file` of prepared items the keys of its rows: `file`, `keys` (16 bytes a row), `fault`."""
+    for file in pieces.column("file").to_pylist():
+        keys, fault = [], None
+        try:
+            for table in map(ItemTable, storage.stream_table(file, _COLUMNS, _ROWS_READ)):
+                hashes = [table.content_hash(row) for row in range(len(table))]
+                keys += item_keys(table.item_ids, hashes).to_pylist()
+        except PixRecError as error:
+            fault = _as_text(error)
+        yield _row(file=file, keys=b"".join(keys), fault=fault)
+
+
+def decode_items(pieces: pa.Table, *, image_size_px: int, modalities: Modalities) -> Iterator[pa.Table]:
+    """The items of each piece, `file` and the numbers of its `rows` (int32 bytes; null: all), as `DECODED` says.
+
+    A picture that cannot be read leaves the item with its text alone.
+    """
+    for piece in pieces.to_pylist():
+        wanted = None if piece["rows"] is None else np.frombuffer(piece["rows"], np.int32)
+        try:
+            for table in _rows(piece["file"], wanted):
+                yield _decoded(ItemTable(table), image_size_px, modalities)
+        except PixRecError as error:
+            yield pa.Table.from_pylist([{FAULT: _as_text(error)}], schema=DECODED)
+
+
+def raise_fault(fault: str | None) -> None:
+    """Raise the error of ours that a worker sent as text; Ray would give a traceback in its place."""
+    if fault is not None:
+        found = json.loads(fault)
+        raise getattr(errors, found["error"])(found["message"])
+
+
+def _as_text(error: PixRecError) -> str:
+    known = type(error) if type(error).__name__ in vars(errors) else PixRecError
+    return json.dumps({"error": known.__name__, "message": str(error)})
+
+
+def _row(**values: object) -> pa.Table:
+    """One row; `fault` is a column of text also where it is null."""
+    table = pa.Table.from_pylist([values])
+    at = table.column_names.index(FAULT)
+    return table.set_column(at, FAULT, table.column(at).cast(pa.string()))
+
+
+def _rows(file: str, wanted: np.ndarray | None) -> Iterator[pa.Table]:
+    """The wanted rows of a file of prepared items (int32, ascending; None: all), a few at a time."""
+    start = 0
+    for table in storage.stream_table(file, _COLUMNS, _ROWS_READ):
+        if wanted is not None:
+            here = wanted[(wanted >= start) & (wanted < start + len(table))] - start
+            start += len(table)
+            table = table.take(here)
+        if len(table):
+            yield table
+
+
+def _decoded(table: ItemTable, size: int, modalities: Modalities) -> pa.Table:
+    columns: dict[str, list[object]] = {name: [] for name in DECODED.names}
+    for row, item_id in enumerate(table.item_ids):
+        data = None if modalities == "text" else table.image(row)
+        pixels, rejected = None, False
+        if data is not None:
+            try:
+                pixels = decode_image(data, size).tobytes()
+            except UnreadableImage:
+                rejected = True
+        values = (item_id, table.text(row), pixels, rejected, table.content_hash(row), None)
+        for name, value in zip(DECODED.names, values, strict=True):
+            columns[name].append(value)
+    return pa.table(columns, schema=DECODED)
+
+
+class ItemEmbedder:
+    """One actor: loads the model once, turns blocks of decoded items into stored parts."""
+
+    def __init__(self, model: str, config: EmbedConfig, unfinished: Unfinished) -> None:
+        self._model, self._config, self._unfinished = model, config, unfinished
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Embed and store U decoded items; the receipt says `part`, `keys` (16 bytes an item, in the part's order),
+        how many `pictures` were seen and how many `rejected`, and the `fault` where there is one instead."""
+        try:
+            for fault in block.column(FAULT).drop_null().to_pylist():
+                raise_fault(fault)
+            return _row(**self._stored(block), fault=None)
+        except PixRecError as error:
+            return _row(part="", keys=b"", pictures=0, rejected=0, fault=_as_text(error))
+
+    def _stored(self, block: pa.Table) -> dict[str, object]:
+        name = self._unfinished.start(len(block))
+        item_ids, hashes = block.column(ITEM_ID).to_pylist(), block.column(CONTENT_HASH).to_pylist()
+        has_image = block.column(PIXELS).is_valid().to_numpy()
+        part = self._unfinished.finish(name, to_table(item_ids, self.vectors(block), hashes, has_image, "float32"))
+        return {
+            "part": part,
+            "keys": b"".join(item_keys(item_ids, hashes).to_pylist()),
+            "pictures": int(has_image.sum()),
+            "rejected": sum(block.column(REJECTED_PICTURE).to_pylist()),
+        }
+
+    def vectors(self, block: pa.Table) -> np.ndarray:
+        """Item vectors (U, D) of decoded items; items of like length share a forward pass, so little is padding."""
+        size = self._embedder.encoder.image_size_px
+        texts, item_ids = block.column(TEXT).to_pylist(), block.column(ITEM_ID).to_pylist()
+        pictures = [
+            np.frombuffer(value.as_buffer(), np.uint8).reshape(size, size, 3) if value.is_valid else None
+            for value in block.column(PIXELS)
+        ]
+        order = sorted(range(len(texts)), key=lambda row: (pictures[row] is not None, len(texts[row])))
+        sorted_vectors = []
+        for start in range(0, len(order), self._config.batch_size):
+            rows = order[start : start + self._config.batch_size]
+            contents = [Content(texts[row], pictures[row]) for row in rows]
+            sorted_vectors.append(self._embedder.contents(contents, [item_ids[row] for row in rows]))
+        return np.concatenate(sorted_vectors)[np.argsort(order)]
+
+    @cached_property
+    def _embedder(self) -> Embedder:
+        """Loaded at the first block and not before: from there an error of ours reaches the driver."""
+        torch.set_num_threads(self._config.threads_per_actor)
+        device = "cuda" if self._config.gpus_per_actor and torch.cuda.is_available() else "cpu"
+        return load_model(self._model, device).embedder()

@@ -1,0 +1,149 @@
+"""The compact user tower: a causal transformer over item vectors, in which every position predicts its next item.
+
+`CompactUserTower` reads vectors and does not ask where they come from. `CompactTower` is that with the vectors' making:
+from content, from learned identities, or from both. With identities alone it is SASRec (Kang & McAuley, ICDM 2018).
+Plain torch: knows neither files nor workers.
+
+Shapes: B histories · L items in a history · U items · C width of content vectors · D width of the shared space.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pixrec.config import CompactConfig
+
+INITIAL_TEMPERATURE, MIN_TEMPERATURE = 0.05, 0.01
+
+
+class _Block(nn.Module):
+    """Pre-norm transformer block, causal. Attention itself has no dropout: the fused kernels have none on a CPU."""
+
+    def __init__(self, width: int, config: CompactConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.attention_norm, self.feed_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        inner = config.feed_forward_multiple * width
+        self.feed = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """States (B, L, D) of all positions."""
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return self._feed(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+    def at(self, x: Tensor, last: Tensor) -> Tensor:
+        """The same at one position a history (B,) alone: states (B, 1, D), for less than half the work."""
+        batch, length, width = x.shape
+        normed, one = self.attention_norm(x), last.view(-1, 1, 1).expand(-1, 1, width)
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(normed.gather(1, one), weight[:width], bias[:width]).view(batch, 1, 1, self.heads, -1)
+        kv = F.linear(normed, weight[width:], bias[width:]).view(batch, length, 2, self.heads, -1)
+        k, v = kv.permute(2, 0, 3, 1, 4)
+        known = (torch.arange(length, device=x.device) <= last.unsqueeze(1)).view(batch, 1, 1, length)
+        mixed = F.scaled_dot_product_attention(q[:, :, 0].transpose(1, 2), k, v, attn_mask=known)
+        return self._feed(x.gather(1, one), mixed)
+
+    def _feed(self, x: Tensor, mixed: Tensor) -> Tensor:
+        x = x + self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
+        return x + self.dropout(self.feed(self.feed_norm(x)))
+
+
+class CompactUserTower(nn.Module):
+    """Item vectors of histories to a user vector for each prefix."""
+
+    def __init__(self, width: int, config: CompactConfig) -> None:
+        super().__init__()
+        self.max_history_items = config.max_history_items
+        self.width, self.scale = width, math.sqrt(width)
+        self.position = nn.Embedding(config.max_history_items, width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(_Block(width, config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(width)
+        self.apply(_initialise)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Item vectors (B, L, D), oldest first, padded on the right by anything, to states (B, L, D).
+
+        State l has read items 0 … l and nothing later, so what stands in the padding reaches no state that counts.
+        """
+        x = self._inputs(vectors)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def at(self, vectors: Tensor, last: Tensor) -> Tensor:
+        """The states (B, D) at `last` (B,) alone: what serving needs."""
+        x, (*lower, top) = self._inputs(vectors), self.blocks
+        for block in lower:
+            x = block(x)
+        return self.norm(cast(_Block, top).at(x, last)[:, 0])
+
+    def _inputs(self, vectors: Tensor) -> Tensor:
+        return self.dropout(vectors * self.scale + self.position.weight[: vectors.shape[1]])
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+class CompactTower(nn.Module):
+    """The user tower with its table of item vectors, and the temperature both meet at.
+
+    An item's vector is made of its content (the item tower's vector, C wide, given from outside), of a vector learned
+    for it alone, or of their sum; an item that was never trained on has its content only. `content_width` None leaves
+    content out, `identities` 0 the learned vectors; with identities alone, unit length off, the tower is SASRec.
+    """
+
+    def __init__(
+        self, width: int, config: CompactConfig, content_width: int | None, identities: int, *, unit: bool = True
+    ) -> None:
+        super().__init__()
+        if content_width is None and not identities:
+            raise ValueError("item vectors are made of content, identities or both: neither was given")
+        self.unit = unit
+        self.content = None if content_width is None else nn.Linear(content_width, width, bias=False)
+        self.identity = nn.Embedding(identities, width) if identities else None
+        self.user = CompactUserTower(width, config)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(INITIAL_TEMPERATURE)), requires_grad=unit)
+        if self.content is not None:
+            nn.init.orthogonal_(self.content.weight)
+        if self.identity is not None:
+            nn.init.normal_(self.identity.weight, std=0.02)
+
+    @property
+    def temperature(self) -> Tensor:
+        """What scores are divided by; 1 for vectors of any length."""
+        if not self.unit:
+            return torch.ones_like(self.log_temperature)
+        return self.log_temperature.exp().clamp(min=MIN_TEMPERATURE)
+
+    def item_vectors(self, content: Tensor | None, identity: Tensor) -> Tensor:
+        """Content vectors (U, C) and rows of learned vectors (U,), -1 for none, to item vectors (U, D)."""
+        vectors = torch.zeros(len(identity), self.user.width, device=identity.device)
+        if self.content is not None:
+            vectors = vectors + self.content(content)
+        if self.identity is not None:
+            vectors = vectors + self.identity(identity.clamp(min=0)) * (identity >= 0).unsqueeze(1)
+        return F.normalize(vectors, dim=-1) if self.unit else vectors
+
+    def user_vectors(self, vectors: Tensor) -> Tensor:
+        """Item vectors (B, L, D) of histories, padded on the right, to the user vector (B, L, D) of each prefix."""
+        return self._finished(self.user(vectors))
+
+    def user_vectors_at(self, vectors: Tensor, last: Tensor) -> Tensor:
+        """The user vector (B, D) of one prefix of each history: the one that ends at `last` (B,)."""
+        return self._finished(self.user.at(vectors, last))
+
+    def _finished(self, states: Tensor) -> Tensor:
+        return F.normalize(states, dim=-1) if self.unit else states

@@ -1,0 +1,37 @@
+"""What PixRec must know of a family of vision-language models: one short adapter file each.
+
+To add a family, subclass `Family` in a file of its own and list it in FAMILIES under its `model_type`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transformers import PreTrainedModel
+
+from pixrec.errors import ConfigError
+from pixrec.model.families.base import Family
+from pixrec.model.families.paligemma import PaliGemma
+from pixrec.model.families.qwen import QwenVL
+from pixrec.model.families.smolvlm import SmolVLM
+
+__all__ = ["FAMILIES", "Family", "family_of"]
+
+FAMILIES: dict[str, Callable[[PreTrainedModel], Family]] = {
+    "smolvlm": SmolVLM,
+    "idefics3": SmolVLM,
+    "paligemma": PaliGemma,
+    "qwen2_vl": QwenVL,
+    "qwen2_5_vl": QwenVL,
+}
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """The adapter of a loaded model. Raises ConfigError where its family has none."""
+    model_type = model.config.model_type
+    if model_type not in FAMILIES:
+        raise ConfigError(
+            f"model.backbone is of the family {model_type!r}; known: {', '.join(sorted(FAMILIES))}. "
+            "A further one is an adapter in pixrec/model/families"
+        )
+    return FAMILIES[model_type](model)

@@ -1,0 +1,69 @@
+"""The adapter that a family fills in: how a picture is written, how it is encoded, how a sequence is read.
+
+Shapes: B rows · T tokens · P pictures · K tokens a picture · W width of the language model · S side in pixels
+· V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class Family(ABC):
+    """Base adapter; `model` is what AutoModelForImageTextToText returned.
+
+    Whatever a family does, the state of a token must not depend on later items: v_U of a prefix is read inside a
+    longer history.
+    """
+
+    picture_prefix: tuple[str, ...] = ()
+    """Tokens before the picture tokens."""
+    picture_suffix: tuple[str, ...] = ()
+    """Tokens after them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.config: Any = model.config
+
+    @property
+    def image_token_id(self) -> int:
+        return int(self.config.image_token_id)
+
+    @property
+    def image_size_px(self) -> int:
+        size = self.config.vision_config.image_size
+        return int(size if isinstance(size, int) else size[0])
+
+    @property
+    @abstractmethod
+    def tokens_per_picture(self) -> int:
+        """K: how many tokens a picture becomes."""
+
+    @abstractmethod
+    def encode_pictures(self, model: PreTrainedModel, pixels: Tensor) -> Tensor:
+        """Normalised pixels (P, 3, S, S) to picture tokens (P, K, W)."""
+
+    @abstractmethod
+    def language_model(self, model: PreTrainedModel) -> nn.Module:
+        """The module that takes `inputs_embeds` and returns `last_hidden_state`."""
+
+    @abstractmethod
+    def vision_parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        """All parameters that only pictures use."""
+
+    def hidden_states(
+        self, model: PreTrainedModel, embeddings: Tensor, is_token: Tensor, picture_slot: Tensor
+    ) -> Tensor:
+        """Embeddings (B, T, W), padded on the right, to last hidden states (B, T, W).
+
+        `is_token` and `picture_slot` (B, T) as in `encoding.Items`.
+        """
+        output = self.language_model(model)(inputs_embeds=embeddings, attention_mask=is_token.long(), use_cache=False)
+        return output.last_hidden_state
+
+    def token_logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
+        """Scores (…, V) of the next token from hidden states (…, W)."""
+        return model.get_output_embeddings()(hidden)

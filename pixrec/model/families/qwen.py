@@ -1,0 +1,77 @@
+"""Qwen2-VL and Qwen2.5-VL: a window-attention encoder, a patch merger, a Qwen2 with multimodal rotary positions.
+
+The family takes pictures of any shape; here all are squares of 16 × 16 patches, which become 64 tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pixrec.model.families.base import Family
+
+PATCHES_PER_SIDE = 16
+
+
+class QwenVL(Family):
+    picture_prefix = ("<|vision_start|>",)
+    picture_suffix = ("<|vision_end|>",)
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.vision = self.config.vision_config
+        self.tokens_per_side = PATCHES_PER_SIDE // int(self.vision.spatial_merge_size)
+
+    @property
+    def image_size_px(self) -> int:
+        return PATCHES_PER_SIDE * int(self.vision.patch_size)
+
+    @property
+    def tokens_per_picture(self) -> int:
+        return self.tokens_per_side**2
+
+    def encode_pictures(self, model: PreTrainedModel, pixels: Tensor) -> Tensor:
+        grid = torch.tensor([[1, PATCHES_PER_SIDE, PATCHES_PER_SIDE]] * len(pixels), device=pixels.device)
+        return torch.stack(model.model.get_image_features(self.patches(pixels), grid).pooler_output)
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """Pixels (P, 3, S, S) to flat patches (P·16·16, 3·frames·patch²), the patches of a merged token together.
+
+        A picture stands for all frames of the encoder's temporal patch.
+        """
+        side, merge, patch = self.tokens_per_side, int(self.vision.spatial_merge_size), int(self.vision.patch_size)
+        tiles = pixels.view(-1, 3, side, merge, patch, side, merge, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
+        frames = tiles.unsqueeze(6).expand(*tiles.shape[:6], int(self.vision.temporal_patch_size), patch, patch)
+        return frames.reshape(len(pixels) * PATCHES_PER_SIDE**2, -1)
+
+    def language_model(self, model: PreTrainedModel) -> nn.Module:
+        return model.model.language_model
+
+    def vision_parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        return list(model.model.visual.parameters())
+
+    def hidden_states(
+        self, model: PreTrainedModel, embeddings: Tensor, is_token: Tensor, picture_slot: Tensor
+    ) -> Tensor:
+        output = self.language_model(model)(
+            inputs_embeds=embeddings,
+            attention_mask=is_token.long(),
+            position_ids=self.positions(is_token, picture_slot),
+            use_cache=False,
+        )
+        return output.last_hidden_state
+
+    def positions(self, is_token: Tensor, picture_slot: Tensor) -> Tensor:
+        """Positions in time, height and width (3, B, T) (M-RoPE, Wang et al. 2024, arXiv 2409.12191, §2.1).
+
+        A text token moves all three on by one. The tokens of a picture share the time and take height and width from
+        their place in it; the next token goes on after the picture's side.
+        """
+        side = self.tokens_per_side
+        in_picture = picture_slot >= 0
+        place = torch.where(in_picture, picture_slot % self.tokens_per_picture, 0)
+        closes = in_picture & (place == self.tokens_per_picture - 1)
+        advance = torch.where(in_picture, closes * side, is_token.long())
+        start = advance.cumsum(1) - advance
+        return torch.stack([start, start + place // side, start + place % side])

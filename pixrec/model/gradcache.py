@@ -1,0 +1,233 @@
+"""The objective's loss and gradients with few histories in memory at a time (GradCache, Gao et al., RepL4NLP 2021).
+
+The vectors of the whole batch are computed in parts without a graph. The loss is taken on them, which gives the
+gradient of each vector. Then every part is computed again, with a graph, and sent that gradient. What the whole batch
+needs are its vectors; all else grows with the part.
+
+Each part draws its dropout from a seed of its own, so both passes see the same.
+
+Shapes: U distinct items of one worker · P examples · D width of the shared space · L items in a history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pixrec.model.encoding import Histories, Items
+from pixrec.model.losses import all_reduced_rows, next_item_generation
+from pixrec.model.objective import PARTS, Candidates, Extra, TrainingTask, history_rows, joined_counts
+from pixrec.model.towers import HistoryOutputs
+
+_ANCHORS_AT_A_TIME = 1024
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A batch of one worker in parts, each encoded when it is asked for."""
+
+    item_rows: Tensor
+    """(U,) catalog rows of the distinct items"""
+    log_inclusion: Tensor
+    """(U,) log chance of each item to be in the step's batch"""
+    items: Sequence[Callable[[], Items]]
+    """Together the U items, in order."""
+    histories: Sequence[Callable[[], HistoryPart]]
+    """Together all histories."""
+
+
+@dataclass(frozen=True)
+class HistoryPart:
+    items: Items
+    """The distinct items of these histories."""
+    histories: Histories
+    """Over those items."""
+    of_batch: Tensor
+    """(u,) where each of those items stands among the U"""
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    """Vectors of the whole batch, leaves of the loss."""
+
+    item: Tensor
+    user: Tensor
+    conditioned: Tensor
+    target: Tensor
+    seen: Tensor | None
+    tokens: float
+
+
+def backward(
+    task: TrainingTask, parts: Parts, extra: Extra | None, seed: int, share: float = 1.0
+) -> tuple[Tensor, Tensor, tuple[float, float]]:
+    """Add `share` of the loss's gradient to the parameters.
+
+    Returns loss and totals as `TrainingTask.forward` does, and (tokens, tokens with padding). The gradient is this
+    worker's: the caller averages it over the workers, unless FSDP does.
+    """
+    device = task.tower.log_temperature.device
+    parts = replace(parts, item_rows=parts.item_rows.to(device), log_inclusion=parts.log_inclusion.to(device))
+    cache = _Cache(task, parts, seed)
+    vectors = cache.vectors()
+    counts = (vectors.tokens, len(vectors.user), len(vectors.user))
+    totals = torch.tensor([[0.0, count] for count in counts], device=vectors.item.device)
+    joined, world_size = joined_counts(totals[:, 1])
+    weights = task.weights()
+    scale = {n: weights[n] * world_size / max(float(c), 1.0) for n, c in zip(PARTS, joined, strict=True)}
+    _contrast(task, vectors, parts, extra, {n: share * s for n, s in scale.items()}, totals)
+    totals[0, 0] = cache.send_to_histories(vectors, share * scale["nig"])
+    cache.send_to_items(vectors)
+    loss = sum((scale[n] * totals[i, 0] for i, n in enumerate(PARTS)), totals.new_zeros(()))
+    return loss, totals, (cache.real, cache.slots)
+
+
+def _contrast(
+    task: TrainingTask,
+    vectors: _Vectors,
+    parts: Parts,
+    extra: Extra | None,
+    scale: dict[str, float],
+    totals: Tensor,
+) -> None:
+    """Gradients of both InfoNCE terms on the vectors, a block of anchors at a time; adds the sums to `totals`."""
+    own = vectors.item.detach()
+    gathered = task.candidates(own, parts.item_rows, parts.log_inclusion, extra)
+    leaf = gathered.vectors.detach().requires_grad_()
+    candidates = Candidates(leaf, gathered.ids, gathered.log_inclusion, gathered.start)
+    everyone = task.config.negatives == "global"
+    for index, name, anchors in ((2, "ut", vectors.user), (1, "tt", vectors.conditioned)):
+        pool, start = task.pool(anchors.detach(), parts.item_rows[vectors.target])
+        pool_leaf = None if pool is None else pool[0].detach().requires_grad_()
+        for first in range(0, len(anchors), _ANCHORS_AT_A_TIME):
+            block = slice(first, first + _ANCHORS_AT_A_TIME)
+            part = task.contrast(
+                anchors[block],
+                vectors.target[block],
+                None if vectors.seen is None else vectors.seen[block],
+                candidates,
+                None if pool is None or pool_leaf is None else (pool_leaf, pool[1]),
+                start + first,
+            )
+            totals[index, 0] += part.total.detach()
+            (scale[name] * part.total).backward()
+        if pool_leaf is not None and pool_leaf.grad is not None and anchors.grad is not None:
+            anchors.grad = anchors.grad + _own_rows(pool_leaf.grad, start, len(anchors), everyone)
+    assert leaf.grad is not None
+    vectors.item.grad = _own_rows(leaf.grad, candidates.start, len(own), everyone)
+
+
+def _own_rows(gradient: Tensor, start: int, count: int, everyone: bool) -> Tensor:
+    """What the losses of all workers say of this worker's rows."""
+    return (all_reduced_rows(gradient) if everyone else gradient)[start : start + count].clone()
+
+
+class _Cache:
+    """The passes over the parts."""
+
+    def __init__(self, task: TrainingTask, parts: Parts, seed: int) -> None:
+        self.task, self.tower, self.parts, self.seed = task, task.tower, parts, seed
+        self.device = task.tower.log_temperature.device
+        self.real = self.slots = 0.0
+        # Under FSDP every pass is a collective: workers with fewer parts go through their first one again, for nothing.
+        self.item_parts = _as_many_everywhere(len(parts.items))
+        self.history_parts = _as_many_everywhere(len(parts.histories))
+
+    @torch.no_grad()
+    def vectors(self) -> _Vectors:
+        made = [(self._items(i, count=counts), counts) for i, counts in self.item_parts]
+        item = torch.cat([vectors for vectors, counts in made if counts])
+        user, conditioned, target, seen, tokens = [], [], [], [], 0
+        for i, counts in self.history_parts:
+            part, out = self._histories(i, generate=False)
+            if not counts:
+                continue
+            self._count(part.histories.is_token)
+            user.append(out.user.float())
+            conditioned.append(out.target_given_user.float())
+            target.append(part.of_batch[part.histories.target])
+            tokens += int(part.histories.target_text.sum()) if self.task.generates else 0
+            if self.task.config.mask_history:
+                seen.append(history_rows(part.histories, self.parts.item_rows[part.of_batch]))
+        return _Vectors(
+            item.requires_grad_(),
+            torch.cat(user).requires_grad_(),
+            torch.cat(conditioned).requires_grad_(),
+            torch.cat(target),
+            _cat_padded(seen) if seen else None,
+            float(tokens),
+        )
+
+    def send_to_histories(self, vectors: _Vectors, nig_scale: float) -> Tensor:
+        """Second pass over the histories; returns the sum of L_NIG."""
+        total, start = vectors.item.new_zeros(()), 0
+        for i, counts in self.history_parts:
+            _, out = self._histories(i, generate=self.task.generates)
+            rows = slice(start, start + (len(out.user) if counts else 0))
+            surrogate = _sent(out.user, vectors.user, rows) + _sent(out.target_given_user, vectors.conditioned, rows)
+            if out.text_logits is not None and out.text_ids is not None and len(out.text_ids):
+                nig = next_item_generation(out.text_logits, out.text_ids).total
+                surrogate = surrogate + nig * (nig_scale if counts else 0)
+                total += nig.detach() if counts else 0
+            surrogate.backward()
+            start = rows.stop
+        return total
+
+    def send_to_items(self, vectors: _Vectors) -> None:
+        """Second pass over the items."""
+        start = 0
+        for i, counts in self.item_parts:
+            made = self._items(i)
+            rows = slice(start, start + (len(made) if counts else 0))
+            _sent(made, vectors.item, rows).backward()
+            start = rows.stop
+
+    def _count(self, is_token: Tensor) -> None:
+        self.real, self.slots = self.real + float(is_token.sum()), self.slots + float(is_token.numel())
+
+    def _items(self, i: int, count: bool = False) -> Tensor:
+        torch.manual_seed(self.seed + 2 * i)
+        with self.task.autocast():
+            items = self.parts.items[i]().to(self.device)
+            if count:
+                self._count(items.is_token)
+            return self.task.run(self._read_items, items).float()
+
+    def _histories(self, i: int, generate: bool) -> tuple[HistoryPart, HistoryOutputs]:
+        torch.manual_seed(self.seed + 2 * i + 1)
+        part = self.parts.histories[i]()
+        part = HistoryPart(part.items.to(self.device), part.histories.to(self.device), part.of_batch.to(self.device))
+        with self.task.autocast():
+            return part, self.task.run(self._read, part, generate)
+
+    def _read_items(self, items: Items) -> Tensor:
+        return self.task.touched(self.tower.item_vectors(items))
+
+    def _read(self, part: HistoryPart, generate: bool) -> HistoryOutputs:
+        out = self.tower.read_histories(part.histories, self.tower.pictures(part.items), generate)
+        return out._replace(user=self.task.touched(out.user))
+
+
+def _sent(made: Tensor, leaf: Tensor, rows: slice) -> Tensor:
+    """A sum whose gradient on `made` is what the loss said of those rows of `leaf`; no rows: zero."""
+    assert leaf.grad is not None
+    return (made.float() * leaf.grad[rows]).sum() if rows.stop > rows.start else 0 * made.float().sum()
+
+
+def _as_many_everywhere(count: int) -> list[tuple[int, bool]]:
+    """Indices of this worker's parts and whether each counts; as many on every worker."""
+    most = torch.tensor(count)
+    if dist.is_available() and dist.is_initialized():
+        most = most.to("cuda") if dist.get_backend() == "nccl" else most
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return [(i if i < count else 0, i < count) for i in range(int(most))]
+
+
+def _cat_padded(rows: list[Tensor]) -> Tensor:
+    """Stack (P, L) tensors of different L, filled up with -1."""
+    width = max(r.shape[1] for r in rows)
+    return torch.cat([torch.nn.functional.pad(r, (0, width - r.shape[1]), value=-1) for r in rows])

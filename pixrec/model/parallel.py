@@ -1,0 +1,82 @@
+"""Weights and gradients spread over workers: sharding by FSDP2, averaging, clipping, whole copies for checkpoints.
+
+Plain torch.distributed; in one process everything here is what it would be without. Knows towers, not training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from pixrec.model.objective import TrainingTask
+
+
+def shard(task: TrainingTask) -> None:
+    """Spread the weights of `task` over all workers, in place: each layer of the language model apart, the rest
+    together. The temperature is a scalar, which FSDP does not take: it stays whole on every worker."""
+    backbone = task.tower.backbone
+    for layer in backbone.family.language_model(backbone.model).layers:  # type: ignore[union-attr]
+        fully_shard(layer)
+    fully_shard(task, ignored_params={task.tower.log_temperature})
+    register_fsdp_forward_method(task, "run")
+    task.touches = True
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard; a collective where it is one."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, spread as `other` is."""
+    if not isinstance(other, DTensor) or tensor.ndim != other.ndim:
+        return tensor.to(other.device)
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Mean of the gradients over all workers; a worker that has none counts as zero. Shards are averaged already."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    wanted = [p for p in parameters if not isinstance(p, DTensor)]
+    if not wanted:
+        return
+    present = torch.tensor([float(p.grad is not None) for p in wanted], device=wanted[0].device)
+    dist.all_reduce(present)
+    used = [p for p, count in zip(wanted, present.tolist(), strict=True) if count]
+    if not used:
+        return
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in used])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for parameter, gradient in zip(used, flat.split([p.numel() for p in used]), strict=True):
+        parameter.grad = gradient.view_as(parameter)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], limit: float) -> float:
+    """Scale all gradients so that their joint norm is at most `limit`; returns the norm before."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    shards = [g.to_local() for g in gradients if isinstance(g, DTensor)]
+    plain = [g for g in gradients if not isinstance(g, DTensor)]
+    square = _squares(plain, gradients)
+    if shards:
+        spread = _squares(shards, gradients)
+        dist.all_reduce(spread)
+        square = square + spread
+    norm = float(square.sqrt())
+    factor = limit / (norm + 1e-6)
+    if factor < 1:
+        torch._foreach_mul_([*plain, *shards], factor)
+    return norm
+
+
+def _squares(tensors: list[Tensor], of: list[Tensor]) -> Tensor:
+    if not tensors:
+        return torch.zeros((), device=of[0].device if of else None)
+    return torch.stack([norm.float() ** 2 for norm in torch._foreach_norm(tensors)]).sum()

@@ -1,0 +1,201 @@
+"""The report in words and numbers: names, sentences, the table for the terminal. Knows the shape of metrics.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pixrec.knockouts import MEANINGS as REPLACED_MEANINGS
+
+MINUS = "\N{MINUS SIGN}"
+HEADLINE_METRICS = ("recall@1", "recall@10", "ndcg@10", "mrr")
+METRIC_NAMES = {"mrr": "MRR"}
+SCORER_MEANINGS = {
+    "pixrec": "pictures and text",
+    "pixrec_text_only": "text alone",
+    "pixrec_image_only": "pictures alone",
+    "popularity": "the most bought items for everybody",
+    "recent_popularity": "the most bought items of late",
+    "repeat_last": "the user's own items again, latest first",
+    "item_transition": "what followed the last item before",
+    "content_linear": "a linear map of the history's item vectors",
+    "sasrec": "learned item ids, no content",
+    "generative_bm25": "generated text, looked up with BM25",
+    "rrf": "two scorers by reciprocal rank",
+    "round_robin": "two scorers taking turns",
+} | {f"pixrec_{how}": meaning for how, meaning in REPLACED_MEANINGS.items()}
+KNOCKOUT_MEANINGS = {
+    "trained": "the same, trained on",
+    "scored": "the same model, shown",
+    "replaced": "the same model, shown",
+}
+
+
+def number(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", MINUS)
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def probability(p: float) -> str:
+    return "p < .01" if p < 0.01 else f"p = {p:.2f}".replace(" 0.", " .")
+
+
+def metric_name(metric: str) -> str:
+    if metric in METRIC_NAMES:
+        return METRIC_NAMES[metric]
+    name, at, k = metric.partition("@")
+    return (name.upper() if len(name) <= 4 else name.capitalize()) + at + k
+
+
+def kind(scorer: str) -> str:
+    """How a scorer is coloured: the model, a knockout of it, or something to compare with."""
+    return "main" if scorer == "pixrec" else "knockout" if scorer.startswith("pixrec_") else "baseline"
+
+
+def meaning(scorer: str, knockouts: Mapping[str, str]) -> str:
+    how = KNOCKOUT_MEANINGS.get(knockouts.get(scorer, ""))
+    return " ".join(filter(None, [how, SCORER_MEANINGS.get(scorer)]))
+
+
+def lead(metrics: Mapping[str, Any]) -> str:
+    results = metrics["results"]
+    scorer = "pixrec" if "pixrec" in results else next(iter(results))
+    low, high = results[scorer]["ci95"]["recall@10"]
+    text = (
+        f"Of {metrics['users']:,} users, {percent(results[scorer]['recall@10'])} find their next item among the first "
+        f"ten that {scorer} recommends (95 % interval {percent(low)} to {percent(high)})."
+    )
+    if scorer != "popularity" and "popularity" in results:
+        text += f" By popularity alone it is {percent(results['popularity']['recall@10'])}."
+    return text
+
+
+def protocol_sentences(metrics: Mapping[str, Any]) -> list[str]:
+    protocol = metrics["protocol"]
+    splits = {
+        "leave_one_out": "Split: leave one out. Each user's last event is the test; the one before it validates.",
+        "temporal": "Split: by time. Training ends before the validation period, which ends before the test period; "
+        "each user's last event in the test period is the test.",
+    }
+    seen = {
+        "allowed": "Items of the user's own history stay among the candidates.",
+        "filtered": "Items of the user's own history are taken out of the candidates, except the target itself.",
+    }
+    items = f" of {metrics['items']:,} items" if "items" in metrics else ""
+    return [
+        splits.get(protocol["split"], f"Split: {protocol['split']}."),
+        f"Candidates: the whole catalog{items}, never a sample.",
+        "Ties count against the scorer: an item with the target's score ranks before it.",
+        seen[protocol["seen"]],
+        "One target a user, so recall is the hit rate, and MAP@k and MRR@k are the same number.",
+        "Intervals hold 95 % of the means over resampled users (bootstrap). They say how sure a figure is for users "
+        "like these, not how much it would move if the model were trained again.",
+        "p: the chance of a difference at least as large if each user's two results could as well be swapped (paired "
+        "randomisation test), adjusted for the number of scorers (Holm).",
+        "Coverage@k: share of the catalog in somebody's first k. Novelty@k: mean of minus log2 of the recommended "
+        "items' share of the training events, in bits.",
+    ]
+
+
+def guard_sentences(metrics: Mapping[str, Any]) -> list[str]:
+    guards = metrics.get("guards")
+    if not guards:
+        return []
+    ties = ", ".join(f"{scorer} {percent(share)}" for scorer, share in guards["tie_share"].items())
+    return [
+        *_audit_sentence(guards.get("audit")),
+        f"{percent(guards['repeat_share'])} of the targets already occur in the user's own history.",
+        f"Targets that tie with another item: {ties}.",
+        *_random_tie_sentence(guards),
+        f"Recall@10 of a blind guess: {number(guards['chance_recall@10'])}.",
+        *_floor_sentence(guards),
+        *_one_event_sentence(guards),
+        *_predictions_sentence(metrics.get("predictions")),
+    ]
+
+
+def warnings(metrics: Mapping[str, Any]) -> list[str]:
+    below = metrics.get("guards", {}).get("below_popularity", [])
+    found = [f"Below popularity in Recall@10: {', '.join(below)}."] if below else []
+    if metrics.get("provenance", {}).get("trained_on_this_data") is False:
+        found.append("The model was trained on another prepared data set: it may have seen events of this test.")
+    return found
+
+
+def notes(metrics: Mapping[str, Any]) -> list[str]:
+    """How the knockouts among the scorers were made."""
+    made: dict[str, list[str]] = {}
+    for scorer, how in metrics.get("knockouts", {}).items():
+        made.setdefault(how, []).append(scorer)
+    sentences = {
+        "trained": "trained the same way on one modality alone, with the same budget.",
+        "scored": "the model itself, scored with one modality removed; a weaker test than a knockout trained with the "
+        "same budget (train.knockouts).",
+        "replaced": "the model itself, scored with one modality replaced by a constant or by noise, which it was not "
+        "trained to expect.",
+    }
+    return [f"{', '.join(made[how])}: {sentence}" for how, sentence in sentences.items() if how in made]
+
+
+def format_table(metrics: Mapping[str, Any]) -> str:
+    """The results as plain text, one line a scorer, recall@10 with its 95 % interval."""
+    head = ["scorer", *(metric_name(m) for m in HEADLINE_METRICS), "95 % of Recall@10"]
+    lines = [
+        [scorer, *(number(result[m]) for m in HEADLINE_METRICS), " to ".join(map(number, result["ci95"]["recall@10"]))]
+        for scorer, result in metrics["results"].items()
+    ]
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in [head, ["-" * w for w in widths], *lines]
+    )
+
+
+def _audit_sentence(audit: Mapping[str, Any] | None) -> list[str]:
+    if audit is None:
+        return []
+    targets = audit["targets_checked"]
+    return [
+        f"Audited: none of the {targets['test']:,} test and {targets['valid']:,} validation targets is among the "
+        f"{audit['training_events']:,} events or in one of {audit['training_windows_checked']:,} windows of training."
+    ]
+
+
+def _random_tie_sentence(guards: Mapping[str, Any]) -> list[str]:
+    figures = [
+        f"{scorer} {number(recalls['recall@1'])} and {number(recalls['recall@10'])}"
+        for scorer, recalls in guards.get("random_ties", {}).items()
+        if guards["tie_share"][scorer] > 0
+    ]
+    return (
+        [f"Recall@1 and @10 if ties were broken at random, which is generous: {', '.join(figures)}."] if figures else []
+    )
+
+
+def _floor_sentence(guards: Mapping[str, Any]) -> list[str]:
+    floor = guards["popularity_recall@10"]
+    return [] if floor is None else [f"Recall@10 of popularity, the floor: {number(floor)}."]
+
+
+def _one_event_sentence(guards: Mapping[str, Any]) -> list[str]:
+    share = guards.get("users_with_one_event_share")
+    return [] if share is None else [f"{percent(share)} of all users have a single event and cannot be measured."]
+
+
+def _predictions_sentence(counts: Mapping[str, Any] | None) -> list[str]:
+    if counts is None:
+        return []
+    return [
+        f"{counts['scorer']}: read from a file with lists for {counts['users']:,} of the users. Counted as misses: "
+        f"{counts['users_missing']:,} users without a list. Left out: {counts['users_unknown']:,} users who are not "
+        f"tested, {counts['items_unknown']:,} unknown items, {counts['items_repeated']:,} repeats within a list."
+    ]

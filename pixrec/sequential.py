@@ -1,0 +1,272 @@
+"""Training of a compact tower on item vectors: SASRec's way, where every position of a history predicts its next item.
+
+No Ray, no file system. Every batch is a pure function of the seed and the epoch, so that a resumed run continues as the
+other would have. Workers split each batch between them and are joined by torch.distributed where it is initialised.
+
+Shapes: B histories of one step · L longest of them · P examples · N items of the catalog · K candidates of one step
+· C width of content vectors · D width of the shared space.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pixrec.config import SequenceConfig
+from pixrec.data.sequences import HeldOut
+from pixrec.errors import InputError
+from pixrec.metrics import LOGGED, rank_metrics, target_ranks
+from pixrec.model.compact import CompactTower
+from pixrec.model.losses import gather_with_gradient
+from pixrec.model.softmax import catalog_softmax, generalised_bce, sampled_softmax
+
+POOL_STEPS = 16
+"""Histories of so many steps are sorted by length together, so that a batch holds histories of like length."""
+
+USERS_PER_PASS = 256
+
+OnRow = Callable[[dict[str, Any]], None]
+
+
+class WindowSource:
+    """Training histories as windows of at most `max_history_items` + 1 events: each epoch the newest of every history,
+    and older ones cut at places that change."""
+
+    def __init__(self, histories: Sequence[np.ndarray], max_history_items: int, config: SequenceConfig, seed: int):
+        self.histories = [h for h in histories if len(h) >= 2]
+        if not self.histories:
+            raise InputError(
+                "no training history has two events, so there is no next item to learn; lower prepare.min_* "
+                "or give more interactions"
+            )
+        self.length = max_history_items + 1
+        self.size = config.histories_per_step
+        self.seed = seed
+
+    def epoch(self, epoch: int) -> list[list[np.ndarray]]:
+        """The batches of `epoch`, each up to `histories_per_step` windows of rows, oldest event first."""
+        rng = np.random.default_rng([self.seed, 3, epoch])
+        windows = [window for history in self.histories for window in self._windows(history, rng)]
+        order, pool = rng.permutation(len(windows)), self.size * POOL_STEPS
+        batches = []
+        for start in range(0, len(order), pool):
+            near = sorted(order[start : start + pool], key=lambda i: len(windows[i]))
+            batches += [near[i : i + self.size] for i in range(0, len(near), self.size)]
+        return [[windows[i] for i in batches[b]] for b in rng.permutation(len(batches))]
+
+    def _windows(self, history: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        yield history[-self.length :]
+        if len(history) > self.length:
+            step = self.length - 1
+            for end in range(len(history) - int(rng.integers(1, step + 1)), 1, -step):
+                yield history[max(0, end - self.length) : end]
+
+
+class SequenceTrainer:
+    """A compact tower, its optimiser and its place in the data.
+
+    `content` (N, C) are the items' content vectors, which stay as they are, or None; `identity` (N,) each item's row of
+    learned vectors, -1 for none; `counts` (N,) the events of training: an item without any is no candidate, as nothing
+    could tell the model that it is good.
+    """
+
+    def __init__(
+        self,
+        tower: CompactTower,
+        histories: Sequence[np.ndarray],
+        counts: np.ndarray,
+        content: Tensor | None,
+        identity: np.ndarray,
+        config: SequenceConfig,
+        identity_dropout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.tower, self.config, self.seed = tower, config, seed
+        self.identity_dropout = identity_dropout if content is not None else 0.0
+        self.device = tower.log_temperature.device
+        self.source = WindowSource(histories, tower.user.max_history_items, config, seed)
+        self.content = None if content is None else content.to(self.device)
+        self.identity = torch.from_numpy(identity.astype(np.int64)).to(self.device)
+        self.ever_again = any(len(np.unique(h)) < len(h) for h in histories)
+        self.warm = torch.from_numpy(np.flatnonzero(counts > 0)).to(self.device)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.named = {n: p for n, p in tower.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.named.values(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
+        )
+        self.epoch = self.step = 0
+
+    def train_epoch(self, on_row: OnRow = lambda row: None) -> None:
+        """One pass over the training histories; `on_row` gets a row a step."""
+        batches = self.source.epoch(self.epoch)
+        for windows in batches:
+            loss = self._step(windows)
+            facts = {"total_steps": self.config.epochs * len(batches), "temperature": self.tower.temperature.item()}
+            on_row({"step": self.step, "loss": loss, **facts})
+        self.epoch += 1
+
+    def _step(self, windows: list[np.ndarray]) -> float:
+        """One optimisation step over all workers; returns the joined mean loss of an example."""
+        torch.manual_seed(int(np.random.SeedSequence([self.seed, 4, self.step]).generate_state(1)[0]))
+        negatives = self.warm[torch.randint(len(self.warm), (self.config.negatives,), device=self.device)]
+        by_content_alone = torch.rand(len(self.identity), device=self.device) < self.identity_dropout
+        torch.manual_seed(int(np.random.SeedSequence([self.seed, 5, self.step, self.rank]).generate_state(1)[0]))
+        self.tower.train()
+        examples = sum(len(w) - 1 for w in windows)
+        mine = windows[self.rank :: self.world_size]
+        loss = self._loss(mine, negatives, by_content_alone) if mine else 0.0 * self.tower.log_temperature
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss / examples).backward()
+        self._join_gradients()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+        self.optimizer.step()
+        self.step += 1
+        total = loss.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        if not torch.isfinite(total):
+            raise InputError(
+                f"the loss is {total.item()} at step {self.step}; lower train.compact.learning_rate "
+                f"({self.config.learning_rate})"
+            )
+        return total.item() / examples
+
+    def _loss(self, windows: list[np.ndarray], negatives: Tensor, by_content_alone: Tensor) -> Tensor:
+        """Sum of the loss over the examples of this worker's windows."""
+        rows, is_item = _padded(windows)
+        rows, is_item = rows.to(self.device), is_item.to(self.device)
+        has_next = is_item[:, 1:]
+        if self.config.loss == "full":
+            items = torch.arange(len(self.identity), device=self.device)
+        else:
+            items = torch.unique(torch.cat([rows.flatten(), negatives]))
+        place = torch.full((len(self.identity),), -1, device=self.device)
+        place[items] = torch.arange(len(items), device=self.device)
+        identity = self.identity[items].masked_fill(by_content_alone[items], -1)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            table = self.tower.item_vectors(None if self.content is None else self.content[items], identity)
+            states = self.tower.user_vectors(nn.functional.embedding(place[rows[:, :-1]], table))[has_next]
+        states, table = states.float() / self.tower.temperature, table.float()
+        target = place[rows[:, 1:][has_next]]
+        if self.config.loss == "full":
+            place = torch.full_like(place, -1)
+            place[self.warm] = torch.arange(len(self.warm), device=self.device)
+            return catalog_softmax(states, table[self.warm], place[target], bfloat16=self.config.precision == "bf16")
+        sampled = place[negatives]
+        same = sampled.unsqueeze(0) == target.unsqueeze(1)
+        positives, others = nn.functional.embedding(target, table), nn.functional.embedding(sampled, table)
+        rate = min(1.0, self.config.negatives / max(1, len(self.warm) - 1))
+        if self.config.loss == "sampled":
+            return sampled_softmax(states, positives, others, same, torch.full_like(others[:, 0], rate).log())
+        return generalised_bce(states, positives, others, same, rate, self.config.calibration)
+
+    def _join_gradients(self) -> None:
+        """Sum the gradients of all workers; each one's loss is already its share of the joined mean."""
+        if self.world_size == 1:
+            return
+        for parameter in self.named.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+    @torch.no_grad()
+    def item_vectors(self) -> Tensor:
+        """Vectors (N, D) of the whole catalog."""
+        self.tower.eval()
+        return self.tower.item_vectors(self.content, self.identity)
+
+    @torch.no_grad()
+    def user_vectors(self, histories: Sequence[np.ndarray], table: Tensor) -> Tensor:
+        """Vectors (B, D) of whole histories, of which the last `max_history_items` are read."""
+        self.tower.eval()
+        rows, is_item = _padded([h[-self.tower.user.max_history_items :] for h in histories])
+        return self.tower.user_vectors_at(table[rows.to(self.device)], is_item.sum(1).to(self.device) - 1)
+
+    @torch.no_grad()
+    def validate(self, held_out: HeldOut) -> dict[str, float]:
+        """NDCG@10 and recall over the whole catalog; the workers share the users between them.
+
+        Items of the user's history are no candidates where no training history has an item twice.
+        """
+        table, ranks = self.item_vectors(), np.zeros(0, dtype=np.int64)
+        users = np.arange(self.rank, len(held_out.targets), self.world_size)
+        for start in range(0, len(users), USERS_PER_PASS):
+            chosen = users[start : start + USERS_PER_PASS]
+            queries = self.user_vectors([held_out.histories[i] for i in chosen], table)
+            seen = None if self.ever_again else [held_out.histories[i] for i in chosen]
+            ranks = np.append(ranks, target_ranks(queries @ table.T, held_out.targets[chosen], seen))
+        joined, _ = gather_with_gradient(torch.from_numpy(ranks).to(self.device))
+        return {f"valid_{k}": v for k, v in rank_metrics(joined.cpu().numpy(), (1, 10), LOGGED).items()}
+
+    def fit(self, held_out: HeldOut, on_row: OnRow = lambda row: None) -> dict[str, float]:
+        """Train until no validation has been better for `patience` of them; the best weights stay in the tower.
+
+        Returns the figures of the best validation and its `epoch`.
+        """
+        watch, best = EarlyStopping(self.config.patience), dict[str, Tensor]()
+        while self.epoch < self.config.epochs and not watch.over:
+            self.train_epoch(on_row)
+            if self.epoch % self.config.validate_every_epochs == 0 or self.epoch == self.config.epochs:
+                figures = self.validate(held_out) if len(held_out.targets) else {}
+                on_row({"step": self.step, "epoch": self.epoch, **figures})
+                figures["epoch"] = float(self.epoch)
+                if watch.is_best(figures.get("valid_ndcg@10", float(self.epoch)), figures):
+                    best = copy.deepcopy(self.tower.state_dict())
+        self.tower.load_state_dict(best)
+        return watch.figures
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimiser's state by parameter name, for safetensors."""
+        names: dict[Any, str] = {p: n for n, p in self.named.items()}
+        return {
+            f"{names[p]}/{key}": value.detach().contiguous()
+            for p, state in self.optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def restore(self, epoch: int, step: int, tensors: dict[str, Tensor]) -> None:
+        """Continue after `epoch` with the state that `optimizer_tensors` gave."""
+        self.epoch, self.step = epoch, step
+        for name, parameter in self.named.items():
+            state = {k: tensors[f"{name}/{k}"] for k in ("exp_avg", "exp_avg_sq", "step") if f"{name}/{k}" in tensors}
+            if state:
+                self.optimizer.state[parameter] = state
+
+
+class EarlyStopping:
+    """Remembers the best validation and how many came since."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.best = -float("inf")
+        self.since = 0
+        self.figures: dict[str, float] = {}
+
+    @property
+    def over(self) -> bool:
+        return self.since >= self.patience
+
+    def is_best(self, score: float, figures: dict[str, float] | None = None) -> bool:
+        """Take note of a validation; whether it is the best so far."""
+        if score <= self.best:
+            self.since += 1
+            return False
+        self.best, self.since, self.figures = score, 0, figures or {}
+        return True
+
+
+def _padded(windows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Rows (B, L), padded on the right with row 0, and which of them are items (B, L)."""
+    lengths = np.array([len(w) for w in windows])
+    rows = np.zeros((len(windows), int(lengths.max())), dtype=np.int64)
+    is_item = np.arange(rows.shape[1]) < lengths[:, None]
+    rows[is_item] = np.concatenate(windows)
+    return torch.from_numpy(rows), torch.from_numpy(is_item)

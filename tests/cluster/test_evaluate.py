@@ -1,0 +1,68 @@
+"""Users ranked by actors of Ray come out as in one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import tiny_config, tiny_dataset, tiny_items, tiny_model, write_model, write_prepared
+
+from pixrec import cli
+from pixrec.cluster.evaluate import UserRanker, _blocks
+from pixrec.config import EvaluateConfig
+from pixrec.evaluation import Task
+from pixrec.scorers import tower_scorers
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with data/ and model/; a picture is missing, an item is cold, histories have several lengths."""
+    items = tiny_items(with_pictures=set(range(11)))
+    write_prepared(tmp_path / "data", tiny_dataset(items, num_users=23))
+    write_model(tmp_path / "model", tiny_model(tiny_config(model={"user_tower": "interleaved"}), items))
+    return tmp_path
+
+
+def evaluate(place: Path, out: str, capfd: pytest.CaptureFixture[str], *settings: str) -> dict:
+    options = ["evaluate", "--model", str(place / "model"), "--data", str(place / "data"), "--out", str(place / out)]
+    settings = ("bootstrap_samples=20", "batch_size=4", "ks=[1,3,10]", *settings)
+    for setting in settings:
+        options += ["--set", f"evaluate.{setting}"]
+    code = cli.main(options)
+    assert code == 0, capfd.readouterr().err
+    return json.loads((place / out / "metrics.json").read_text())
+
+
+def test_actors_give_the_figures_of_one_process(ray_session: None, place: Path, capfd: pytest.CaptureFixture[str]):
+    here = evaluate(place, "here", capfd)
+    there = evaluate(place, "there", capfd, "num_actors=1", "cpus_per_actor=0.5")
+    assert {"pixrec", "pixrec_text_only", "popularity"} <= set(here["results"])
+    assert there == here
+
+
+def test_blocks_hold_every_user_once(place: Path):
+    dataset = tiny_dataset(num_users=23)
+    held_out = dataset.held_out("test")
+    task = Task(held_out, dataset.training_counts(), None, EvaluateConfig(batch_size=4, num_actors=1))
+    blocks = list(_blocks(task))
+    assert len(blocks) > 1
+    assert all(len(block) % 4 == 0 for block in blocks[:-1])
+    assert [n for block in blocks for n in block.column("number").to_pylist()] == list(range(len(held_out.targets)))
+    histories = [h for block in blocks for h in block.column("history").to_pylist()]
+    assert histories == [h.tolist() for h in held_out.histories]
+
+
+def test_an_actor_without_ray_ranks_as_the_task_does(place: Path):
+    dataset = tiny_dataset(tiny_items(with_pictures=set(range(11))), num_users=23)
+    model = tiny_model(tiny_config(model={"user_tower": "interleaved"}), dataset.items)
+    uri = str(place / "model")
+    scorer = tower_scorers(uri, model, dataset.items, None, lambda *_: None)[0][2]
+    task = Task(dataset.held_out("test"), dataset.training_counts(), None, EvaluateConfig(ks=(1, 3)))
+    actor = UserRanker(scorer.recipe, scorer.vectors, str(place / "data"), task, threads=1)
+    table = actor(next(_blocks(task)))
+    expected = task.rank(scorer, task.held_out)
+    for name, values in zip(("allowed", "filtered", "ties"), expected[:3], strict=True):
+        np.testing.assert_array_equal(table.column(name).to_numpy(), values)
+    np.testing.assert_array_equal(np.array(table.column("top").to_pylist()), expected.top)

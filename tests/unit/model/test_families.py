@@ -1,0 +1,220 @@
+"""Every family from its own classes, small: saved as the hub lays it out, loaded, and read as our method needs it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from fakes import tiny_config, tiny_items, tiny_model
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma2Config,
+    GemmaConfig,
+    Idefics3Config,
+    LlamaConfig,
+    PaliGemmaConfig,
+    Qwen2_5_VLConfig,
+    SiglipVisionConfig,
+    SmolVLMConfig,
+)
+
+from pixrec.artifact import load_model, new_model, save_model
+from pixrec.errors import ConfigError
+from pixrec.model.catalog import Catalog
+from pixrec.model.encoding import Content, train_tokenizer
+from pixrec.model.families import FAMILIES, family_of
+
+FAMILY_NAMES = ("smolvlm", "idefics3", "paligemma", "paligemma2", "qwen2_5_vl")
+HISTORY = np.array([1, 7, 4, 2])  # items 6 and beyond have no picture
+
+
+@pytest.fixture(scope="module")
+def items():
+    return tiny_items(with_pictures=range(6))
+
+
+def small(family, tokenizer):
+    """A model of 0.3 to 0.6 million parameters of the family's own classes."""
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
+           "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
+    known, text = tokenizer.get_vocab(), {"vocab_size": len(tokenizer), "hidden_size": 96, "intermediate_size": 192,
+                                          "num_hidden_layers": 2, "num_attention_heads": 4, **ids}  # fmt: skip
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "image_size": 32, "patch_size": 8}  # fmt: skip
+    if family in ("smolvlm", "idefics3"):
+        kind = SmolVLMConfig if family == "smolvlm" else Idefics3Config
+        config = kind(
+            text_config=LlamaConfig(**text), vision_config=vision, image_token_id=known["<image>"], scale_factor=2
+        )
+    elif family.startswith("paligemma"):  # the first on Gemma, whose attention is sdpa; the second on Gemma 2, eager
+        heads = {"num_key_value_heads": 2, "head_dim": 24}
+        if family == "paligemma":
+            gemma = GemmaConfig(**text, **heads)
+        else:
+            gemma = Gemma2Config(**text, **heads, query_pre_attn_scalar=24, sliding_window=4096)
+        config = PaliGemmaConfig(
+            vision_config=SiglipVisionConfig(**vision, vision_use_head=False),
+            text_config=gemma,
+            image_token_index=known["<image>"],
+            projection_dim=96,
+            hidden_size=96,
+        )
+    else:
+        rope = {"rope_type": "default", "mrope_section": [2, 5, 5], "rope_theta": 10000.0}
+        config = Qwen2_5_VLConfig(
+            text_config={**text, "num_key_value_heads": 2, "rope_parameters": rope},
+            vision_config={"depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "patch_size": 4,
+                           "window_size": 16, "out_hidden_size": 96, "fullatt_block_indexes": [1]},
+            image_token_id=known["<|image_pad|>"], vision_start_token_id=known["<|vision_start|>"],
+            vision_end_token_id=known["<|vision_end|>"], video_token_id=known["<|video_pad|>"],
+            tie_word_embeddings=True,
+        )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForImageTextToText.from_config(config)
+
+
+@pytest.fixture(scope="module", params=FAMILY_NAMES)
+def model(request, tmp_path_factory, items):
+    """Loaded by `from_pretrained` from a folder, in evaluation mode."""
+    texts = [items.text(row) for row in range(len(items))]
+    tokenizer = train_tokenizer(texts, 400)
+    qwen = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"extra_special_tokens": [*tokenizer.extra_special_tokens, *qwen]})
+    folder, base = tmp_path_factory.mktemp(request.param), small(request.param, tokenizer)
+    assert 200_000 < sum(p.numel() for p in base.parameters()) < 700_000
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    statistics = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(statistics))
+    model = new_model(tiny_config(model={"backbone": str(folder), "user_tower": "interleaved"}), texts)
+    model.tower.eval()
+    return model
+
+
+@pytest.fixture
+def catalog(model, items):
+    return Catalog(items, model.encoder)
+
+
+def picture(model, value):
+    size = model.encoder.image_size_px
+    return np.random.default_rng(value).integers(0, 256, (size, size, 3)).astype(np.uint8)
+
+
+def test_an_item_is_written_as_the_family_writes_it(model):
+    encoded = model.encoder.items([Content("Square", picture(model, 1))])
+    family = model.tower.backbone.family
+    tokens = model.encoder.tokenizer.convert_ids_to_tokens(encoded.token_ids[0].tolist())
+    text, image = len(model.encoder.tokenize(["Square"])[0]), family.image_token_id
+    count = family.tokens_per_picture
+    assert tuple(tokens[text : text + len(family.picture_prefix)]) == family.picture_prefix
+    assert tuple(tokens[len(tokens) - len(family.picture_suffix) :]) == family.picture_suffix
+    assert (encoded.token_ids[0] == image).sum() == count
+    assert encoded.picture_slot[0][encoded.token_ids[0] == image].tolist() == list(range(count))
+    assert encoded.is_text[0].tolist() == [True] * text + [False] * (len(tokens) - text)
+    with torch.no_grad():
+        assert model.tower.pictures(encoded).shape == (count, model.tower.backbone.width)
+
+
+def test_hidden_states_equal_those_of_the_library_itself(model):
+    """Our placement of picture tokens, positions and masks against the forward pass of transformers."""
+    backbone, family = model.tower.backbone, model.tower.backbone.family
+    encoded = model.encoder.items([Content("Square", picture(model, 1))])
+    pixels = (encoded.pixels.permute(0, 3, 1, 2).float() / 255 - backbone.pixel_mean) / backbone.pixel_std
+    ids, in_picture = encoded.token_ids, (encoded.picture_slot >= 0).long()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    kind = backbone.model.config.model_type
+    if kind in ("smolvlm", "idefics3"):
+        inputs["pixel_values"] = pixels.unsqueeze(1)
+    elif kind == "paligemma":  # <bos> before; token type 0 marks the block that sees all of itself
+        bos = torch.tensor([[model.encoder.tokenizer.bos_token_id]])
+        inputs |= {
+            "input_ids": torch.cat([bos, ids], 1),
+            "attention_mask": torch.ones(1, ids.shape[1] + 1),
+            "token_type_ids": torch.cat([torch.ones_like(bos), 1 - in_picture], 1),
+        }
+    else:
+        inputs |= {
+            "pixel_values": family.patches(pixels),
+            "image_grid_thw": torch.tensor([[1, 16, 16]]),
+            "mm_token_type_ids": in_picture,
+        }
+    with torch.no_grad():
+        ours = backbone.hidden_states(ids, encoded.is_token, encoded.picture_slot, model.tower.pictures(encoded))
+        theirs = backbone.model.model(**inputs).last_hidden_state[:, -ids.shape[1] :]
+        logits = backbone.model(**inputs).logits[:, -ids.shape[1] :]
+        assert torch.allclose(ours, theirs, atol=1e-5)
+        assert torch.allclose(backbone.token_logits(ours), logits, atol=1e-5)
+
+
+def test_padding_and_company_change_no_vector(model, catalog):
+    embedder = model.embedder()
+    together = embedder.items(catalog, np.arange(12))
+    alone = np.concatenate([embedder.items(catalog, np.array([row])) for row in range(12)])
+    assert together == pytest.approx(alone, abs=2e-5)
+    histories = [np.array([1]), HISTORY, np.array([8, 9])]
+    users = embedder.users(catalog, histories, together)
+    assert users == pytest.approx(np.concatenate([embedder.users(catalog, [h], together) for h in histories]), abs=2e-5)
+
+
+def test_a_prefix_does_not_see_its_future(model, catalog):
+    _, batch, sequences = catalog.histories([HISTORY])
+    with torch.no_grad():
+        whole = model.tower(batch, sequences, generate=True)
+    prefixes = model.embedder().users(catalog, [HISTORY[:n] for n in range(1, 4)], None)
+    assert whole.user.numpy() == pytest.approx(prefixes, abs=2e-5)
+
+
+def test_generation_sees_the_history_and_never_what_it_must_name(model):
+    encoder, shown = model.encoder, picture(model, 1)
+
+    def first_scores(before, target):
+        items = encoder.items([Content("Tile", before), Content(*target)])
+        with torch.no_grad():
+            return model.tower(items, encoder.histories(items, [np.array([0, 1])]), generate=True).text_logits[0]
+
+    scores = first_scores(shown, ("Square", None))
+    assert torch.allclose(scores, first_scores(shown, ("Patch", shown)), atol=1e-5)
+    assert (scores - first_scores(picture(model, 2), ("Square", None))).abs().max() > 1e-4
+
+
+def test_it_learns_is_saved_and_loaded(model, catalog, tmp_path):
+    _, batch, sequences = catalog.histories([HISTORY])
+    out = model.tower(batch, sequences, generate=True)
+    loss = torch.nn.functional.cross_entropy(out.text_logits, out.text_ids) + out.user.sum()
+    loss.backward()
+    backbone = model.tower.backbone
+    vision = backbone.family.vision_parameters(backbone.model)
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in vision)
+    model.tower.zero_grad(set_to_none=True)
+    save_model(str(tmp_path / "model"), model, {})
+    again = load_model(str(tmp_path / "model"))
+    assert again.tower.backbone.pixel_mean.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+    rows = np.arange(12)
+    assert again.embedder().items(Catalog(catalog.table, again.encoder), rows) == pytest.approx(
+        model.embedder().items(catalog, rows), abs=1e-6
+    )
+
+
+def test_patches_are_laid_out_as_the_library_lays_them_out():
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    tokenizer = train_tokenizer(["Square Tile"], 300)
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]}
+    )
+    family = FAMILIES["qwen2_5_vl"](small("qwen2_5_vl", tokenizer))
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    processor = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, do_resize=False)
+    theirs = processor(images=[pixels], do_normalize=False, return_tensors="pt")
+    ours = family.patches(torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).float() / 255)
+    assert theirs["image_grid_thw"].tolist() == [[1, 16, 16]]
+    assert torch.allclose(ours, theirs["pixel_values"], atol=1e-6)
+
+
+def test_an_unknown_family_is_said_with_what_is_known():
+    model = tiny_model().tower.backbone.model
+    model.config.model_type = "flamingo"
+    with pytest.raises(ConfigError, match=r"'flamingo'; known: idefics3, paligemma.*pixrec/model/families"):
+        family_of(model)
