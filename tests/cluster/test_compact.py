@@ -1,0 +1,76 @@
+"""The compact tower under Ray Train: two workers, one of them killed on the way, end where one process ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fakes import tiny_config, tiny_dataset, tiny_model, write_model, write_prepared
+
+from pixrec.artifact import load_model
+from pixrec.cluster import compact as module
+from pixrec.cluster.compact import _begin, fit_compact
+from pixrec.model.catalog import Catalog
+
+CONFIG = tiny_config(
+    model={"user_tower": "compact", "compact": {"dropout": 0.0}},
+    train={
+        "num_workers": 2,
+        "max_failures": 1,
+        "compact": {"epochs": 4, "validate_every_epochs": 1, "learning_rate": 0.01, "histories_per_step": 4},
+    },
+)
+
+
+def killed_once(note: Path) -> Callable[[dict[str, Any]], None]:
+    """The work of a worker that dies at the third epoch while the file `note` is there."""
+
+    def work(job: dict[str, Any]) -> None:  # defined in here, so that it reaches the workers whole
+        from pixrec.cluster import compact
+
+        class Mortal(compact.SequenceTrainer):
+            def train_epoch(self, *args: Any) -> None:
+                if self.epoch == 2 and self.rank == 1 and note.exists():
+                    note.unlink()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                super().train_epoch(*args)
+
+        compact.SequenceTrainer = Mortal
+        compact._worker(job)
+
+    return work
+
+
+def test_two_workers_of_which_one_dies_end_where_one_process_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
+):
+    dataset = write_prepared(tmp_path / "data", tiny_dataset(num_events=7))
+    write_model(tmp_path / "base", tiny_model(tiny_config()))
+    note = tmp_path / "note"
+    note.touch()
+    monkeypatch.setattr(module, "_worker", killed_once(note))
+    rows: list[dict[str, Any]] = []
+    best = fit_compact(str(tmp_path / "base"), str(tmp_path / "data"), str(tmp_path / "work"), CONFIG, rows.append)
+    assert not note.exists()
+    model = load_model(best)
+    assert model.tower.compact is not None
+    assert model.config.model.user_tower == "compact"
+
+    alone, reference, _ = _begin(str(tmp_path / "base"), dataset, CONFIG, "cpu", None)
+    figures = alone.fit(dataset.held_out("valid"))
+    assert model.info["epoch"] == figures["epoch"]
+    assert model.info["valid_ndcg@10"] == pytest.approx(figures["valid_ndcg@10"])
+    assert model.identities == reference.identities
+    for name, weight in reference.tower.compact.state_dict().items():
+        torch.testing.assert_close(model.tower.compact.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
+
+    catalog = Catalog(dataset.items, model.encoder)
+    vectors = model.embedder().items(catalog, np.arange(len(dataset.items)))
+    np.testing.assert_allclose(vectors, alone.item_vectors().numpy(), atol=1e-3)
+    assert {row["step"] for row in rows if "loss" in row} >= set(range(1, model.info["step"] + 1))
