@@ -18,8 +18,9 @@ from pixrec.cluster import compact as module
 from pixrec.cluster.compact import _begin, fit_compact
 from pixrec.model.catalog import Catalog
 
+SHAPE = {"dropout": 0.0}  # the workers draw their own
 CONFIG = tiny_config(
-    model={"user_tower": "compact", "compact": {"dropout": 0.0}},
+    model={"user_tower": "compact", "compact": SHAPE},
     train={
         "num_workers": 2,
         "max_failures": 1,
@@ -51,7 +52,7 @@ def test_two_workers_of_which_one_dies_end_where_one_process_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
 ):
     dataset = write_prepared(tmp_path / "data", tiny_dataset(num_events=7))
-    write_model(tmp_path / "base", tiny_model(tiny_config()))
+    write_model(tmp_path / "base", tiny_model(tiny_config(model={"compact": SHAPE})))
     note = tmp_path / "note"
     note.touch()
     monkeypatch.setattr(module, "_worker", killed_once(note))
