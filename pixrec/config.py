@@ -153,7 +153,7 @@ class ModelConfig:
     embedding_width: int = 128
     """Width D of the shared space."""
     max_history_items: int = 10
-    """Older events of a history are not read."""
+    """Older events of a history are not read by the interleaved tower; model.compact has its own."""
     max_text_tokens: int = 32
     """An item's text is cut to this many tokens."""
     freeze_vision: bool = False

@@ -24,6 +24,7 @@ from pixrec.errors import InputError
 from pixrec.metrics import LOGGED, rank_metrics, target_ranks
 from pixrec.model.compact import CompactTower
 from pixrec.model.losses import gather_with_gradient
+from pixrec.model.parallel import optimizer_tensors, restore_optimizer
 from pixrec.model.softmax import catalog_softmax, generalised_bce, sampled_softmax
 
 POOL_STEPS = 16
@@ -225,20 +226,12 @@ class SequenceTrainer:
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimiser's state by parameter name, for safetensors."""
-        names: dict[Any, str] = {p: n for n, p in self.named.items()}
-        return {
-            f"{names[p]}/{key}": value.detach().contiguous()
-            for p, state in self.optimizer.state.items()
-            for key, value in state.items()
-        }
+        return optimizer_tensors(self.optimizer, self.named)
 
     def restore(self, epoch: int, step: int, tensors: dict[str, Tensor]) -> None:
         """Continue after `epoch` with the state that `optimizer_tensors` gave."""
         self.epoch, self.step = epoch, step
-        for name, parameter in self.named.items():
-            state = {k: tensors[f"{name}/{k}"] for k in ("exp_avg", "exp_avg_sq", "step") if f"{name}/{k}" in tensors}
-            if state:
-                self.optimizer.state[parameter] = state
+        restore_optimizer(self.optimizer, self.named, tensors)
 
 
 class EarlyStopping:

@@ -29,7 +29,14 @@ from pixrec.model import gradcache
 from pixrec.model.catalog import Catalog, distinct_rows
 from pixrec.model.gradcache import HistoryPart, Parts
 from pixrec.model.objective import PARTS, Batch, Extra, TrainingTask
-from pixrec.model.parallel import average_gradients, clip_gradients, like, shard, whole
+from pixrec.model.parallel import (
+    average_gradients,
+    clip_gradients,
+    optimizer_tensors,
+    restore_optimizer,
+    shard,
+    whole,
+)
 from pixrec.model.towers import DualTower
 from pixrec.model.usage import usage
 from pixrec.validation import item_table, validate
@@ -271,22 +278,12 @@ class Trainer:
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimiser's state by parameter name, whole, for safetensors."""
-        names: dict[Any, str] = {p: n for n, p in self.named.items()}
-        return {
-            f"{names[p]}/{key}": whole(value.detach()).contiguous()
-            for p, state in self.optimizer.state.items()
-            for key, value in state.items()
-        }
+        return optimizer_tensors(self.optimizer, self.named)
 
     def restore(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Continue after `step` with the state that `optimizer_tensors` gave."""
         self.step = step
-        for name, parameter in self.named.items():
-            state = {k: tensors[f"{name}/{k}"] for k in ("exp_avg", "exp_avg_sq", "step") if f"{name}/{k}" in tensors}
-            if state:
-                self.optimizer.state[parameter] = {
-                    k: v if k == "step" else like(v, parameter) for k, v in state.items()
-                }
+        restore_optimizer(self.optimizer, self.named, tensors)
 
     def _backward(self, read: _Read) -> tuple[Tensor, Tensor, tuple[float, float]]:
         """Gradients of all passes; returns totals of PARTS, the loss, and (tokens, tokens and padding)."""

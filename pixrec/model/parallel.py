@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -80,3 +80,24 @@ def _squares(tensors: list[Tensor], of: list[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros((), device=of[0].device if of else None)
     return torch.stack([norm.float() ** 2 for norm in torch._foreach_norm(tensors)]).sum()
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimiser's state as `parameter/key`, whole, for safetensors."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in named.items()}
+    return {
+        f"{names[parameter]}/{key}": whole(value.detach()).contiguous()
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
+    """Give AdamW back the state that `optimizer_tensors` took; a parameter without any stays as it is."""
+    for name, parameter in named.items():
+        keys = [key for key in ("exp_avg", "exp_avg_sq", "step") if f"{name}/{key}" in tensors]
+        if keys:
+            state = {key: tensors[f"{name}/{key}"] for key in keys}
+            optimizer.state[parameter] = {k: v if k == "step" else like(v, parameter) for k, v in state.items()}
