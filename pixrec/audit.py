@@ -9,55 +9,113 @@ Shapes: B users · E events.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import pixrec
 from pixrec.artifact import Index, Model
-from pixrec.config import TrainConfig
-from pixrec.data.sequences import Dataset, HeldOut
+from pixrec.config import Config, SequenceConfig
+from pixrec.data.sequences import Dataset, HeldOut, Part
 from pixrec.errors import InputError
+from pixrec.sasrec import LOSS_OF
+from pixrec.sequential import WindowSource
 from pixrec.training import BatchSource
 
 MAX_STEPS = 2000
-"""Training steps whose windows are looked at, spread over the first epoch; every history they are cut from is."""
+"""Training steps of the interleaved towers whose windows are looked at, spread over the first epoch; every history
+they are cut from is."""
+EPOCHS = 2
+"""Epochs of a compact tower whose windows are looked at, all of them; later ones are cut from the same histories."""
+
+Histories = list[np.ndarray]
 
 
-def audit(dataset: Dataset, max_history_items: int, train: TrainConfig) -> dict[str, Any]:
+class Learner(NamedTuple):
+    """Somebody who trains: how it cuts its windows, and whether it may see validation events, as a refit does."""
+
+    name: str
+    windows: Callable[[Histories], Histories]
+    on_validation: bool = False
+
+
+class _View(NamedTuple):
+    """What may be seen: event numbers in place of rows in `held_out`; `user_of` (E,) each event's user."""
+
+    dataset: Dataset
+    held_out: dict[Part, HeldOut]
+    user_of: np.ndarray
+
+
+def audit(dataset: Dataset, trained: Config, evaluated: Config) -> dict[str, Any]:
     """Check who sees which event; returns how much was checked.
 
-    Raises InputError when a test or validation target is in a training history or window, when a training event or a
-    history handed to a scorer is not earlier than what is held out from it, or, under a temporal split, when training
-    has an event of the validation or test period.
+    `trained` is the configuration of the model, `evaluated` that of the evaluation, which may train SASRec. Raises
+    InputError when a test or validation target is in a training history or window (of those that may train on
+    validation events: a test target), when a training event or a history handed to a scorer is not earlier than what
+    is held out from it, or, under a temporal split, when training has an event of a period held out from it.
     """
     events = dataset.events
     numbered = dataclasses.replace(dataset, events=dataclasses.replace(events, rows=np.arange(len(events.rows))))
-    held_out = {part: numbered.held_out(part) for part in ("valid", "test")}
+    parts: tuple[Part, Part] = ("valid", "test")
     user_of = np.repeat(np.arange(len(events.user_ids)), np.diff(events.offsets))
-    histories = numbered.training_histories()
-    seen = np.zeros(len(events.rows), dtype=bool)
-    for history in histories:
-        seen[history] = True
-    for part, users in held_out.items():
-        _check(~seen[users.targets], users.targets, dataset, f"is the {part} target and also in a training history")
-        _check_histories(users, user_of, dataset, part)
-    _check_training(dataset, seen, user_of, held_out["test"])
-    windows = _windows(histories, max_history_items, train)
-    in_window = np.zeros(len(events.rows), dtype=bool)
-    for window in windows:
-        in_window[window] = True
-    for part, users in held_out.items():
-        _check(~in_window[users.targets], users.targets, dataset, f"is the {part} target and also in a training window")
+    view = _View(dataset, {part: numbered.held_out(part) for part in parts}, user_of)
+    seen = _check_training(view, numbered.training_histories(), "a training history")
+    for part in parts:
+        _check_histories(view, part)
+    windows: dict[str, int] = {}
+    for learner in learners(trained, evaluated):
+        cut = learner.windows(_histories(numbered, learner))
+        _check_training(view, cut, f"a training window of {learner.name}", on_validation=learner.on_validation)
+        windows[learner.name] = len(cut)
     counted = int(dataset.training_counts().sum())
     if counted != int(seen.sum()):
         raise InputError(f"leak: baselines count {counted} events, training sees {int(seen.sum())}")
     return {
         "leaks": 0,
         "training_events": int(seen.sum()),
-        "training_windows_checked": len(windows),
-        "targets_checked": {part: len(users.targets) for part, users in held_out.items()},
+        "training_windows_checked": sum(windows.values()),
+        "windows_of": windows,
+        "targets_checked": {part: len(users.targets) for part, users in view.held_out.items()},
     }
+
+
+def learners(trained: Config, evaluated: Config) -> Iterator[Learner]:
+    """Who trains for an evaluation: the towers, their compact user tower, the SASRec of `evaluate.scorers`."""
+    yield Learner("the towers", lambda h: _batch_windows(h, trained))
+    compact, sasrec = trained.train.compact, evaluated.sasrec
+    if trained.model.user_tower == "compact":
+        longest = trained.model.compact.max_history_items
+        yield Learner("the compact tower", lambda h: _sequence_windows(h, longest, compact, trained.train.seed))
+    if LOSS_OF.keys() & {*evaluated.evaluate.scorers, *evaluated.evaluate.fused}:
+        for name, on_validation in (("sasrec", False), ("the refitted sasrec", True))[: 1 + sasrec.refit]:
+            yield Learner(
+                name,
+                lambda h: _sequence_windows(h, sasrec.tower.max_history_items, sasrec.training, sasrec.seed),
+                on_validation,
+            )
+
+
+def _histories(dataset: Dataset, learner: Learner) -> Histories:
+    return dataset.training_histories(with_validation=True) if learner.on_validation else dataset.training_histories()
+
+
+def _batch_windows(histories: Histories, config: Config) -> Histories:
+    """The windows of the first epoch as the towers' training cuts them, at most those of MAX_STEPS steps."""
+    if not any(len(history) >= 2 for history in histories):
+        return []
+    source = BatchSource(histories, config.model.max_history_items, config.train)
+    steps = np.unique(np.linspace(0, source.steps_per_epoch - 1, min(source.steps_per_epoch, MAX_STEPS)).astype(int))
+    return [window for step in steps for window in source.step(int(step))]
+
+
+def _sequence_windows(histories: Histories, longest: int, config: SequenceConfig, seed: int) -> Histories:
+    """The windows of the first epochs as the training of a compact tower cuts them."""
+    if not any(len(history) >= 2 for history in histories):
+        return []
+    source = WindowSource(histories, longest, config, seed)
+    return [window for epoch in range(EPOCHS) for batch in source.epoch(epoch) for window in batch]
 
 
 def _check(good: np.ndarray, events: np.ndarray, dataset: Dataset, what: str) -> None:
@@ -73,8 +131,9 @@ def _check(good: np.ndarray, events: np.ndarray, dataset: Dataset, what: str) ->
     )
 
 
-def _check_histories(users: HeldOut, user_of: np.ndarray, dataset: Dataset, part: str) -> None:
+def _check_histories(view: _View, part: Part) -> None:
     """A history holds events of its own user alone, all of them before the target."""
+    dataset, users, user_of = view.dataset, view.held_out[part], view.user_of
     lengths = [len(history) for history in users.histories]
     if not lengths:
         return
@@ -83,45 +142,58 @@ def _check_histories(users: HeldOut, user_of: np.ndarray, dataset: Dataset, part
     _check(user_of[events] == user_of[targets], events, dataset, "is given to scorers as another user's history")
 
 
-def _check_training(dataset: Dataset, seen: np.ndarray, user_of: np.ndarray, test: HeldOut) -> None:
-    """Training ends before the test: for each user, and under a temporal split for all of them."""
+def _check_training(
+    view: _View, pieces: Sequence[np.ndarray], where: str, *, on_validation: bool = False
+) -> np.ndarray:
+    """Whether training may have the events of `pieces`, which are `where`; returns which these are, bool (E,).
+
+    Training ends before the test (without `on_validation`: before the validation): for each user, and under a
+    temporal split for all of them.
+    """
+    dataset, held_out, user_of = view
     moments, split = dataset.events.timestamps, dataset.info["split"]
-    target_of = np.full(len(dataset.events.user_ids), len(moments))
-    target_of[user_of[test.targets]] = test.targets
+    seen = np.zeros(len(moments), dtype=bool)
+    for piece in pieces:
+        seen[piece] = True
+    barred: tuple[Part, ...] = ("test",) if on_validation else ("valid", "test")
+    for part in barred:
+        targets = held_out[part].targets
+        _check(~seen[targets], targets, dataset, f"is the {part} target and also in {where}")
+    target_of, tested = np.full(len(dataset.events.user_ids), len(moments)), held_out["test"].targets
+    target_of[user_of[tested]] = tested
     visible = np.flatnonzero(seen)
-    _check(visible < target_of[user_of[visible]], visible, dataset, "follows the user's test target and trains")
+    _check(visible < target_of[user_of[visible]], visible, dataset, f"follows the user's test target and is in {where}")
     if split["kind"] == "temporal":
-        late = moments[visible] < min(split["valid_start_ms"], split["test_start_ms"])
-        _check(late, visible, dataset, "lies in the validation or test period and trains")
-        early = moments[test.targets] >= split["test_start_ms"]
-        _check(early, test.targets, dataset, "is a test target from before the test period")
-
-
-def _windows(histories: list[np.ndarray], max_history_items: int, train: TrainConfig) -> list[np.ndarray]:
-    """The windows of the first epoch as training cuts them, at most those of MAX_STEPS steps."""
-    if not any(len(history) >= 2 for history in histories):
-        return []
-    source = BatchSource(histories, max_history_items, train)
-    steps = np.unique(np.linspace(0, source.steps_per_epoch - 1, min(source.steps_per_epoch, MAX_STEPS)).astype(int))
-    return [window for step in steps for window in source.step(int(step))]
+        ends = split["test_start_ms"] if on_validation else min(split["valid_start_ms"], split["test_start_ms"])
+        _check(moments[visible] < ends, visible, dataset, f"lies in a period held out from training and is in {where}")
+        early = moments[tested] >= split["test_start_ms"]
+        _check(early, tested, dataset, "is a test target from before the test period")
+    return seen
 
 
 def dataset_guards(dataset: Dataset) -> dict[str, float]:
-    """Shares of all users who cannot be measured, or only on what little they did."""
+    """The share of all users who cannot be measured, and how many items `prepare` held out of training."""
     lengths = np.diff(dataset.events.offsets)
-    return {"users_with_one_event_share": float((lengths == 1).mean()) if len(lengths) else 0.0}
+    return {
+        "users_with_one_event_share": float((lengths == 1).mean()) if len(lengths) else 0.0,
+        "held_out_items": dataset.info.get("cold", {"items": 0})["items"],
+    }
 
 
 def provenance(dataset: Dataset, model: Model | None, index: Index | None) -> dict[str, Any]:
     """What was measured, and whether the model was trained on this very data set (None: its model.json does not say).
 
-    A model that was trained on another preparation of the same events may have seen the test.
+    A model that was trained on another preparation of the same events may have seen the test. `stages`, where it was
+    trained in several: the data sets before the last one, by fingerprint. Training refuses one of which it finds test
+    events of the last; test events under other ids or times are not found, there or here.
     """
     trained_on = model.info.get("data_fingerprint") if model else None
+    stages = model.info.get("stages") if model else None
     return {
         "pixrec": pixrec.__version__,
         "model_fingerprint": model.fingerprint if model else None,
         "data_fingerprint": dataset.info["fingerprint"],
         "index_version": index.version if index else None,
         "trained_on_this_data": None if trained_on is None else trained_on == dataset.info["fingerprint"],
+        **({"stages": stages} if stages else {}),
     }

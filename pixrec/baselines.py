@@ -7,7 +7,7 @@ Each gives `scores(histories) -> (B, N)`, higher is better. Shapes: B users · N
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -166,6 +166,22 @@ class _Scorer(Protocol):
     def scores(self, histories: Histories) -> torch.Tensor: ...
 
 
+@runtime_checkable
+class TimedScorer(Protocol):
+    """A scorer that can use when the events of the histories were."""
+
+    def scores_at(self, histories: Histories, timestamps: Histories | None) -> torch.Tensor:
+        """Scores (B, N); `timestamps` beside the rows of each history, in milliseconds, or None where unknown."""
+        ...
+
+
+def scores_at(scorer: _Scorer, histories: Histories, timestamps: Histories | None) -> torch.Tensor:
+    """Scores (B, N) of `scorer`, which is told the `timestamps` if it can use them."""
+    if isinstance(scorer, TimedScorer):
+        return scorer.scores_at(histories, timestamps)
+    return scorer.scores(histories)
+
+
 class ReciprocalRankFusion:
     """The sum over scorers of 1 / (60 + rank), which needs no common scale (Cormack et al., SIGIR 2009)."""
 
@@ -174,7 +190,11 @@ class ReciprocalRankFusion:
 
     def scores(self, histories: Histories) -> torch.Tensor:
         """(B, N) float32: the logarithm of that sum, which keeps far places apart."""
-        ranks = [pessimistic_ranks(scorer.scores(histories)) for scorer in self._scorers]
+        return self.scores_at(histories, None)
+
+    def scores_at(self, histories: Histories, timestamps: Histories | None) -> torch.Tensor:
+        """As `scores`, by scorers that are told the timestamps."""
+        ranks = [pessimistic_ranks(scores_at(scorer, histories, timestamps)) for scorer in self._scorers]
         return torch.stack([1 / (self._constant + r) for r in ranks]).sum(0).log().float()
 
 
@@ -187,7 +207,11 @@ class RoundRobin:
 
     def scores(self, histories: Histories) -> torch.Tensor:
         """(B, N) float32: minus the turn at which an item is first given."""
-        return take_turns([scorer.scores(histories) for scorer in self._scorers])
+        return self.scores_at(histories, None)
+
+    def scores_at(self, histories: Histories, timestamps: Histories | None) -> torch.Tensor:
+        """As `scores`, by scorers that are told the timestamps."""
+        return take_turns([scores_at(scorer, histories, timestamps) for scorer in self._scorers])
 
 
 def take_turns(rankings: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from pixrec.baselines import scores_at
 from pixrec.config import EvaluateConfig
 from pixrec.data.sequences import HeldOut, sample_users
 from pixrec.errors import InputError
@@ -130,14 +131,14 @@ def rank_here(scorer: AnyScorer, task: Task, progress: Progress) -> Outcome:
 
 def scores_of(scorer: AnyScorer, users: HeldOut) -> torch.Tensor:
     """Scores (B, N) of the users, by their ids or by their histories as the scorer wants it."""
-    return scorer.scores_of(users.user_ids) if isinstance(scorer, UserScorer) else scorer.scores(users.histories)
+    if isinstance(scorer, UserScorer):
+        return scorer.scores_of(users.user_ids)
+    return scores_at(scorer, users.histories, users.timestamps)
 
 
 def users_of(held_out: HeldOut, users: np.ndarray) -> HeldOut:
     """Some of the users, by number."""
-    return HeldOut(
-        [held_out.user_ids[i] for i in users], [held_out.histories[i] for i in users], held_out.targets[users]
-    )
+    return held_out.only(users)
 
 
 def evaluate_scorers(

@@ -19,6 +19,7 @@ from pixrec.config import EvaluateConfig
 from pixrec.data.items import ItemTable
 from pixrec.errors import InputError
 from pixrec.model.catalog import Catalog
+from pixrec.model.vision import PictureTokens
 
 _WORD = re.compile(r"\w+")
 
@@ -31,9 +32,11 @@ class GenerativeBM25:
 
     name = "generative_bm25"
 
-    def __init__(self, model: Model, items: ItemTable, config: EvaluateConfig) -> None:
+    def __init__(
+        self, model: Model, items: ItemTable, config: EvaluateConfig, tokens: PictureTokens | None = None
+    ) -> None:
         """Raises InputError when bm25s is not installed or no item has a text."""
-        self._embedder, self._catalog = model.embedder(), Catalog(items, model.encoder)
+        self._embedder, self._catalog = model.embedder(), Catalog(items, model.encoder, tokens=tokens)
         self._beams = config.generate_beams
         texts = [items.text(row) for row in range(len(items))]
         self._index = _Index(texts)

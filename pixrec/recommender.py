@@ -23,10 +23,14 @@ from pixrec.data.text import item_text
 from pixrec.errors import ArtifactError, InputError, UnreadableImage
 from pixrec.index import top_k
 from pixrec.model.catalog import Catalog
+from pixrec.model.compact import UNKNOWN_TIME
 from pixrec.model.encoding import Content
 from pixrec.model.vision import PictureTokens, find_tokens
 
 Filters = Mapping[str, Sequence[Any]]
+
+MAX_TIMESTAMP = 4 * 10**14
+"""Milliseconds since the epoch: further away lies nobody's purchase, and differences stay far from overflowing."""
 
 NEW_ITEMS_KEPT = 10_000
 """Vectors of new items that are kept; the one not asked for the longest goes first."""
@@ -42,6 +46,8 @@ class Query:
     filters: Filters = field(default_factory=dict)
     new_vectors: Mapping[str, np.ndarray] = field(default_factory=dict)
     """vectors (D,) of items of the history that the data set lacks, as `Recommender.encode_new` gives them"""
+    timestamps: Sequence[int] | None = None
+    """when each event of the history was, milliseconds since the epoch, never falling; None: unknown"""
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,10 @@ class Recommender:
         return self.answer([Query(list(history), k, exclude, exclude_history)])[0].items
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
-        """Answer all queries with one forward pass of the user tower and, filters aside, one search."""
+        """Answer all queries with one forward pass of the user tower and, filters aside, one search.
+
+        Raises InputError on k < 1 and on timestamps that do not fit their history.
+        """
         with_history = [i for i, query in enumerate(queries) if self._known(query)]
         ranked: dict[int, list[tuple[str, float]]] = {}
         if with_history:
@@ -167,10 +176,19 @@ class Recommender:
 
     def _user_vectors(self, queries: Sequence[Query]) -> np.ndarray:
         """Vectors (B, D) of users whose history holds at least one known item."""
+        timed = any(query.timestamps is not None for query in queries)
+        timestamps = [self._timestamps(query) for query in queries] if timed else None
         if not any(query.new_vectors for query in queries):
             histories = [np.array([self.items.row_of[i] for i in self._known(q)], dtype=np.int64) for q in queries]
-            return self._embedder.users(self._catalog, histories, self._vectors)
-        return self._embedder.users_of_vectors([self._history_vectors(query) for query in queries])
+            return self._embedder.users(self._catalog, histories, self._vectors, timestamps)
+        return self._embedder.users_of_vectors([self._history_vectors(query) for query in queries], timestamps)
+
+    def _timestamps(self, query: Query) -> np.ndarray:
+        """When each known item of the history was met, (L,), UNKNOWN_TIME where the query does not say."""
+        check_timestamps(query.history, query.timestamps)
+        moments = query.timestamps if query.timestamps is not None else [UNKNOWN_TIME] * len(query.history)
+        known = set(self._known(query))
+        return np.array([m for i, m in zip(query.history, moments, strict=True) if i in known], dtype=np.int64)
 
     def _history_vectors(self, query: Query) -> np.ndarray:
         """Vectors (L, D) of the newest known items of a history."""
@@ -213,6 +231,21 @@ class Recommender:
     def _excluded(self, query: Query) -> set[int]:
         ids = {*query.exclude, *(query.history if query.exclude_history else ())}
         return {self.items.row_of[i] for i in ids if i in self.items.row_of}
+
+
+def check_timestamps(history: Sequence[str], timestamps: Sequence[int] | None) -> None:
+    """Raise InputError unless there is one for each item of the history, none before the one ahead of it."""
+    if timestamps is None:
+        return
+    if len(timestamps) != len(history):
+        raise InputError(f"timestamps holds {len(timestamps)} values for {len(history)} items of history: one each")
+    for place in range(1, len(timestamps)):
+        if timestamps[place] < timestamps[place - 1]:
+            raise InputError(
+                f"timestamps[{place}] {timestamps[place]} is before the one ahead of it: give the history oldest first"
+            )
+    if len(timestamps) and not -MAX_TIMESTAMP <= timestamps[0] <= timestamps[-1] <= MAX_TIMESTAMP:
+        raise InputError("timestamps are milliseconds since the epoch: some lie more than 10,000 years from now")
 
 
 def _checked_k(query: Query) -> int:

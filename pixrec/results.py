@@ -21,6 +21,8 @@ SEEN: tuple[Seen, Seen] = ("allowed", "filtered")
 ALWAYS_REPORTED_KS = (1, 10)
 DIFFERENCE_METRICS = ("recall@1", "recall@10", "ndcg@10", "mrr")
 BUCKET_METRICS = ("recall@10", "ndcg@10")
+COLD = "target_cold"
+"""The bucket whose scorers are also compared with the first one, user by user."""
 HEAD_SHARE = 0.2
 """Head items are this share of the items with training events, the most frequent ones (and what ties with them)."""
 
@@ -102,7 +104,9 @@ class Evaluation:
             return {scorer: self._summary(values) for scorer, values in self._values.items()}
         return {scorer: self._summary(self._user_metrics(scorer, seen)) for scorer in self.outcomes}
 
-    def _differences(self) -> dict[str, Any]:
+    def _differences(
+        self, metrics: tuple[str, ...] = DIFFERENCE_METRICS, users: np.ndarray | slice = slice(None)
+    ) -> dict[str, Any]:
         """Mean difference of the first scorer to each other one over the same users, its interval and p-value.
 
         `p` is that of a paired randomisation test, `p_holm` the same adjusted for the number of scorers.
@@ -110,13 +114,13 @@ class Evaluation:
         first, *others = self.outcomes
         mine, result = self._values[first], dict[str, dict[str, Any]]()
         for scorer in others:
-            pairs = {m: (mine[m], self._values[scorer][m]) for m in DIFFERENCE_METRICS}
+            pairs = {m: (mine[m][users], self._values[scorer][m][users]) for m in metrics}
             result[scorer] = {
                 **{m: float(a.mean() - b.mean()) for m, (a, b) in pairs.items()},
                 "ci95": {m: list(paired_difference_ci(a, b, *self._resampling)) for m, (a, b) in pairs.items()},
                 "p": {m: randomisation_p(a, b, *self._resampling) for m, (a, b) in pairs.items()},
             }
-        adjusted = {m: holm([result[s]["p"][m] for s in others]) for m in DIFFERENCE_METRICS}
+        adjusted = {m: holm([result[s]["p"][m] for s in others]) for m in metrics}
         for i, scorer in enumerate(others):
             result[scorer]["p_holm"] = {m: values[i] for m, values in adjusted.items()}
         return {"of": first, "minus": result}
@@ -133,6 +137,7 @@ class Evaluation:
                 }
                 if mask.any()
                 else {},
+                **({"differences": self._differences(BUCKET_METRICS, mask)} if bucket == COLD and mask.any() else {}),
             }
             for bucket, (meaning, mask) in self._members().items()
         }
@@ -148,7 +153,7 @@ class Evaluation:
         head = f"target is a head item ({least:,} training events or more)"
         return {
             "target_warm": ("target occurs in training histories", ~self.cold[targets]),
-            "target_cold": ("target occurs in no training history", self.cold[targets]),
+            COLD: ("target occurs in no training history", self.cold[targets]),
             "target_head": (head, counts[targets] >= least),
             "target_tail": ("target is a tail item (fewer, but at least one)", tail[targets]),
             "target_with_picture": ("target has a picture", self.with_image[targets]),

@@ -33,6 +33,7 @@ from pixrec.evaluation import AnyScorer, Scorer
 from pixrec.index import ROW_MULTIPLE
 from pixrec.knockouts import REPLACED, Replaced, ReplacedItems
 from pixrec.model.catalog import Catalog, Embedder
+from pixrec.model.vision import find_tokens
 from pixrec.predictions import Predictions
 from pixrec.sasrec import LOSS_OF, train_sasrec
 
@@ -52,14 +53,16 @@ class Recipe:
     """What the model is shown; None: what it was trained on"""
     replaced: Replaced | None = None
 
-    def towers(self, items: ItemTable, model: Model) -> tuple[Embedder, Catalog]:
-        """The model as this scorer uses it, and the items as it sees them."""
+    def towers(self, items: ItemTable, model: Model, data: str | None = None) -> tuple[Embedder, Catalog]:
+        """The model as this scorer uses it, and the items as it sees them; stored picture tokens of the data set at
+        `data` are used where they fit."""
         embedder = model.embedder()
         if self.modality is not None:
             embedder.modalities = self.modality
         if self.replaced is not None:
             items = ReplacedItems(items, self.replaced, model.encoder.image_size_px)
-        return embedder, Catalog(items, model.encoder)
+        tokens = None if data is None else find_tokens(data, model.config, model.tower.backbone)
+        return embedder, Catalog(items, model.encoder, tokens=tokens)
 
 
 class TowerScorer:
@@ -75,8 +78,12 @@ class TowerScorer:
 
     def scores(self, histories: list[np.ndarray]) -> torch.Tensor:
         """Scores (B, N) float32 for histories of rows, oldest first."""
-        users = torch.from_numpy(self._embedder.users(self._catalog, histories, self.vectors)).to(self._items.device)
-        return (users @ self._items.T)[:, : len(self.vectors)]
+        return self.scores_at(histories, None)
+
+    def scores_at(self, histories: list[np.ndarray], timestamps: list[np.ndarray] | None) -> torch.Tensor:
+        """As `scores`, of users whose events' `timestamps` are known: in milliseconds, beside the histories."""
+        users = self._embedder.users(self._catalog, histories, self.vectors, timestamps)
+        return (torch.from_numpy(users).to(self._items.device) @ self._items.T)[:, : len(self.vectors)]
 
 
 def tower_scorers(
@@ -86,6 +93,7 @@ def tower_scorers(
     index: Index | None,
     progress: Progress,
     replaced: Sequence[str] = (),
+    data: str | None = None,
 ) -> tuple[list[TowerScorer], dict[str, str]]:
     """The model's scorer, its two knockouts and those `replaced` names, and how each knockout was made.
 
@@ -106,7 +114,7 @@ def tower_scorers(
     scorers, device = [], str(model.embedder().device)
     for recipe in recipes:
         used = model if recipe.model_uri == model_uri else load_model(recipe.model_uri, device)
-        embedder, catalog = recipe.towers(items, used)
+        embedder, catalog = recipe.towers(items, used, data)
         if recipe.name == "pixrec" and index is not None:
             vectors = aligned(index, items)
         else:
@@ -139,7 +147,9 @@ def build_scorers(
     towers, made = list[TowerScorer](), dict[str, str]()
     if sources.model is not None and sources.model_uri is not None:
         replaced = [name for name in names if name in REPLACEMENTS]
-        towers, made = tower_scorers(sources.model_uri, sources.model, dataset.items, sources.index, progress, replaced)
+        towers, made = tower_scorers(
+            sources.model_uri, sources.model, dataset.items, sources.index, progress, replaced, dataset.uri
+        )
     workshop.made |= {tower.name: tower for tower in towers}
     scorers: list[AnyScorer] = [*towers]
     if sources.predictions is not None:
@@ -206,7 +216,9 @@ class _Workshop:
 
         if self.sources.model is None:
             raise InputError("evaluate.scorers names generative_bm25, which needs --model")
-        return GenerativeBM25(self.sources.model, self.dataset.items, self.config.evaluate)
+        model = self.sources.model
+        tokens = find_tokens(self.dataset.uri, model.config, model.tower.backbone)
+        return GenerativeBM25(model, self.dataset.items, self.config.evaluate, tokens)
 
 
 def aligned(index: Index, items: ItemTable) -> np.ndarray:

@@ -24,7 +24,7 @@ from pixrec.errors import InputError
 from pixrec.metrics import LOGGED, rank_metrics, target_ranks
 from pixrec.model.compact import CompactTower
 from pixrec.model.losses import gather_with_gradient
-from pixrec.model.parallel import optimizer_tensors, restore_optimizer
+from pixrec.model.parallel import optimizer_tensors, restore_optimizer, sum_gradients
 from pixrec.model.softmax import catalog_softmax, generalised_bce, sampled_softmax
 
 POOL_STEPS = 16
@@ -37,7 +37,10 @@ OnRow = Callable[[dict[str, Any]], None]
 
 class WindowSource:
     """Training histories as windows of at most `max_history_items` + 1 events: each epoch the newest of every history,
-    and older ones cut at places that change."""
+    and older ones cut at places that change.
+
+    An event is a row, or a pair of a row and its timestamp: a history of n is an array (n,) or (n, 2).
+    """
 
     def __init__(self, histories: Sequence[np.ndarray], max_history_items: int, config: SequenceConfig, seed: int):
         self.histories = [h for h in histories if len(h) >= 2]
@@ -51,7 +54,7 @@ class WindowSource:
         self.seed = seed
 
     def epoch(self, epoch: int) -> list[list[np.ndarray]]:
-        """The batches of `epoch`, each up to `histories_per_step` windows of rows, oldest event first."""
+        """The batches of `epoch`, each up to `histories_per_step` windows of events, oldest first."""
         rng = np.random.default_rng([self.seed, 3, epoch])
         windows = [window for history in self.histories for window in self._windows(history, rng)]
         order, pool = rng.permutation(len(windows)), self.size * POOL_STEPS
@@ -72,10 +75,16 @@ class WindowSource:
 class SequenceTrainer:
     """A compact tower, its optimiser and its place in the data.
 
-    `content` (N, C) are the items' content vectors, which stay as they are, or None; `identity` (N,) each item's row of
+    `content` (N, C) are the items' content vectors, which stand still, or None; `identity` (N,) each item's row of
     learned vectors, -1 for none; `counts` (N,) the events of training: an item without any is no candidate, as nothing
-    could tell the model that it is good.
+    could tell the model that it is good. `timestamps`, beside the rows of `histories`, say when the events were, in
+    milliseconds; a tower that reads no time does not look at them.
     """
+
+    section = "train.compact"
+    """Where `config` stands."""
+    validates_first = False
+    """Whether the weights before the first step may be the best."""
 
     def __init__(
         self,
@@ -87,11 +96,14 @@ class SequenceTrainer:
         config: SequenceConfig,
         identity_dropout: float = 0.0,
         seed: int = 0,
+        timestamps: Sequence[np.ndarray] | None = None,
     ) -> None:
         self.tower, self.config, self.seed = tower, config, seed
+        self.trained: nn.Module = tower  # all that the optimiser moves
         self.identity_dropout = identity_dropout if content is not None else 0.0
         self.device = tower.log_temperature.device
-        self.source = WindowSource(histories, tower.user.max_history_items, config, seed)
+        events = _timed(histories, timestamps) if tower.user.reads_times else histories
+        self.source = WindowSource(events, tower.user.max_history_items, config, seed)
         self.content = None if content is None else content.to(self.device)
         self.identity = torch.from_numpy(identity.astype(np.int64)).to(self.device)
         self.ever_again = any(len(np.unique(h)) < len(h) for h in histories)
@@ -99,9 +111,7 @@ class SequenceTrainer:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.named = {n: p for n, p in tower.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.named.values(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
-        )
+        self.optimizer = self._adamw((self.named, config.learning_rate))
         self.epoch = self.step = 0
 
     def train_epoch(self, on_row: OnRow = lambda row: None) -> None:
@@ -122,12 +132,12 @@ class SequenceTrainer:
         self.tower.train()
         examples = sum(len(w) - 1 for w in windows)
         mine = windows[self.rank :: self.world_size]
-        loss = self._loss(mine, negatives, by_content_alone) if mine else 0.0 * self.tower.log_temperature
         self.optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(mine, negatives, by_content_alone) if mine else 0.0 * self.tower.log_temperature
         (loss / examples).backward()
         self._join_gradients()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
+            group["lr"] = group["peak"] * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
         self.optimizer.step()
         self.step += 1
         total = loss.detach().clone()
@@ -135,16 +145,15 @@ class SequenceTrainer:
             dist.all_reduce(total)
         if not torch.isfinite(total):
             raise InputError(
-                f"the loss is {total.item()} at step {self.step}; lower train.compact.learning_rate "
+                f"the loss is {total.item()} at step {self.step}; lower {self.section}.learning_rate "
                 f"({self.config.learning_rate})"
             )
         return total.item() / examples
 
     def _loss(self, windows: list[np.ndarray], negatives: Tensor, by_content_alone: Tensor) -> Tensor:
         """Sum of the loss over the examples of this worker's windows."""
-        rows, is_item = _padded(windows)
-        rows, is_item = rows.to(self.device), is_item.to(self.device)
-        has_next = is_item[:, 1:]
+        rows, is_item, timestamps = self._padded(windows)
+        has_next, given = is_item[:, 1:], None if timestamps is None else timestamps[:, :-1]
         if self.config.loss == "full":
             items = torch.arange(len(self.identity), device=self.device)
         else:
@@ -153,8 +162,8 @@ class SequenceTrainer:
         place[items] = torch.arange(len(items), device=self.device)
         identity = self.identity[items].masked_fill(by_content_alone[items], -1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            table = self.tower.item_vectors(None if self.content is None else self.content[items], identity)
-            states = self.tower.user_vectors(nn.functional.embedding(place[rows[:, :-1]], table))[has_next]
+            table = self.tower.item_vectors(self._content_at(items), identity)
+            states = self.tower.user_vectors(nn.functional.embedding(place[rows[:, :-1]], table), given)[has_next]
         states, table = states.float() / self.tower.temperature, table.float()
         target = place[rows[:, 1:][has_next]]
         if self.config.loss == "full":
@@ -169,14 +178,27 @@ class SequenceTrainer:
             return sampled_softmax(states, positives, others, same, torch.full_like(others[:, 0], rate).log())
         return generalised_bce(states, positives, others, same, rate, self.config.calibration)
 
+    def _content_at(self, items: Tensor) -> Tensor | None:
+        """Content vectors of the items (U,) that a step's loss reads, where there are any."""
+        return None if self.content is None else self.content[items]
+
+    def _adamw(self, *rated: tuple[dict[str, nn.Parameter], float]) -> torch.optim.AdamW:
+        """The optimiser of parameters by name, each group with the rate it has once warmed up."""
+        groups = [{"params": list(named.values()), "lr": rate, "peak": rate} for named, rate in rated if named]
+        return torch.optim.AdamW(groups, weight_decay=self.config.weight_decay, betas=(0.9, 0.98))
+
     def _join_gradients(self) -> None:
         """Sum the gradients of all workers; each one's loss is already its share of the joined mean."""
-        if self.world_size == 1:
-            return
-        for parameter in self.named.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+        sum_gradients(self.named.values())
+
+    def _padded(self, windows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows (B, L), padded on the right with row 0, which of them are items (B, L), and their timestamps (B, L)."""
+        lengths = np.array([len(w) for w in windows])
+        is_item = np.arange(int(lengths.max())) < lengths[:, None]
+        events = np.zeros((*is_item.shape, *windows[0].shape[1:]), dtype=np.int64)
+        events[is_item] = np.concatenate(windows)
+        padded, places = torch.from_numpy(events).to(self.device), torch.from_numpy(is_item).to(self.device)
+        return (padded, places, None) if padded.ndim == 2 else (padded[..., 0], places, padded[..., 1])
 
     @torch.no_grad()
     def item_vectors(self) -> Tensor:
@@ -185,25 +207,31 @@ class SequenceTrainer:
         return self.tower.item_vectors(self.content, self.identity)
 
     @torch.no_grad()
-    def user_vectors(self, histories: Sequence[np.ndarray], table: Tensor) -> Tensor:
+    def user_vectors(
+        self, histories: Sequence[np.ndarray], table: Tensor, timestamps: Sequence[np.ndarray] | None = None
+    ) -> Tensor:
         """Vectors (B, D) of whole histories, of which the last `max_history_items` are read."""
         self.tower.eval()
-        rows, is_item = _padded([h[-self.tower.user.max_history_items :] for h in histories])
-        return self.tower.user_vectors_at(table[rows.to(self.device)], is_item.sum(1).to(self.device) - 1)
+        events = _timed(histories, timestamps) if self.tower.user.reads_times else histories
+        rows, is_item, moments = self._padded([h[-self.tower.user.max_history_items :] for h in events])
+        return self.tower.user_vectors_at(table[rows], is_item.sum(1) - 1, moments)
 
     @torch.no_grad()
     def validate(self, held_out: HeldOut) -> dict[str, float]:
-        """NDCG@10 and recall over the whole catalog; the workers share the users between them.
+        """NDCG@10 and recall over the whole catalog, nothing where nobody is held out; the workers share the users.
 
         Items of the user's history are no candidates where no training history has an item twice.
         """
+        if not len(held_out.targets):
+            return {}
         table, ranks = self.item_vectors(), np.zeros(0, dtype=np.int64)
         users = np.arange(self.rank, len(held_out.targets), self.world_size)
         for start in range(0, len(users), USERS_PER_PASS):
             chosen = users[start : start + USERS_PER_PASS]
-            queries = self.user_vectors([held_out.histories[i] for i in chosen], table)
-            seen = None if self.ever_again else [held_out.histories[i] for i in chosen]
-            ranks = np.append(ranks, target_ranks(queries @ table.T, held_out.targets[chosen], seen))
+            part = held_out.only(chosen)
+            queries = self.user_vectors(part.histories, table, part.timestamps)
+            seen = None if self.ever_again else part.histories
+            ranks = np.append(ranks, target_ranks(queries @ table.T, part.targets, seen))
         joined, _ = gather_with_gradient(torch.from_numpy(ranks).to(self.device))
         return {f"valid_{k}": v for k, v in rank_metrics(joined.cpu().numpy(), (1, 10), LOGGED).items()}
 
@@ -213,16 +241,26 @@ class SequenceTrainer:
         Returns the figures of the best validation and its `epoch`.
         """
         watch, best = EarlyStopping(self.config.patience), dict[str, Tensor]()
+        for figures in self.validations(held_out, watch, on_row):
+            on_row({"step": self.step, **figures, "epoch": self.epoch})
+            if watch.figures is figures:
+                best = copy.deepcopy(self.trained.state_dict())
+        self.trained.load_state_dict(best)
+        return watch.figures
+
+    def validations(self, held_out: HeldOut, watch: EarlyStopping, on_row: OnRow) -> Iterator[dict[str, float]]:
+        """Train until `watch` has seen enough; the figures of every validation, with its `epoch`."""
+        if self.validates_first and watch.best == -float("inf"):
+            yield self._validation(held_out, watch)
         while self.epoch < self.config.epochs and not watch.over:
             self.train_epoch(on_row)
             if self.epoch % self.config.validate_every_epochs == 0 or self.epoch == self.config.epochs:
-                figures = self.validate(held_out) if len(held_out.targets) else {}
-                on_row({"step": self.step, "epoch": self.epoch, **figures})
-                figures["epoch"] = float(self.epoch)
-                if watch.is_best(figures.get("valid_ndcg@10", float(self.epoch)), figures):
-                    best = copy.deepcopy(self.tower.state_dict())
-        self.tower.load_state_dict(best)
-        return watch.figures
+                yield self._validation(held_out, watch)
+
+    def _validation(self, held_out: HeldOut, watch: EarlyStopping) -> dict[str, float]:
+        figures = {**self.validate(held_out), "epoch": float(self.epoch)}
+        watch.is_best(figures.get("valid_ndcg@10", float(self.epoch)), figures)
+        return figures
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimiser's state by parameter name, for safetensors."""
@@ -256,10 +294,8 @@ class EarlyStopping:
         return True
 
 
-def _padded(windows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Rows (B, L), padded on the right with row 0, and which of them are items (B, L)."""
-    lengths = np.array([len(w) for w in windows])
-    rows = np.zeros((len(windows), int(lengths.max())), dtype=np.int64)
-    is_item = np.arange(rows.shape[1]) < lengths[:, None]
-    rows[is_item] = np.concatenate(windows)
-    return torch.from_numpy(rows), torch.from_numpy(is_item)
+def _timed(histories: Sequence[np.ndarray], timestamps: Sequence[np.ndarray] | None) -> Sequence[np.ndarray]:
+    """Histories (n, 2) of rows and their timestamps; as they are where those are unknown."""
+    if timestamps is None:
+        return histories
+    return [np.stack([h, t], axis=1) for h, t in zip(histories, timestamps, strict=True)]

@@ -51,7 +51,7 @@ def prepare(
     from pixrec.cluster.prepare import prepare as run
 
     info = run(items, interactions, out, config.prepare, console.progress, source)
-    return {"out": out, **{key: info[key] for key in ("items", "images", "interactions", "users", "split")}}
+    return {"out": out, **{key: info[key] for key in ("items", "images", "interactions", "cold", "users", "split")}}
 
 
 def train(data: str, out: str, config: Config, resume: bool, console: Console) -> Summary:
@@ -138,7 +138,7 @@ def evaluate(
         if not len(held_out.targets):
             raise InputError(f"{data}: no user has a test event with a history before it; choose another prepare.split")
         settings = loaded.config if loaded else config
-        audited = audit(dataset, settings.model.max_history_items, settings.train)
+        audited = audit(dataset, settings, config)
         sources = _sources(model, loaded, index, predictions, held_out, dataset, config)
         scorers, knockouts = build_scorers(dataset, config, sources, console.progress)
         if not scorers:

@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -44,6 +46,7 @@ from pixrec.data.sequences import (
     Dataset,
     Events,
 )
+from pixrec.model import vision
 from pixrec.model.catalog import Catalog
 from pixrec.schema import IMAGE_STATUS, MISSING, OK, PREPARED_ITEM_FIELDS, REJECTED, REJECTS, SEQUENCES
 
@@ -165,6 +168,32 @@ def write_model(folder: str | Path, model: Model | None = None) -> Model:
     return dataclasses.replace(model, info=save_model(str(folder), model, {}))
 
 
+def write_tokens(place: str | Path, model: Model, items: ItemTable) -> str:
+    """Store what the vision part of `model` makes of the pictures of `items`, in parts of 3; returns the folder."""
+    backbone = model.tower.backbone
+    folder = vision.store_folder(str(place), vision.vision_fingerprint(backbone))
+    pictures = [picture for row in range(len(items)) if (picture := items.image(row)) is not None]
+    for number, start in enumerate(range(0, len(pictures), 3)):
+        rows = vision.encode_pictures(backbone, pictures[start : start + 3])
+        vision.write_part(folder, number, rows, backbone.family.tokens_per_picture)
+    vision.complete_store(folder, len(pictures))
+    return folder
+
+
+class Seen:
+    """How many pictures a vision part was shown from now on."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, model: Model) -> None:
+        self.pictures = 0
+        encode = model.tower.backbone.picture_tokens
+
+        def counted(pixels: torch.Tensor) -> torch.Tensor:
+            self.pictures += len(pixels)
+            return encode(pixels)
+
+        patch.setattr(model.tower.backbone, "picture_tokens", counted)
+
+
 def write_index(folder: str | Path, model: Model, dataset: Dataset, *, dtype: str = "float32") -> np.ndarray:
     """Publish the vectors (N, D) of all items of `dataset`, as `pixrec embed` does; returns them."""
     uri, items = str(folder), dataset.items
@@ -193,7 +222,9 @@ def _info(items: ItemTable, events: Events, config: PrepareConfig) -> dict[str, 
             "rejected": 0,
             "filtered_rating": 0,
             "filtered_kcore": 0,
+            "held_out_cold": 0,
         },
+        "cold": {"items": 0, "test_targets": 0},
         "users": len(events.user_ids),
         "rejects": {},
         "split": tables.split_block(events.timestamps, config),

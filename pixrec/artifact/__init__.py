@@ -16,6 +16,7 @@ from pixrec.artifact.model import (
     load_model,
     new_model,
     save_model,
+    untrained_model,
     with_compact,
 )
 from pixrec.artifact.versions import keep_newest, list_versions, rollback
@@ -37,5 +38,6 @@ __all__ = [
     "new_model",
     "rollback",
     "save_model",
+    "untrained_model",
     "with_compact",
 ]

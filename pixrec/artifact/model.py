@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 import pixrec
 from pixrec import storage
 from pixrec.config import Config, dump_config, load_config
+from pixrec.data.items import load_texts
 from pixrec.errors import ArtifactError, ConfigError
 from pixrec.model.backbone import TINY, Backbone, add_lora, build_tiny, load_pretrained
 from pixrec.model.catalog import Embedder
@@ -77,6 +79,12 @@ def new_model(config: Config, texts: list[str], device: str = "cpu") -> Model:
         tower = DualTower(Backbone(base, *statistics), config.model, config.train.temperature)
     tower.to(device)
     return Model(tower, ItemEncoder(tokenizer, tower.backbone.family, config.model.max_text_tokens), config, {})
+
+
+def untrained_model(config: Config, data_uris: Sequence[str], device: str = "cpu") -> Model:
+    """`new_model` whose tokenizer, where `pixrec-tiny` needs one trained, has read the items of these data sets."""
+    texts = [text for uri in data_uris for text in load_texts(uri)] if config.model.backbone == TINY else []
+    return new_model(config, texts, device)
 
 
 def with_compact(model: Model, trained_items: list[str]) -> Model:

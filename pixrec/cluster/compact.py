@@ -23,6 +23,7 @@ from pixrec.cluster.workers import NewsLog, OnRow, run_workers
 from pixrec.config import Config, dump_config, load_config
 from pixrec.data.sequences import Dataset, load_dataset, sample_users
 from pixrec.model.catalog import Catalog
+from pixrec.model.vision import find_tokens
 from pixrec.sequential import EarlyStopping, SequenceTrainer
 from pixrec.validation import item_table
 
@@ -41,20 +42,22 @@ def _worker(job: dict[str, Any]) -> None:
     device = str(ray.train.torch.get_device())
     dataset = load_dataset(job["data"])
     trainer, model, watch = _begin(job["model"], dataset, config, device, ray.train.get_checkpoint())
+    report_validations(trainer, model, watch, dataset, config, job["mailbox"])
+
+
+def report_validations(
+    trainer: SequenceTrainer, model: Model, watch: EarlyStopping, dataset: Dataset, config: Config, mailbox: Any
+) -> None:
+    """Train to the end; every validation goes to the log and, with a checkpoint, to Ray."""
     held_out = sample_users(dataset.held_out("valid"), config.train.compact.max_validation_users, config.train.seed)
-    log = NewsLog(job["mailbox"], {})
-    while trainer.epoch < config.train.compact.epochs and not watch.over:
-        trainer.train_epoch(log.add)
-        if trainer.epoch % config.train.compact.validate_every_epochs and trainer.epoch < config.train.compact.epochs:
-            continue
-        figures = trainer.validate(held_out) if len(held_out.targets) else {}
-        log.add({"step": trainer.step, "epoch": trainer.epoch, **figures}, now=True)
+    log = NewsLog(mailbox, {})
+    for figures in trainer.validations(held_out, watch, log.add):
+        facts = {**figures, "step": trainer.step, "epoch": trainer.epoch}
+        log.add(facts, now=True)
         score = figures.get("valid_ndcg@10", float(trainer.epoch))
-        watch.is_best(score, figures)
         with tempfile.TemporaryDirectory(prefix="pixrec-") as folder:
             saved = None
             if ray.train.get_context().get_world_rank() == 0:
-                facts = {"step": trainer.step, "epoch": trainer.epoch, **figures}
                 save_model(folder, dataclasses.replace(model, config=config), facts)
                 _save_state(trainer, watch, Path(folder))
                 saved = Checkpoint.from_directory(folder)
@@ -66,28 +69,34 @@ def _begin(
 ) -> tuple[SequenceTrainer, Model, EarlyStopping]:
     """The trainer as it stands: fresh on top of the model's item tower, or as `checkpoint` left it."""
     base = load_model(model_uri, device)
-    content = torch.from_numpy(item_table(base.tower, Catalog(dataset.items, base.encoder), config))
+    tokens = find_tokens(dataset.uri, config, base.tower.backbone)
+    content = torch.from_numpy(item_table(base.tower, Catalog(dataset.items, base.encoder, tokens=tokens), config))
     counts = dataset.training_counts()
     trained = [dataset.items.item_ids[row] for row in np.flatnonzero(counts > 0)]
     model = with_compact(base, trained)
     assert model.tower.compact is not None
-    row_of = {item_id: row for row, item_id in enumerate(model.identities)}
-    identity = np.array([row_of.get(item_id, -1) for item_id in dataset.items.item_ids])
     trainer = SequenceTrainer(
         model.tower.compact,
         dataset.training_histories(),
         counts,
         content,
-        identity,
+        identity_rows(model, dataset),
         config.train.compact,
         config.model.compact.identity_dropout,
         config.train.seed,
+        None if config.model.compact.time == "none" else dataset.training_timestamps(),
     )
     watch = EarlyStopping(config.train.compact.patience)
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
-            _restore(trainer, watch, folder, device)
+            restore(trainer, model, watch, folder, device)
     return trainer, model, watch
+
+
+def identity_rows(model: Model, dataset: Dataset) -> np.ndarray:
+    """(N,) for each item of the data set the row of its learned vector in the model, -1 where it has none."""
+    row_of = {item_id: row for row, item_id in enumerate(model.identities)}
+    return np.array([row_of.get(item_id, -1) for item_id in dataset.items.item_ids])
 
 
 def _save_state(trainer: SequenceTrainer, watch: EarlyStopping, folder: Path) -> None:
@@ -96,10 +105,9 @@ def _save_state(trainer: SequenceTrainer, watch: EarlyStopping, folder: Path) ->
     (folder / _STATE).write_text(json.dumps(state))
 
 
-def _restore(trainer: SequenceTrainer, watch: EarlyStopping, folder: str, device: str) -> None:
-    compact = load_model(folder, device).tower.compact
-    assert compact is not None
-    trainer.tower.load_state_dict(compact.state_dict())
+def restore(trainer: SequenceTrainer, model: Model, watch: EarlyStopping, folder: str, device: str) -> None:
+    """Bring everything to where the checkpoint in `folder` left it."""
+    model.tower.load_state_dict(load_model(folder, device).tower.state_dict())
     state = json.loads((Path(folder) / _STATE).read_text())
     watch.best, watch.since = state["best"], state["since"]
     tensors = safetensors.torch.load_file(Path(folder) / _OPTIMIZER, device)

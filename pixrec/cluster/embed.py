@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import ray
 import ray.data
 
 from pixrec import storage
@@ -23,11 +24,12 @@ from pixrec.artifact import MODEL_MARKER, check_index_writable, index_version
 from pixrec.artifact.sources import Sources, reusable, write_chosen
 from pixrec.artifact.stored import KEY
 from pixrec.artifact.unfinished import Unfinished, Vanished, sweep
-from pixrec.cluster.stages import ItemEmbedder, decode_items, hash_items, raise_fault
-from pixrec.config import Config, EmbedConfig, Modalities, load_config
+from pixrec.cluster.stages import ItemEmbedder, decode_items, find_store, hash_items, raise_fault
+from pixrec.config import Config, EmbedConfig, ModelConfig, load_config
 from pixrec.console import Rate
 from pixrec.data.sequences import DATASET_MARKER
 from pixrec.errors import ArtifactError, ConfigError, InputError, OutputError
+from pixrec.model.vision import tokens_place
 from pixrec.schema import ITEMS
 
 Progress = Callable[[str, int, int | None, str], None]
@@ -44,7 +46,7 @@ class ModelFacts:
     fingerprint: str
     width: int
     image_size_px: int
-    modalities: Modalities
+    config: ModelConfig
 
     def part_items(self, config: EmbedConfig) -> int:
         """Items embedded and stored at a time: whole batches, and no more decoded pictures than memory likes."""
@@ -77,11 +79,12 @@ def _embed(model: ModelFacts, data: str, out: str, config: EmbedConfig, progress
     for part in [*reused_parts, *resumed_parts]:
         sources.add(part)
     pieces, wanted = _compare(files, sources, config, progress) if len(sources) else (_whole(files), [])
-    rejected = 0
+    rejected = stored = 0
     if not pieces:
         progress("embed", total, total, "nothing new")
     else:
-        rejected = _compute(pieces, model, config, unfinished, sources, wanted, total, progress)
+        work = pipeline(pieces, model, config, unfinished, _store(model, data, config))
+        rejected, stored = _compute(work, sources, wanted, total, progress)
     if sum(map(len, wanted)) != total:
         raise RuntimeError(f"{sum(map(len, wanted))} items were embedded of {total}")
 
@@ -97,6 +100,7 @@ def _embed(model: ModelFacts, data: str, out: str, config: EmbedConfig, progress
         "resumed": resumed,
         "redone": unfinished.lost_rows(unfinished.files()),
         "pictures_rejected": rejected,
+        "pictures_from_tokens": stored,
     }
     with index_version(out, model.fingerprint, model.width, config.dtype, facts) as writer:
         write_chosen(writer, chosen, config.dtype, before)
@@ -134,42 +138,55 @@ def _compare(
 
 
 def _compute(
-    pieces: list[dict[str, Any]],
-    model: ModelFacts,
-    config: EmbedConfig,
-    unfinished: Unfinished,
-    sources: Sources,
-    wanted: list[pa.Array],
-    total: int,
-    progress: Progress,
-) -> int:
-    """Embed the pieces; adds their parts to `sources` and their keys to `wanted`. Returns how many pictures were
-    unreadable."""
-    done, rejected, rate = sum(map(len, wanted)), 0, Rate()
+    work: ray.data.Dataset, sources: Sources, wanted: list[pa.Array], total: int, progress: Progress
+) -> tuple[int, int]:
+    """Run a `pipeline`; adds its parts to `sources` and their keys to `wanted`. Returns how many pictures were
+    unreadable, and how many had stored tokens."""
+    done, rejected, stored, rate = sum(map(len, wanted)), 0, 0, Rate()
     progress("embed", done, total, "")
-    for block in _blocks(pipeline(pieces, model, config, unfinished)):
+    for block in _blocks(work):
         for receipt in block.to_pylist():
             raise_fault(receipt["fault"])
             keys = _keys(receipt["keys"])
             sources.add(receipt["part"], keys)
             wanted.append(keys)
-            done, rejected = done + len(keys), rejected + receipt["rejected"]
+            done, rejected, stored = done + len(keys), rejected + receipt["rejected"], stored + receipt["stored"]
             speed = rate.add(receipt["pictures"], "pictures/s")
             progress("embed", done, total, f"{speed}, {rejected} rejected")
-    return rejected
+    return rejected, stored
+
+
+def _store(model: ModelFacts, data: str, config: EmbedConfig) -> str | None:
+    """The store of picture tokens that fits the model. A worker looks, since that takes the weights."""
+    place = tokens_place(storage.absolute(data), model.config, config.picture_tokens)
+    if place is None or not storage.is_folder(place):
+        return None
+    look = ray.remote(num_cpus=config.cpus_per_actor)(find_store)
+    found = ray.get(look.remote(model.uri, storage.absolute(place)))
+    raise_fault(found["fault"])
+    return found["store"]
 
 
 def pipeline(
-    pieces: list[dict[str, Any]], model: ModelFacts, config: EmbedConfig, unfinished: Unfinished
+    pieces: list[dict[str, Any]],
+    model: ModelFacts,
+    config: EmbedConfig,
+    unfinished: Unfinished,
+    tokens: str | None = None,
 ) -> ray.data.Dataset:
-    """The two stages over `pieces` (`file`, and `rows` as int32 bytes or None for all): receipts of stored parts."""
+    """The two stages over `pieces` (`file`, and `rows` as int32 bytes or None for all): receipts of stored parts.
+
+    `tokens` is a store of picture tokens that fits the model.
+    """
     part_items = model.part_items(config)
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = max(1, part_items * 3 * model.image_size_px**2)  # hand on what fills a part
     with ray.data.DataContext.current(context):
         items = ray.data.from_items(pieces, override_num_blocks=len(pieces))
     decoded = items.map_batches(
-        functools.partial(decode_items, image_size_px=model.image_size_px, modalities=model.modalities),
+        functools.partial(
+            decode_items, image_size_px=model.image_size_px, modalities=model.config.modalities, tokens=tokens
+        ),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=config.cpus_per_decode,
@@ -177,7 +194,7 @@ def pipeline(
     )
     return decoded.map_batches(
         ItemEmbedder,
-        fn_constructor_args=(model.uri, config, unfinished),
+        fn_constructor_args=(model.uri, config, unfinished, tokens),
         batch_size=part_items,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=config.num_actors),
@@ -204,7 +221,7 @@ def _model_facts(uri: str) -> ModelFacts:
         size = int(pictures["size"]["height"])
     except (InputError, ConfigError, KeyError, TypeError) as error:
         raise ArtifactError(f"{uri} is damaged: {' '.join(str(error).split())[:200]}; train it again") from None
-    return ModelFacts(storage.absolute(uri), fingerprint, config.embedding_width, size, config.modalities)
+    return ModelFacts(storage.absolute(uri), fingerprint, config.embedding_width, size, config)
 
 
 def _blocks(data: ray.data.Dataset) -> Iterator[pa.Table]:

@@ -22,7 +22,7 @@ from pixrec.data.items import load_items
 from pixrec.data.sequences import HeldOut
 from pixrec.evaluation import AnyScorer, Block, Collector, Progress, Ranker, Task, rank_here, users_of
 from pixrec.results import Outcome
-from pixrec.schema import USER_ID
+from pixrec.schema import TIMESTAMPS, USER_ID
 from pixrec.scorers import Recipe, TowerScorer
 
 _NUMBER, _HISTORY, _TARGET = "number", "history", "target"
@@ -41,14 +41,17 @@ class UserRanker:
         on_gpu = task.config.gpus_per_actor and torch.cuda.is_available()
         model = load_model(recipe.model_uri, "cuda" if on_gpu else "cpu")
         self._task: Task = task
-        self._scorer = TowerScorer(recipe.name, *recipe.towers(load_items(data), model), vectors, recipe)
+        self._scorer = TowerScorer(recipe.name, *recipe.towers(load_items(data), model, data), vectors, recipe)
 
     @torch.no_grad()
     def __call__(self, block: pa.Table) -> pa.Table:
         """Users (B rows) to their numbers, ranks, ties and lists."""
         histories = [np.asarray(h) for h in block.column(_HISTORY).to_pylist()]
         targets = block.column(_TARGET).to_numpy().copy()  # Ray's memory is read-only
-        users = HeldOut(block.column(USER_ID).to_pylist(), histories, targets)
+        timestamps = None
+        if TIMESTAMPS in block.column_names:
+            timestamps = [np.asarray(t) for t in block.column(TIMESTAMPS).to_pylist()]
+        users = HeldOut(block.column(USER_ID).to_pylist(), histories, targets, timestamps)
         found = self._task.rank(self._scorer, users)
         columns: dict[str, Any] = {_NUMBER: block.column(_NUMBER)}
         columns |= {name: pa.array(values) for name, values in zip(_RANKS, found[:3], strict=True)}
@@ -109,12 +112,15 @@ def _blocks(task: Task) -> Iterator[pa.Table]:
         part = users_of(users, numbers)
         lengths = [len(history) for history in part.histories]
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-        rows = pa.array(np.concatenate(part.histories).astype(np.int64))
+        lists = {_HISTORY: part.histories} | ({} if part.timestamps is None else {TIMESTAMPS: part.timestamps})
         yield pa.table(
             {
                 _NUMBER: numbers,
                 USER_ID: pa.array(part.user_ids, pa.string()),
-                _HISTORY: pa.LargeListArray.from_arrays(offsets, rows),
                 _TARGET: part.targets,
+                **{
+                    name: pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate(values).astype(np.int64)))
+                    for name, values in lists.items()
+                },
             }
         )

@@ -84,8 +84,9 @@ def _prepare(
     usable, catalog = _read_tables(raw, files, inputs, config, progress)
     # The raw reviews hold some twice, word for word; a table's events are all meant.
     distinct = usable.interactions if inputs["source"] == "tables" else tables.without_repeats(usable.interactions)
-    kept = tables.core(distinct, config.min_user_events, config.min_item_events)
-    split = tables.split_block(kept.timestamp, config)
+    core = tables.core(distinct, config.min_user_events, config.min_item_events)
+    split = tables.split_block(core.timestamp, config)
+    held_out = tables.hold_out_items(core, config, split)
 
     with storage.staged_folder(out_uri, DATASET_MARKER, KIND) as staging:
         staging = storage.absolute(staging)  # workers have another working directory
@@ -99,13 +100,13 @@ def _prepare(
         _drop_partial_files(staging)
         hashes = [part["hash"] for part in parts]
         progress("writing sequences", 0, None)
-        for number, table in enumerate(tables.sequences(kept)):
+        for number, table in enumerate(tables.sequences(held_out.interactions)):
             hashes.append(storage.write_table(_part(staging, SEQUENCES_FOLDER, number), table))
         info = {
             "pixrec_version": __version__,
             "decoder": DECODER,
             "fingerprint": _fingerprint(config, hashes),
-            **_counts(raw, catalog, usable, len(distinct), kept, parts),
+            **_counts(raw, catalog, usable, len(distinct), len(core), held_out, parts),
             "rejects": _count_rejects(staging),
             "split": split,
             "inputs": inputs,
@@ -130,10 +131,12 @@ def _counts(
     catalog: tables.CheckedIds,
     usable: tables.Usable,
     distinct: int,
-    kept: tables.Interactions,
+    core: int,
+    held_out: tables.HeldOutItems,
     parts: list[dict[str, Any]],
 ) -> dict[str, Any]:
     lines = Counter(raw.rejects.column(SOURCE).to_pylist())
+    kept = held_out.interactions
     bad_items, bad_events = lines[ITEMS] + len(catalog.rejects), lines[INTERACTIONS] + len(usable.rejects)
     return {
         "items": {
@@ -148,8 +151,10 @@ def _counts(
             "rejected": bad_events,
             "filtered_rating": usable.filtered_rating,
             "filtered_repeats": len(usable.interactions) - distinct,
-            "filtered_kcore": distinct - len(kept),
+            "filtered_kcore": distinct - core,
+            "held_out_cold": core - len(kept),
         },
+        "cold": {"items": held_out.items, "test_targets": held_out.test_targets},
         "users": len(np.unique(kept.user)),
     }
 
@@ -336,13 +341,13 @@ def _count_rejects(staging: str) -> dict[str, int]:
 
 # What changes how the work is done and nothing of what is written; a picture that came or did not is in the hashes.
 _NOT_CONTENT = {"num_cpus_per_task", "allow_private_addresses"}
+_OF_COLD_ITEMS = {"cold_item_share", "seed"}
 
 
 def _fingerprint(config: PrepareConfig, hashes: list[str]) -> str:
     """Hash of what was written and of the settings behind it."""
+    without = _NOT_CONTENT if config.cold_item_share else _NOT_CONTENT | _OF_COLD_ITEMS
     settings = {
-        name: value
-        for name, value in to_dict(config).items()
-        if name not in _NOT_CONTENT and not name.startswith("fetch_")
+        name: value for name, value in to_dict(config).items() if name not in without and not name.startswith("fetch_")
     }
     return hashlib.blake2b(json.dumps([settings, hashes]).encode(), digest_size=16).hexdigest()

@@ -20,17 +20,25 @@ from pixrec.artifact.unfinished import Unfinished
 from pixrec.config import EmbedConfig, Modalities
 from pixrec.data.images import decode_image
 from pixrec.data.items import ItemTable
-from pixrec.errors import PixRecError, UnreadableImage
+from pixrec.errors import ArtifactError, PixRecError, UnreadableImage
 from pixrec.model.catalog import Embedder
 from pixrec.model.encoding import Content
+from pixrec.model.vision import (
+    PictureTokens,
+    StoredPictures,
+    fitting_store,
+    open_store,
+    stored_pictures,
+)
 from pixrec.schema import CONTENT_HASH, IMAGE, ITEM_ID, TEXT_FIELDS
 
-PIXELS, TEXT, REJECTED_PICTURE, FAULT = "pixels", "text", "rejected_picture", "fault"
+PIXELS, TOKENS_OF, TEXT, REJECTED_PICTURE, FAULT = "pixels", "tokens_of", "text", "rejected_picture", "fault"
 DECODED = pa.schema(
     [
         (ITEM_ID, pa.string()),
         (TEXT, pa.string()),
-        (PIXELS, pa.binary()),  # (S, S, 3) uint8; null where the model is to see no picture
+        (PIXELS, pa.binary()),  # (S, S, 3) uint8; null where the model is to see no picture, or has its tokens
+        (TOKENS_OF, pa.binary()),  # hash of a picture whose tokens are stored
         (REJECTED_PICTURE, pa.bool_()),
         (CONTENT_HASH, pa.string()),
         (FAULT, pa.string()),  # of a row that is no item: an error of ours, see `raise_fault`
@@ -53,18 +61,30 @@ def hash_items(pieces: pa.Table) -> Iterator[pa.Table]:
         yield _row(file=file, keys=b"".join(keys), fault=fault)
 
 
-def decode_items(pieces: pa.Table, *, image_size_px: int, modalities: Modalities) -> Iterator[pa.Table]:
+def decode_items(
+    pieces: pa.Table, *, image_size_px: int, modalities: Modalities, tokens: str | None = None
+) -> Iterator[pa.Table]:
     """The items of each piece, `file` and the numbers of its `rows` (int32 bytes; null: all), as `DECODED` says.
 
-    A picture that cannot be read leaves the item with its text alone.
+    A picture that cannot be read leaves the item with its text alone. One that has its tokens in the store `tokens`
+    is not decoded.
     """
     for piece in pieces.to_pylist():
         wanted = None if piece["rows"] is None else np.frombuffer(piece["rows"], np.int32)
         try:
+            stored = None if tokens is None else stored_pictures(tokens)
             for table in _rows(piece["file"], wanted):
-                yield _decoded(ItemTable(table), image_size_px, modalities)
+                yield _decoded(ItemTable(table), image_size_px, modalities, stored)
         except PixRecError as error:
             yield pa.Table.from_pylist([{FAULT: _as_text(error)}], schema=DECODED)
+
+
+def find_store(model: str, place: str) -> dict[str, str | None]:
+    """The `store` below `place` that holds what this model's vision part makes of pictures; `fault` as elsewhere."""
+    try:
+        return {"store": fitting_store(place, load_model(model).tower.backbone), "fault": None}
+    except PixRecError as error:
+        return {"store": None, "fault": _as_text(error)}
 
 
 def raise_fault(fault: str | None) -> None:
@@ -98,17 +118,18 @@ def _rows(file: str, wanted: np.ndarray | None) -> Iterator[pa.Table]:
             yield table
 
 
-def _decoded(table: ItemTable, size: int, modalities: Modalities) -> pa.Table:
+def _decoded(table: ItemTable, size: int, modalities: Modalities, stored: StoredPictures | None) -> pa.Table:
     columns: dict[str, list[object]] = {name: [] for name in DECODED.names}
     for row, item_id in enumerate(table.item_ids):
         data = None if modalities == "text" else table.image(row)
         pixels, rejected = None, False
-        if data is not None:
+        tokens_of = None if data is None or stored is None else stored.hash_of(data)
+        if data is not None and tokens_of is None:
             try:
                 pixels = decode_image(data, size).tobytes()
             except UnreadableImage:
                 rejected = True
-        values = (item_id, table.text(row), pixels, rejected, table.content_hash(row), None)
+        values = (item_id, table.text(row), pixels, tokens_of, rejected, table.content_hash(row), None)
         for name, value in zip(DECODED.names, values, strict=True):
             columns[name].append(value)
     return pa.table(columns, schema=DECODED)
@@ -117,46 +138,63 @@ def _decoded(table: ItemTable, size: int, modalities: Modalities) -> pa.Table:
 class ItemEmbedder:
     """One actor: loads the model once, turns blocks of decoded items into stored parts."""
 
-    def __init__(self, model: str, config: EmbedConfig, unfinished: Unfinished) -> None:
-        self._model, self._config, self._unfinished = model, config, unfinished
+    def __init__(self, model: str, config: EmbedConfig, unfinished: Unfinished, tokens: str | None = None) -> None:
+        """tokens: the store that `decode_items` looked into."""
+        self._model, self._config, self._unfinished, self._store = model, config, unfinished, tokens
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Embed and store U decoded items; the receipt says `part`, `keys` (16 bytes an item, in the part's order),
-        how many `pictures` were seen and how many `rejected`, and the `fault` where there is one instead."""
+        how many `pictures` were seen, how many of them `stored` as tokens and how many `rejected`, and the `fault`
+        where there is one instead."""
         try:
             for fault in block.column(FAULT).drop_null().to_pylist():
                 raise_fault(fault)
             return _row(**self._stored(block), fault=None)
         except PixRecError as error:
-            return _row(part="", keys=b"", pictures=0, rejected=0, fault=_as_text(error))
+            return _row(part="", keys=b"", pictures=0, stored=0, rejected=0, fault=_as_text(error))
 
     def _stored(self, block: pa.Table) -> dict[str, object]:
         name = self._unfinished.start(len(block))
         item_ids, hashes = block.column(ITEM_ID).to_pylist(), block.column(CONTENT_HASH).to_pylist()
-        has_image = block.column(PIXELS).is_valid().to_numpy()
+        stored = block.column(TOKENS_OF).is_valid().to_numpy()
+        has_image = block.column(PIXELS).is_valid().to_numpy() | stored
         part = self._unfinished.finish(name, to_table(item_ids, self.vectors(block), hashes, has_image, "float32"))
         return {
             "part": part,
             "keys": b"".join(item_keys(item_ids, hashes).to_pylist()),
             "pictures": int(has_image.sum()),
+            "stored": int(stored.sum()),
             "rejected": sum(block.column(REJECTED_PICTURE).to_pylist()),
         }
 
     def vectors(self, block: pa.Table) -> np.ndarray:
         """Item vectors (U, D) of decoded items; items of like length share a forward pass, so little is padding."""
-        size = self._embedder.encoder.image_size_px
         texts, item_ids = block.column(TEXT).to_pylist(), block.column(ITEM_ID).to_pylist()
         pictures = [
-            np.frombuffer(value.as_buffer(), np.uint8).reshape(size, size, 3) if value.is_valid else None
-            for value in block.column(PIXELS)
+            self._picture(*row) for row in zip(block.column(PIXELS), block.column(TOKENS_OF).to_pylist(), strict=True)
         ]
         order = sorted(range(len(texts)), key=lambda row: (pictures[row] is not None, len(texts[row])))
-        sorted_vectors = []
+        batches = []
         for start in range(0, len(order), self._config.batch_size):
             rows = order[start : start + self._config.batch_size]
-            contents = [Content(texts[row], pictures[row]) for row in rows]
-            sorted_vectors.append(self._embedder.contents(contents, [item_ids[row] for row in rows]))
+            batches.append(([Content(texts[row], pictures[row]) for row in rows], [item_ids[row] for row in rows]))
+        sorted_vectors = list(self._embedder.content_batches(batches))
         return np.concatenate(sorted_vectors)[np.argsort(order)]
+
+    def _picture(self, pixels: pa.BinaryScalar, tokens_of: bytes | None) -> np.ndarray | None:
+        """What `Content` takes: pixels (S, S, 3), stored tokens (K, X), or nothing."""
+        if tokens_of is not None:
+            tokens = None if self._tokens is None else self._tokens.of_hash(tokens_of)
+            if tokens is None:
+                raise ArtifactError(f"{self._store}: its picture tokens went while they were in use; run it again")
+            return tokens
+        size = self._embedder.encoder.image_size_px
+        return np.frombuffer(pixels.as_buffer(), np.uint8).reshape(size, size, 3) if pixels.is_valid else None
+
+    @cached_property
+    def _tokens(self) -> PictureTokens | None:
+        """Opened for the weights that are loaded here, whatever the store was chosen by."""
+        return open_store(storage.parent(self._store), self._embedder.tower.backbone) if self._store else None
 
     @cached_property
     def _embedder(self) -> Embedder:

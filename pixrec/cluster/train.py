@@ -1,6 +1,7 @@
 """Fine-tuning under Ray Train: the plain Trainer in N workers, checkpoints, resuming, the published model.
 
-A run keeps its checkpoints in a hidden folder beside --out, one part for the model and one for each knockout.
+A run keeps its checkpoints in a hidden folder beside --out, one part for the model and one for each knockout, in it a
+folder for each stage of `train.stages`.
 It is removed once the model is published whole; until then --resume continues from it.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import tempfile
 from pathlib import Path
@@ -22,11 +24,14 @@ import torch
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 
 from pixrec import storage
-from pixrec.artifact import MODEL_MARKER, Model, knockout_uri, load_model, new_model, save_model
+from pixrec.artifact import MODEL_MARKER, Model, knockout_uri, load_model, save_model, untrained_model
 from pixrec.cluster.compact import fit_compact
+from pixrec.cluster.joint import check_joint, fit_joint
+from pixrec.cluster.plan import check_stages, plan, stage_facts, vocabulary
 from pixrec.cluster.vision import vision_once
 from pixrec.cluster.workers import NewsLog, OnRow, end_diverged, run_workers
 from pixrec.config import Config, Modalities, dump_config, load_config
+from pixrec.data.joined import join_datasets
 from pixrec.data.sequences import Dataset, load_dataset, sample_users
 from pixrec.errors import ArtifactError, ConfigError, InputError
 from pixrec.model.catalog import Catalog
@@ -39,9 +44,10 @@ _OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
 
 
 def train(data: str, out: str, config: Config, *, resume: bool, on_row: OnRow) -> dict[str, Any]:
-    """Train the model and its knockouts and publish them at `out`; returns model.json.
+    """Train the model and its knockouts through all stages and publish them at `out`; returns model.json.
 
-    `on_row` gets every logged row: `part` (both, text, image), `step`, `total_steps`, losses or validation figures.
+    `on_row` gets every logged row: `part` (both, text, image; in a stage with its name behind, as in both_joint),
+    `step`, `total_steps`, losses or validation figures.
     """
     dataset = load_dataset(data)
     work = _work_folder(out)
@@ -49,7 +55,7 @@ def train(data: str, out: str, config: Config, *, resume: bool, on_row: OnRow) -
         _check_resumable(out, dataset, config)
     else:
         storage.remove(work)
-        storage.write_json(storage.join(work, _DATA), _data_facts(dataset))
+        storage.write_json(storage.join(work, _DATA), _data_facts(dataset, config))
         storage.write_bytes(storage.join(work, _CONFIG), dump_config(config).encode())
 
     parts: list[Modalities] = [config.model.modalities, *config.train.knockouts]
@@ -65,7 +71,7 @@ def train(data: str, out: str, config: Config, *, resume: bool, on_row: OnRow) -
         for part in reversed(parts):  # the model itself last, so that its marker completes the folder
             part_config = dataclasses.replace(config, model=dataclasses.replace(config.model, modalities=part))
             best = _fit(part, storage.absolute(data), storage.join(work, part), part_config, log_row)
-            _publish(best, staging if part == parts[0] else knockout_uri(staging, part), dataset)
+            _publish(best, staging if part == parts[0] else knockout_uri(staging, part), dataset, config)
         log.save(staging)
         info = storage.read_json(storage.join(staging, MODEL_MARKER))
     storage.remove(work)
@@ -73,30 +79,28 @@ def train(data: str, out: str, config: Config, *, resume: bool, on_row: OnRow) -
 
 
 def check_ready(data: str, out: str, config: Config, resume: bool) -> None:
-    """Raise before Ray starts when --out cannot be written, when there is nothing to resume, or when the data set
-    offers the towers nothing to learn from."""
+    """Raise before Ray starts when --out cannot be written, when there is nothing to resume, or when the data set or
+    one of the stages' offers the towers nothing to learn from, is none, or gives away what is held out."""
+    check_joint(config)
     storage.check_writable(out, MODEL_MARKER, "model")
     dataset = load_dataset(data)
     if resume:
         _check_resumable(out, dataset, config)
-    BatchSource(dataset.training_histories(), config.model.max_history_items, config.train)
     wanted = config.model.modalities
     if config.train.knockouts and wanted != "both":
         raise ConfigError(f"train.knockouts needs model.modalities both, not {wanted}; set train.knockouts to []")
-    text = wanted != "image" and any(dataset.items.text(row) for row in range(len(dataset.items)))
-    if not text and (wanted == "text" or not dataset.info["images"]["ok"]):
-        raise InputError(
-            f"{dataset.uri}: no item has {'a picture' if wanted == 'image' else 'a text or a picture'} for the towers "
-            "to read; give pixrec prepare an items table"
-        )
+    if config.model.user_tower == "compact" and config.model.compact.time != "none":
+        dataset.training_timestamps()  # raises where they tell no time
+    check_stages(plan(data, config), dataset)
 
 
 def _work_folder(out: str) -> str:
     return storage.join(storage.parent(out), f".{storage.name(out)}.training")
 
 
-def _data_facts(dataset: Dataset) -> dict[str, Any]:
-    return {"uri": storage.absolute(dataset.uri), "fingerprint": dataset.info.get("fingerprint")}
+def _data_facts(dataset: Dataset, config: Config) -> dict[str, Any]:
+    facts = {"uri": storage.absolute(dataset.uri), "fingerprint": dataset.info.get("fingerprint")}
+    return {**facts, "stages": stage_facts(plan(dataset.uri, config))}
 
 
 def _check_resumable(out: str, dataset: Dataset, config: Config) -> None:
@@ -106,42 +110,56 @@ def _check_resumable(out: str, dataset: Dataset, config: Config) -> None:
         raise ArtifactError(f"--resume: no unfinished run of {out} lies at {work}; start without --resume")
     if storage.read_text(settings) != dump_config(config):
         raise ConfigError(f"--resume: the configuration differs from the unfinished run's {settings}; use that one")
-    begun_on, found = storage.read_json(storage.join(work, _DATA)), _data_facts(dataset)
+    begun_on, found = storage.read_json(storage.join(work, _DATA)), _data_facts(dataset, config)
     if begun_on["fingerprint"] != found["fingerprint"]:
         raise InputError(f"--resume: {found['uri']} is not the data set {begun_on['uri']} of the unfinished run")
+    for before, now in zip(begun_on.get("stages", []), found["stages"], strict=True):
+        if before != now:
+            raise InputError(
+                f"--resume: the data sets of train.stages {now['name']} are not those of the unfinished run"
+            )
 
 
 def _fit(part: str, data: str, work: str, config: Config, on_row: OnRow) -> str:
-    """Train one model: the interleaved towers, then, if so set, the compact user tower on their item vectors."""
-
-    def log_row(row: dict[str, Any]) -> None:
-        on_row({"part": part, **row})
-
-    vision_once(data, config)
-    best = run_workers(_worker, {"data": data, "config": dump_config(config)}, work, config.train, log_row)
+    """Train one model: the interleaved towers, stage by stage, then, if so set, the compact user tower on their item
+    vectors of `data`, and then that and the item tower together."""
+    stages, start = plan(data, config), None
+    texts = vocabulary(stages)
+    for stage in stages:
+        for uri in stage.data:
+            vision_once(uri, stage.config, texts)
+        job = {"data": stage.data, "vocabulary": texts, "start": start, "config": dump_config(stage.config)}
+        log_row = functools.partial(_log_part, on_row, stage.part(part))
+        start = best = run_workers(_worker, job, stage.folder(work), stage.config.train, log_row)
     if config.model.user_tower == "compact":
         best = fit_compact(
-            best, data, storage.join(work, "compact"), config, lambda row: on_row({"part": f"{part}_compact", **row})
+            best, data, storage.join(work, "compact"), config, functools.partial(_log_part, on_row, f"{part}_compact")
         )
+    if config.train.joint.epochs:
+        log_row = functools.partial(_log_part, on_row, f"{part}_compact_joint")
+        best = fit_joint(best, data, storage.join(work, "joint"), config, log_row)
     return best
+
+
+def _log_part(on_row: OnRow, part: str, row: dict[str, Any]) -> None:
+    on_row({"part": part, **row})
 
 
 def _worker(job: dict[str, Any]) -> None:
     """What every training process runs: the Trainer, its log, and a checkpoint after each validation."""
     config = load_config(job["config"])
     torch.set_num_threads(config.train.threads_per_worker)
-    dataset = load_dataset(job["data"])
-    texts = [dataset.items.text(row) for row in range(len(dataset.items))]
-    model = new_model(config, texts, str(ray.train.torch.get_device()))
-    begun = _restore(model, ray.train.get_checkpoint())
+    data = join_datasets([load_dataset(uri) for uri in job["data"]])
+    model = untrained_model(config, job["vocabulary"], str(ray.train.torch.get_device()))
+    begun = _restore(model, ray.train.get_checkpoint(), job["start"])
     tokens = find_tokens(job["data"], config, model.tower.backbone)
-    catalog = Catalog(dataset.items, model.encoder, tokens=tokens)
-    source = BatchSource(dataset.training_histories(), config.model.max_history_items, config.train)
-    collator = Collator(catalog, dataset.training_counts(), config, source.examples_per_step)
+    catalog = Catalog(data.items, model.encoder, tokens=tokens)
+    source = BatchSource(data.histories, config.model.max_history_items, config.train)
+    collator = Collator(catalog, data.counts, config, source.examples_per_step)
     saved = _to_save(model, config)
     trainer = Trainer(model.tower, source, collator, config)
     trainer.restore(*begun)
-    held_out = sample_users(dataset.held_out("valid"), config.train.max_validation_users, config.train.seed)
+    held_out = sample_users(data.valid, config.train.max_validation_users, config.train.seed)
     log = NewsLog(job["mailbox"], {"total_steps": trainer.total_steps})
     reported = False
     while trainer.step < trainer.total_steps:
@@ -183,18 +201,25 @@ def _checkpoint(trainer: Trainer, saved: Model, figures: dict[str, float]) -> Ch
     return Checkpoint.from_directory(folder)
 
 
-def _restore(model: Model, checkpoint: Checkpoint | None) -> tuple[int, dict[str, torch.Tensor]]:
-    """Bring a checkpoint's weights into `model`; returns its step and the optimiser's state."""
-    if checkpoint is None:
-        return 0, {}
+def _restore(
+    model: Model, checkpoint: Checkpoint | None, start: str | None = None
+) -> tuple[int, dict[str, torch.Tensor]]:
+    """Bring a checkpoint's weights into `model`; returns its step and the optimiser's state.
+
+    Without one the stage begins: at step 0, with the weights of the model at `start` where there is one.
+    """
     device = str(model.tower.log_temperature.device)
+    if checkpoint is None:
+        if start is not None:
+            model.tower.load_state_dict(load_model(start, device).tower.state_dict())
+        return 0, {}
     with checkpoint.as_directory() as folder:
         model.tower.load_state_dict(load_model(folder, device).tower.state_dict())
         state = json.loads((Path(folder) / _STATE).read_text())
         return int(state["step"]), safetensors.torch.load_file(Path(folder) / _OPTIMIZER, device)
 
 
-def _publish(checkpoint: str, target: str, dataset: Dataset) -> None:
+def _publish(checkpoint: str, target: str, dataset: Dataset, config: Config) -> None:
     """Copy a checkpoint's model to `target` without the optimiser, completing its model.json."""
     for file in storage.list_files(checkpoint):
         relative = file[len(checkpoint.rstrip("/")) + 1 :]
@@ -205,4 +230,5 @@ def _publish(checkpoint: str, target: str, dataset: Dataset) -> None:
         "data_fingerprint": dataset.info.get("fingerprint"),
         "trained_events": int(np.sum(dataset.training_counts())),
     }
-    storage.write_json(storage.join(target, MODEL_MARKER), {**info, **facts})
+    before = stage_facts(plan(dataset.uri, config))
+    storage.write_json(storage.join(target, MODEL_MARKER), {**info, **facts, **({"stages": before} if before else {})})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import pyarrow as pa
@@ -10,17 +10,16 @@ import ray.data
 import torch
 
 from pixrec import storage
-from pixrec.artifact import new_model
+from pixrec.artifact import untrained_model
 from pixrec.config import Config, dump_config, load_config
-from pixrec.data.sequences import Dataset, load_dataset
-from pixrec.model.backbone import Backbone
+from pixrec.data.items import load_items
 from pixrec.model.vision import (
-    HASH,
-    TOKENS,
     complete_store,
     encode_pictures,
+    no_rows,
     open_store,
     store_folder,
+    stored_pictures,
     tokens_place,
     vision_fingerprint,
     write_part,
@@ -31,52 +30,47 @@ from pixrec.schema import IMAGE, ITEMS
 class PictureEncoder:
     """One actor: builds the model once, turns blocks of prepared items into rows of the store. Usable without Ray."""
 
-    def __init__(self, config: str, data: str) -> None:
+    def __init__(self, config: str, vocabulary: Sequence[str], folder: str) -> None:
+        """folder: the store, whose pictures are passed over."""
         settings = load_config(config)
         torch.set_num_threads(settings.embed.threads_per_actor)
         device = "cuda" if settings.embed.gpus_per_actor and torch.cuda.is_available() else "cpu"
-        self._backbone = untrained_backbone(settings, load_dataset(data), device)
+        self._backbone = untrained_model(settings, vocabulary, device).tower.backbone
+        self._stored = stored_pictures(folder)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         pictures = [picture for picture in block.column(IMAGE).to_pylist() if picture is not None]
-        return encode_pictures(self._backbone, pictures) if pictures else self._nothing()
-
-    def _nothing(self) -> pa.Table:
-        width = self._backbone.family.tokens_per_picture * self._backbone.width
-        return pa.schema([(HASH, pa.binary(16)), (TOKENS, pa.list_(pa.float16(), width))]).empty_table()
+        new = [picture for picture in pictures if self._stored.hash_of(picture) is None]
+        return encode_pictures(self._backbone, new) if new else no_rows(self._backbone)
 
 
-def untrained_backbone(config: Config, dataset: Dataset, device: str = "cpu") -> Backbone:
-    """The backbone as training finds it: a frozen vision part stays so."""
-    return new_model(config, [dataset.items.text(row) for row in range(len(dataset.items))], device).tower.backbone
+def vision_once(data: str, config: Config, vocabulary: Sequence[str] = ()) -> None:
+    """Add those of the data set's pictures to their store that it lacks; a killed run's share is there already.
 
-
-def vision_once(data: str, config: Config) -> None:
-    """Fill the store of the data set's pictures, unless one of this vision part holds them all."""
-    place = tokens_place(data, config)
+    The vision part is that of the untrained model: frozen, it stays so. `vocabulary`: the data sets whose text trains
+    the tokenizer of `pixrec-tiny`, on which its weights depend; by default this one alone.
+    """
+    vocabulary = list(vocabulary) or [storage.absolute(data)]
+    place = tokens_place(data, config.model, config.train.picture_tokens)
     if place is None:
         return
-    dataset = load_dataset(data)
-    backbone = untrained_backbone(config, dataset)
+    backbone = untrained_model(config, vocabulary).tower.backbone
     store = open_store(place, backbone)
-    if store is not None and store.hold(dataset.items):
+    if store is not None and store.hold(load_items(data)):
         return
     folder = store_folder(place, vision_fingerprint(backbone))
-    storage.remove(folder)  # unmarked or not enough
     settings = config.embed
     filesystem, path = storage.arrow_location(storage.join(data, ITEMS))
     tokens = ray.data.read_parquet(path, filesystem=filesystem, columns=[IMAGE]).map_batches(
         PictureEncoder,
-        fn_constructor_args=(dump_config(config), storage.absolute(data)),
+        fn_constructor_args=(dump_config(config), vocabulary, storage.absolute(folder)),
         batch_size=settings.batch_size,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=settings.num_actors),
         num_cpus=settings.cpus_per_actor,
         num_gpus=settings.gpus_per_actor or None,
     )
-    rows = 0
     blocks = cast(Iterable[pa.Table], tokens.iter_batches(batch_format="pyarrow", batch_size=None))
     for number, block in enumerate(blocks):
         write_part(folder, number, block, backbone.family.tokens_per_picture)
-        rows += block.num_rows
-    complete_store(folder, rows)
+    complete_store(folder, len(stored_pictures(folder)))

@@ -112,6 +112,27 @@ def load_items(data_uri: str) -> ItemTable:
         raise ArtifactError(f"{data_uri} is no complete data set ({error}); make it with pixrec prepare") from None
 
 
+def load_texts(data_uri: str) -> list[str]:
+    """The text of every item of the prepared data set at `data_uri`, without reading its pictures."""
+    folder = storage.join(data_uri, ITEMS)
+    known = set(storage.read_schema(folder).names)
+    items = ItemTable(storage.read_table(folder, [name for name in (ITEM_ID, *TEXT_FIELDS) if name in known]))
+    return [items.text(row) for row in range(len(items))]
+
+
+def join_items(tables: Sequence[ItemTable]) -> ItemTable:
+    """The items of all `tables`, one table after the other, with the columns that the towers may see.
+
+    Equal item ids of different tables are different items: an id gets the number of its table, as in `0:B00X`.
+    """
+    joined = []
+    for number, items in enumerate(tables):
+        seen = {name: items._columns[name] for name in (*TEXT_FIELDS, IMAGE, IMAGE_STATUS) if name in items._columns}
+        item_ids = pa.array([f"{number}:{item_id}" for item_id in items.item_ids], pa.string())
+        joined.append(pa.table({ITEM_ID: item_ids, **seen}))
+    return ItemTable(pa.concat_tables(joined, promote_options="permissive"))
+
+
 class _Filter:
     """One column, turned around: which rows hold a value. Built on first use, then a lookup per request."""
 

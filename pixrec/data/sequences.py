@@ -6,6 +6,7 @@ measures asks `held_out`, and no event is a target of one and visible to the oth
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +18,9 @@ from pixrec import storage
 from pixrec.data.items import ItemTable, load_items
 from pixrec.errors import ArtifactError, InputError
 from pixrec.schema import ITEM_IDS, TIMESTAMPS, USER_ID
+
+ONE_STEP_SHARE = 0.9
+"""Where so many of the steps between events are of one length, timestamps tell the order and nothing else."""
 
 DATASET_MARKER = "dataset.json"
 ITEMS_FOLDER, SEQUENCES_FOLDER, REJECTS_FOLDER = "items", "sequences", "rejects"
@@ -30,6 +34,17 @@ class HeldOut(NamedTuple):
     user_ids: list[str]
     histories: list[np.ndarray]
     targets: np.ndarray
+    timestamps: list[np.ndarray] | None = None
+    """When each event of the histories was, in milliseconds; None where that is unknown. The targets' are not told."""
+
+    def only(self, users: np.ndarray) -> HeldOut:
+        """Some of the users, by number."""
+        return HeldOut(
+            [self.user_ids[i] for i in users],
+            [self.histories[i] for i in users],
+            self.targets[users],
+            None if self.timestamps is None else [self.timestamps[i] for i in users],
+        )
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,15 @@ class Events:
         """int64 (B,): how many events each user had before `moment_ms`."""
         earlier = np.concatenate([[0], np.cumsum(self.timestamps < moment_ms)])
         return earlier[self.offsets[1:]] - earlier[self.offsets[:-1]]
+
+    def tell_time(self) -> bool:
+        """False where the timestamps are an order only: where most steps from a user's event to a later one are of one
+        length, as in tables whose events were numbered. A million steps are looked at."""
+        later = np.arange(1, len(self.rows), max(1, len(self.rows) // 1_000_000))
+        later = later[self.offsets[np.searchsorted(self.offsets, later)] != later]  # first events have no step before
+        steps = self.timestamps[later] - self.timestamps[later - 1]
+        counts = np.unique(steps[steps > 0], return_counts=True)[1]
+        return bool(len(counts) and counts.max() < ONE_STEP_SHARE * counts.sum())
 
 
 @dataclass
@@ -62,8 +86,24 @@ class Dataset:
         `with_validation`: everything before the test, for a model whose settings are chosen already.
         """
         lengths = self._lengths_before_test() if with_validation else self._training_lengths()
-        starts, ends = self.events.offsets[:-1], self.events.offsets[:-1] + lengths
-        return [self.events.rows[start:end] for start, end in zip(starts, ends, strict=True) if end > start]
+        return self._first(self.events.rows, lengths)
+
+    def training_timestamps(self) -> list[np.ndarray]:
+        """When each event of `training_histories` was, in milliseconds, in the same order.
+
+        Raises InputError where the timestamps tell the order of the events and nothing else.
+        """
+        if not self.tells_time:
+            raise InputError(
+                f"{self.uri}: the timestamps tell the order of the events and not their time (they go on by equal "
+                "steps), so there is nothing to learn from; set model.compact.time to none or give real timestamps"
+            )
+        return self._first(self.events.timestamps, self._training_lengths())
+
+    @functools.cached_property
+    def tells_time(self) -> bool:
+        """Whether the timestamps are moments, and not an order only."""
+        return self.events.tell_time()
 
     def training_visible(self) -> np.ndarray:
         """bool (E,): the events visible to training."""
@@ -85,7 +125,15 @@ class Dataset:
             [self.events.user_ids[user] for user in users],
             [self.events.rows[start:end] for start, end in zip(starts, ends, strict=True)],
             self.events.rows[ends],
+            [self.events.timestamps[start:end] for start, end in zip(starts, ends, strict=True)]
+            if self.tells_time
+            else None,
         )
+
+    def _first(self, values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+        """The values (E,) of each user's first `lengths` (B,) events; users without any are left out."""
+        starts, ends = self.events.offsets[:-1], self.events.offsets[:-1] + lengths
+        return [values[start:end] for start, end in zip(starts, ends, strict=True) if end > start]
 
     def _training_lengths(self) -> np.ndarray:
         lengths, split = np.diff(self.events.offsets), self.info["split"]
@@ -113,10 +161,7 @@ def sample_users(held_out: HeldOut, max_users: int | None, seed: int) -> HeldOut
     """At most `max_users` of the users, drawn at random by `seed`, in their old order; all of them for None."""
     if max_users is None or max_users >= len(held_out.targets):
         return held_out
-    chosen = np.sort(np.random.default_rng(seed).choice(len(held_out.targets), max_users, replace=False))
-    return HeldOut(
-        [held_out.user_ids[i] for i in chosen], [held_out.histories[i] for i in chosen], held_out.targets[chosen]
-    )
+    return held_out.only(np.sort(np.random.default_rng(seed).choice(len(held_out.targets), max_users, replace=False)))
 
 
 def load_dataset(uri: str) -> Dataset:

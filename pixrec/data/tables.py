@@ -270,6 +270,49 @@ def core(interactions: Interactions, min_user_events: int, min_item_events: int)
             )
 
 
+class HeldOutItems(NamedTuple):
+    """The events that stay when items are held out of training, how many items that is, and how many of their events
+    stay as test targets."""
+
+    interactions: Interactions
+    items: int
+    test_targets: int
+
+
+def hold_out_items(interactions: Interactions, config: PrepareConfig, split: dict[str, Any]) -> HeldOutItems:
+    """Leave out the events on a random `cold_item_share` of the items with events, except those that are test targets.
+
+    A test target is a user's last event, with an event on another kind of item before it, and under a temporal split
+    within the test period; `split` is what `split_block` said of all events. So no held-out item can be in a history
+    or be a validation target. Raises InputError when the share rounds to no item or to all of them.
+    """
+    if not config.cold_item_share:
+        return HeldOutItems(interactions, 0, 0)
+    items = np.unique(interactions.item)
+    count = round(config.cold_item_share * len(items))
+    if not 0 < count < len(items):
+        raise InputError(
+            f"prepare.cold_item_share {config.cold_item_share} holds out {count} of {len(items)} items; "
+            f"{'raise' if not count else 'lower'} it"
+        )
+    drawn = np.random.default_rng(config.seed).choice(items, count, replace=False)
+    is_cold = np.isin(interactions.item, drawn)
+    has_history = np.zeros(len(interactions.user_ids), dtype=bool)
+    has_history[interactions.user[~is_cold]] = True
+    is_target = is_cold & _is_last(interactions) & has_history[interactions.user]
+    if split["kind"] == "temporal":
+        is_target &= interactions.timestamp >= split["test_start_ms"]
+    return HeldOutItems(interactions.only(~is_cold | is_target), count, int(is_target.sum()))
+
+
+def _is_last(interactions: Interactions) -> np.ndarray:
+    """bool (E,): the last event of each user, in the order of `sequences`."""
+    order = np.lexsort((interactions.timestamp, interactions.user))
+    user, last = interactions.user[order], np.zeros(len(order), dtype=bool)
+    last[order[np.append(user[1:] != user[:-1], True)]] = True
+    return last
+
+
 def sequences(interactions: Interactions) -> Iterator[pa.Table]:
     """Tables of SEQUENCES, users in order of appearance, events by time, equal times in input order."""
     order = np.lexsort((interactions.timestamp, interactions.user))  # stable

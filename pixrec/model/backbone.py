@@ -2,7 +2,8 @@
 
 Builds `pixrec-tiny` from config and loads any other by `from_pretrained`. Knows nothing of items or users.
 
-Shapes: B rows · T tokens · P pictures · K tokens a picture · W width of the language model · S side in pixels.
+Shapes: B rows · T tokens · P pictures · K tokens a picture · W width of the language model · X numbers of a picture
+token, W or more · S side in pixels.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Backbone(nn.Module):
         return int(self.model.config.text_config.hidden_size)
 
     def picture_tokens(self, pixels: Tensor) -> Tensor:
-        """Raw pictures (P, S, S, 3) uint8 to picture tokens (P, K, W)."""
+        """Raw pictures (P, S, S, 3) uint8 to picture tokens (P, K, X)."""
         scaled = pixels.permute(0, 3, 1, 2).float() / 255
         normalised = (scaled - self.pixel_mean) / self.pixel_std
         return self.family.encode_pictures(self.model, normalised)
@@ -50,14 +51,15 @@ class Backbone(nn.Module):
         """Last hidden states (B, T, W).
 
         `token_ids` and `is_token` (B, T): the tokens and which of them are real. `picture_slot` (B, T): for a
-        picture token its row in `pictures` (P·K, W), -1 elsewhere.
+        picture token its row in `pictures` (P·K, X), -1 elsewhere.
         """
         # A picture token's id may lie outside the vocabulary (PaliGemma); its embedding is not looked at.
         embeddings = self.model.get_input_embeddings()(token_ids.masked_fill(picture_slot >= 0, 0))
         if pictures.shape[0]:
-            looked_up = pictures.to(embeddings.dtype)[picture_slot.clamp(min=0)]
+            looked_up = pictures[:, : self.width].to(embeddings.dtype)[picture_slot.clamp(min=0)]
             embeddings = torch.where((picture_slot >= 0).unsqueeze(-1), looked_up, embeddings)
-        return self.family.hidden_states(self.model, embeddings, is_token, picture_slot)
+        deeper = pictures[:, self.width :]
+        return self.family.hidden_states(self.model, embeddings, is_token, picture_slot, deeper)
 
     def token_logits(self, hidden: Tensor) -> Tensor:
         """Scores (…, vocabulary) of the next token from hidden states (…, W)."""

@@ -2,12 +2,15 @@
 
 Training, batch embedding, evaluation and serving all embed through `Embedder`. Knows no Ray and no HTTP.
 
-Shapes: U distinct items · B histories · N items of the catalog · D width of the shared space · S side in pixels.
+Shapes: U distinct items · B histories · N items of the catalog · D width of the shared space · S side in pixels
+· K tokens a picture · X numbers of a picture token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,15 +18,19 @@ import torch
 from pixrec.config import Modalities
 from pixrec.data.images import decode_image
 from pixrec.data.items import ItemTable
+from pixrec.model.compact import UNKNOWN_TIME
 from pixrec.model.encoding import Content, Histories, ItemEncoder, Items
 from pixrec.model.towers import DualTower
 from pixrec.model.vision import PictureTokens
+
+_Given = TypeVar("_Given")
+_Made = TypeVar("_Made")
 
 
 class Catalog:
     """Items by row, tokenised once and decoded at first use; decoded pictures are kept up to `cache_bytes`.
 
-    Where `tokens` hold every picture they are read in place of the pictures.
+    A picture whose `tokens` are stored is neither decoded nor shown to the vision part.
     """
 
     def __init__(
@@ -35,7 +42,7 @@ class Catalog:
     ) -> None:
         self.table = table
         self.encoder = encoder
-        self.tokens = tokens if tokens is not None and tokens.hold(table) else None
+        self.tokens = tokens
         self._text_ids: dict[int, np.ndarray] = {}
         self._pixels: dict[int, np.ndarray | None] = {}
         self._room = max(1, cache_bytes // (3 * encoder.image_size_px**2))
@@ -63,15 +70,16 @@ class Catalog:
         return distinct, items, self.encoder.histories(items, local)
 
     def _picture(self, row: int) -> np.ndarray | None:
-        if self.tokens is not None:
-            stored = self.table.image(row)
-            return None if stored is None else self.tokens.of(stored)
-        if row not in self._pixels:
-            data = self.table.image(row)
-            pixels = None if data is None else decode_image(data, self.encoder.image_size_px)
-            if len(self._pixels) >= self._room:
-                self._pixels.pop(next(iter(self._pixels)))
-            self._pixels[row] = pixels
+        """Pixels (S, S, 3) uint8 or stored tokens (K, X) float16."""
+        if row in self._pixels:
+            return self._pixels[row]
+        data = self.table.image(row)
+        tokens = None if data is None or self.tokens is None else self.tokens.of(data)
+        if tokens is not None:
+            return tokens
+        if len(self._pixels) >= self._room:
+            self._pixels.pop(next(iter(self._pixels)))
+        self._pixels[row] = None if data is None else decode_image(data, self.encoder.image_size_px)
         return self._pixels[row]
 
 
@@ -112,6 +120,12 @@ class Embedder:
         """Item vectors (U, D) of contents given directly; `item_ids` where they are items of the catalog."""
         return self._items(self.encoder.items(contents, self.modalities), item_ids)
 
+    def content_batches(self, batches: Sequence[tuple[list[Content], list[str]]]) -> Iterator[np.ndarray]:
+        """`contents` of each batch, (contents, item_ids), in turn."""
+        encoded = _ahead(lambda batch: self.encoder.items(batch[0], self.modalities), batches)
+        for (_, item_ids), items in zip(batches, encoded, strict=True):
+            yield self._items(items, item_ids)
+
     def items(
         self,
         catalog: Catalog,
@@ -120,40 +134,57 @@ class Embedder:
         progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
         """Item vectors (U, D) of the items at `rows`."""
-        parts = []
-        for batch in _batches(rows, batch_size):
-            item_ids = [catalog.table.item_ids[row] for row in batch]
-            parts.append(self._items(catalog.items(batch, self.modalities), item_ids))
+        parts, batches = [], list(_batches(rows, batch_size))
+        for batch, items in zip(batches, _ahead(lambda b: catalog.items(b, self.modalities), batches), strict=True):
+            parts.append(self._items(items, [catalog.table.item_ids[row] for row in batch]))
             if progress:
                 progress(sum(map(len, parts)), len(rows))
         return np.concatenate(parts)
 
-    def users(self, catalog: Catalog, histories: Sequence[np.ndarray], item_vectors: np.ndarray | None) -> np.ndarray:
+    def users(
+        self,
+        catalog: Catalog,
+        histories: Sequence[np.ndarray],
+        item_vectors: np.ndarray | None,
+        timestamps: Sequence[np.ndarray] | None = None,
+    ) -> np.ndarray:
         """User vectors (B, D) of histories of rows, oldest first; only the last `max_history_items` are read.
 
-        `item_vectors` (N, D) spare a compact tower the backbone; an interleaved one does not look at them.
+        `item_vectors` (N, D) spare a compact tower the backbone; an interleaved one does not look at them, nor at the
+        `timestamps` of the histories' events (milliseconds or UNKNOWN_TIME; None: all unknown).
         """
         recent = [np.asarray(h)[-self.max_history_items :] for h in histories]
         if self.compact is not None:
             if item_vectors is not None:
-                return self.users_of_vectors([item_vectors[h] for h in recent])
+                return self.users_of_vectors([item_vectors[h] for h in recent], timestamps)
             distinct, local = distinct_rows(recent)
             vectors = self.items(catalog, distinct)
-            return self.users_of_vectors([vectors[h] for h in local])
+            return self.users_of_vectors([vectors[h] for h in local], timestamps)
         _, items, sequences = catalog.histories(recent, self.modalities)
         with torch.no_grad():
             return self.tower.user_vectors(items.to(self.device), sequences.to(self.device)).float().cpu().numpy()
 
-    def users_of_vectors(self, histories: Sequence[np.ndarray]) -> np.ndarray:
-        """User vectors (B, D) of a compact tower from the item vectors (L, D) of each history."""
+    def users_of_vectors(
+        self, histories: Sequence[np.ndarray], timestamps: Sequence[np.ndarray] | None = None
+    ) -> np.ndarray:
+        """User vectors (B, D) of a compact tower from the item vectors (L, D) of each history.
+
+        `timestamps`: of each history's events, in milliseconds or UNKNOWN_TIME, the last L of which count.
+        """
         assert self.compact is not None
         lengths = torch.tensor([len(h) for h in histories])
         vectors = torch.zeros(len(histories), int(lengths.max()), histories[0].shape[1])
         for i, history in enumerate(histories):
             vectors[i, : len(history)] = torch.from_numpy(history.astype(np.float32))
+        moments = None
+        if timestamps is not None and self.compact.user.reads_times:
+            moments = torch.full(vectors.shape[:2], UNKNOWN_TIME)
+            for i, (length, times) in enumerate(zip(lengths.tolist(), timestamps, strict=True)):
+                moments[i, :length] = torch.from_numpy(np.asarray(times, dtype=np.int64)[-length:])
+            moments = moments.to(self.device)
         with torch.no_grad():
             last = (lengths - 1).to(self.device)
-            return self.compact.user_vectors_at(vectors.to(self.device), last).float().cpu().numpy()
+            return self.compact.user_vectors_at(vectors.to(self.device), last, moments).float().cpu().numpy()
 
     def _items(self, items: Items, item_ids: Sequence[str] | None) -> np.ndarray:
         with torch.no_grad():
@@ -167,3 +198,16 @@ class Embedder:
 def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
+
+
+def _ahead(prepare: Callable[[_Given], _Made], values: Iterable[_Given]) -> Iterator[_Made]:
+    """`prepare` of each value; a thread is at the next one while the caller works, so that a model does not wait for
+    its tokenizer."""
+    with ThreadPoolExecutor(1) as thread:
+        coming: Future[_Made] | None = None
+        for value in values:
+            ready, coming = coming, thread.submit(prepare, value)
+            if ready is not None:
+                yield ready.result()
+        if coming is not None:
+            yield coming.result()

@@ -4,6 +4,11 @@
 from content, from learned identities, or from both. With identities alone it is SASRec (Kang & McAuley, ICDM 2018).
 Plain torch: knows neither files nor workers.
 
+Time, where the tower reads it, is differences of timestamps in buckets, never a date: the gap since the event before as
+a vector added to the input, and the age of each event, seen from the newest one read, as a bias of attention, one for
+each head (relative time of TiSASRec, Li et al., WSDM 2020; bias by logarithmic bucket as in HSTU, Zhai et al., ICML
+2024). The moment of the next event, or of the request, is never read.
+
 Shapes: B histories · L items in a history · U items · C width of content vectors · D width of the shared space.
 """
 
@@ -20,6 +25,20 @@ from pixrec.config import CompactConfig
 
 INITIAL_TEMPERATURE, MIN_TEMPERATURE = 0.05, 0.01
 
+UNKNOWN_TIME = torch.iinfo(torch.int64).min
+"""The timestamp of an event whose moment nobody knows."""
+
+TIME_BUCKETS = 32
+"""Bucket 0 is unknown, 1 is less than a second, 2 is 1 to 2 s, 3 is 3 to 6 s and so on, the last 34 years and more."""
+
+
+def time_buckets(later: Tensor, earlier: Tensor) -> Tensor:
+    """Buckets, int64 0 to TIME_BUCKETS - 1, of the time from `earlier` to `later` (any shapes that broadcast), both in
+    milliseconds or UNKNOWN_TIME."""
+    seconds = ((later - earlier) // 1000).clamp(min=0)
+    bucket = torch.frexp((seconds + 1).double()).exponent.long().clamp(max=TIME_BUCKETS - 1)
+    return bucket.masked_fill((later == UNKNOWN_TIME) | (earlier == UNKNOWN_TIME), 0)
+
 
 class _Block(nn.Module):
     """Pre-norm transformer block, causal. Attention itself has no dropout: the fused kernels have none on a CPU."""
@@ -32,14 +51,17 @@ class _Block(nn.Module):
         inner = config.feed_forward_multiple * width
         self.feed = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
         self.dropout = nn.Dropout(config.dropout)
+        self.age = nn.Embedding(TIME_BUCKETS, config.heads) if config.time in ("ages", "both") else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """States (B, L, D) of all positions."""
+    def forward(self, x: Tensor, ages: Tensor | None = None) -> Tensor:
+        """States (B, L, D) of all positions. `ages` (B, L, L): bucket of each event's age seen from each position."""
         batch, length, _ = x.shape
         q, k, v = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return self._feed(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        if ages is None:
+            return self._feed(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        return self._feed(x, F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(ages)))
 
-    def at(self, x: Tensor, last: Tensor) -> Tensor:
+    def at(self, x: Tensor, last: Tensor, ages: Tensor | None = None) -> Tensor:
         """The same at one position a history (B,) alone: states (B, 1, D), for less than half the work."""
         batch, length, width = x.shape
         normed, one = self.attention_norm(x), last.view(-1, 1, 1).expand(-1, 1, width)
@@ -47,9 +69,18 @@ class _Block(nn.Module):
         q = F.linear(normed.gather(1, one), weight[:width], bias[:width]).view(batch, 1, 1, self.heads, -1)
         kv = F.linear(normed, weight[width:], bias[width:]).view(batch, length, 2, self.heads, -1)
         k, v = kv.permute(2, 0, 3, 1, 4)
-        known = (torch.arange(length, device=x.device) <= last.unsqueeze(1)).view(batch, 1, 1, length)
-        mixed = F.scaled_dot_product_attention(q[:, :, 0].transpose(1, 2), k, v, attn_mask=known)
+        if ages is None:
+            mask = (torch.arange(length, device=x.device) <= last.unsqueeze(1)).view(batch, 1, 1, length)
+        else:
+            mask = self._bias(ages.gather(1, last.view(-1, 1, 1).expand(-1, 1, length)))
+        mixed = F.scaled_dot_product_attention(q[:, :, 0].transpose(1, 2), k, v, attn_mask=mask)
         return self._feed(x.gather(1, one), mixed)
+
+    def _bias(self, ages: Tensor) -> Tensor:
+        """Buckets (B, Q, L) to what attention adds (B, H, Q, L): minus infinity to what lies in the future."""
+        assert self.age is not None
+        future = torch.full_like(self.age.weight[:1], -torch.inf)
+        return F.embedding(ages, torch.cat([self.age.weight, future])).permute(0, 3, 1, 2)
 
     def _feed(self, x: Tensor, mixed: Tensor) -> Tensor:
         x = x + self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
@@ -64,30 +95,60 @@ class CompactUserTower(nn.Module):
         self.max_history_items = config.max_history_items
         self.width, self.scale = width, math.sqrt(width)
         self.position = nn.Embedding(config.max_history_items, width)
+        self.gap = nn.Embedding(TIME_BUCKETS, width) if config.time in ("gaps", "both") else None
+        self.reads_ages, self.reads_times = config.time in ("ages", "both"), config.time != "none"
+        self.time_dropout = config.time_dropout
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(_Block(width, config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
         self.apply(_initialise)
 
-    def forward(self, vectors: Tensor) -> Tensor:
+    def forward(self, vectors: Tensor, timestamps: Tensor | None = None) -> Tensor:
         """Item vectors (B, L, D), oldest first, padded on the right by anything, to states (B, L, D).
 
         State l has read items 0 … l and nothing later, so what stands in the padding reaches no state that counts.
+        `timestamps` (B, L): when each event was, in milliseconds, never falling, or UNKNOWN_TIME; None: all unknown.
         """
-        x = self._inputs(vectors)
+        timestamps = self._known(timestamps)
+        x, ages = self._inputs(vectors, timestamps), self._ages(timestamps)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, ages)
         return self.norm(x)
 
-    def at(self, vectors: Tensor, last: Tensor) -> Tensor:
+    def at(self, vectors: Tensor, last: Tensor, timestamps: Tensor | None = None) -> Tensor:
         """The states (B, D) at `last` (B,) alone: what serving needs."""
-        x, (*lower, top) = self._inputs(vectors), self.blocks
+        timestamps = self._known(timestamps)
+        x, ages, (*lower, top) = self._inputs(vectors, timestamps), self._ages(timestamps), self.blocks
         for block in lower:
-            x = block(x)
-        return self.norm(cast(_Block, top).at(x, last)[:, 0])
+            x = block(x, ages)
+        return self.norm(cast(_Block, top).at(x, last, ages)[:, 0])
 
-    def _inputs(self, vectors: Tensor) -> Tensor:
-        return self.dropout(vectors * self.scale + self.position.weight[: vectors.shape[1]])
+    def _known(self, timestamps: Tensor | None) -> Tensor | None:
+        """What the tower is to know of the timestamps: in training some histories lose theirs."""
+        if timestamps is None or not self.reads_times:
+            return None
+        if not self.training or not self.time_dropout:
+            return timestamps
+        lost = torch.rand(len(timestamps), 1, device=timestamps.device) < self.time_dropout
+        return timestamps.masked_fill(lost, UNKNOWN_TIME)
+
+    def _inputs(self, vectors: Tensor, timestamps: Tensor | None) -> Tensor:
+        x = vectors * self.scale + self.position.weight[: vectors.shape[1]]
+        if self.gap is not None and timestamps is None:
+            x = x + self.gap.weight[0]
+        elif self.gap is not None and timestamps is not None:
+            first = torch.full_like(timestamps[:, :1], UNKNOWN_TIME)
+            x = x + self.gap(time_buckets(timestamps, torch.cat([first, timestamps[:, :-1]], dim=1)))
+        return self.dropout(x)
+
+    def _ages(self, timestamps: Tensor | None) -> Tensor | None:
+        """Buckets (B, L, L) of the age of event k seen from event l at [l, k], TIME_BUCKETS where k is later; None
+        where nothing is known: one bias for all events is none."""
+        if timestamps is None or not self.reads_ages:
+            return None
+        future = torch.ones(timestamps.shape[1], timestamps.shape[1], dtype=torch.bool, device=timestamps.device)
+        ages = time_buckets(timestamps.unsqueeze(2), timestamps.unsqueeze(1))
+        return ages.masked_fill(future.triu(1), TIME_BUCKETS)
 
 
 def _initialise(module: nn.Module) -> None:
@@ -137,13 +198,16 @@ class CompactTower(nn.Module):
             vectors = vectors + self.identity(identity.clamp(min=0)) * (identity >= 0).unsqueeze(1)
         return F.normalize(vectors, dim=-1) if self.unit else vectors
 
-    def user_vectors(self, vectors: Tensor) -> Tensor:
-        """Item vectors (B, L, D) of histories, padded on the right, to the user vector (B, L, D) of each prefix."""
-        return self._finished(self.user(vectors))
+    def user_vectors(self, vectors: Tensor, timestamps: Tensor | None = None) -> Tensor:
+        """Item vectors (B, L, D) of histories, padded on the right, to the user vector (B, L, D) of each prefix.
 
-    def user_vectors_at(self, vectors: Tensor, last: Tensor) -> Tensor:
+        `timestamps` (B, L) as `CompactUserTower.forward` takes them.
+        """
+        return self._finished(self.user(vectors, timestamps))
+
+    def user_vectors_at(self, vectors: Tensor, last: Tensor, timestamps: Tensor | None = None) -> Tensor:
         """The user vector (B, D) of one prefix of each history: the one that ends at `last` (B,)."""
-        return self._finished(self.user.at(vectors, last))
+        return self._finished(self.user.at(vectors, last, timestamps))
 
     def _finished(self, states: Tensor) -> Tensor:
         return F.normalize(states, dim=-1) if self.unit else states

@@ -4,7 +4,7 @@ An item becomes its text tokens followed by its picture's tokens; a history beco
 separator. Knows the tokenizer and the size of the pictures, not the weights.
 
 Shapes: U distinct items · B histories · L items in a history · T tokens · M pictures · K tokens a picture
-· S side in pixels.
+· X numbers of a picture token · S side in pixels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "<end_of_utterance>", "<fake_token_ar
 class Content:
     """What a tower may see of one item: its text and, where there is one, its decoded picture (S, S, 3) uint8.
 
-    In place of the pixels there may be the picture tokens (K, W) that a frozen vision part made of them.
+    In place of the pixels there may be the picture tokens (K, X) that a frozen vision part made of them.
     """
 
     text: str
@@ -57,9 +57,9 @@ class Items(_Tensors):
     picture_slot: Tensor
     """(U, T) int64, row among the (M·K) picture tokens, -1 elsewhere"""
     pixels: Tensor
-    """(M, S, S, 3) uint8; none where `ready` has them"""
+    """(M - R, S, S, 3) uint8, the first of the pictures; still to be encoded"""
     ready: Tensor
-    """(M, K, W) picture tokens computed before; none where `pixels` are still to be encoded"""
+    """(R, K, X) picture tokens of the others, computed before, in the type they are stored in"""
 
     def __len__(self) -> int:
         return self.token_ids.shape[0]
@@ -138,35 +138,26 @@ class ItemEncoder:
     ) -> Items:
         """As `items`, with the text tokenised before."""
         kept: Sequence[str] = [modalities] * len(text_ids) if isinstance(modalities, str) else modalities
+        seen = [None if keep == "text" else picture for picture, keep in zip(pixels, kept, strict=True)]
+        fresh = [picture for picture in seen if picture is not None and picture.dtype == np.uint8]
+        ready = [picture for picture in seen if picture is not None and picture.dtype != np.uint8]
+        slots, slots_ready = iter(range(len(fresh))), iter(range(len(fresh), len(fresh) + len(ready)))
         rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        pictures: list[np.ndarray] = []
-        for ids, picture, keep in zip(text_ids, pixels, kept, strict=True):
-            text = ids if keep != "image" else ids[:0]
-            seen = picture if keep != "text" else None
-            slot = len(pictures) if seen is not None else None
-            if seen is not None:
-                pictures.append(seen)
-            rows.append(self._row(text, slot))
+        for ids, picture, keep in zip(text_ids, seen, kept, strict=True):
+            slot = None if picture is None else next(slots if picture.dtype == np.uint8 else slots_ready)
+            rows.append(self._row(ids if keep != "image" else ids[:0], slot))
         length = max(len(row[0]) for row in rows)
         padded = [_pad([row[i] for row in rows], length, fill) for i, fill in enumerate((self.pad_id, 0, -1))]
         is_token = np.arange(length) < np.array([len(row[0]) for row in rows])[:, None]
-        pixels_given, ready = self._stack(pictures)
+        size = self.image_size_px
         return Items(
             token_ids=torch.from_numpy(padded[0]),
             is_token=torch.from_numpy(is_token),
             is_text=torch.from_numpy(padded[1].astype(bool)),
             picture_slot=torch.from_numpy(padded[2]),
-            pixels=pixels_given,
-            ready=ready,
+            pixels=_stack(fresh) if fresh else torch.zeros(0, size, size, 3, dtype=torch.uint8),
+            ready=_stack(ready) if ready else torch.zeros(0, self.tokens_per_picture, 1),
         )
-
-    def _stack(self, pictures: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-        size = self.image_size_px
-        pixels, ready = torch.zeros(0, size, size, 3, dtype=torch.uint8), torch.zeros(0, self.tokens_per_picture, 1)
-        if not pictures:
-            return pixels, ready
-        stacked = torch.from_numpy(np.stack(pictures))
-        return (stacked, ready) if stacked.dtype == torch.uint8 else (pixels, stacked)
 
     def histories(self, items: Items, histories: Sequence[np.ndarray]) -> Histories:
         """Write histories, each a row of indices into `items`, oldest first, as token sequences."""
@@ -217,6 +208,10 @@ class ItemEncoder:
         return np.concatenate([text, picture]), is_text, np.concatenate([np.full(len(text), -1, np.int64), slots])
 
 
+def _stack(arrays: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(arrays))
+
+
 def _pad(rows: Sequence[np.ndarray], length: int, fill: int) -> np.ndarray:
     out = np.full((len(rows), length), fill, dtype=np.int64)
     for i, row in enumerate(rows):
@@ -250,7 +245,14 @@ def train_tokenizer(texts: Sequence[str], vocabulary_tokens: int) -> PreTrainedT
 
 
 def picture_statistics(name_or_folder: str) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of the pixels that the backbone was trained with, from its processor's file."""
-    file = cached_file(name_or_folder, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    settings: dict[str, Any] = {} if file is None else json.loads(Path(file).read_text())
+    """Mean and standard deviation of the pixels that the backbone was trained with, from its processor's file.
+
+    transformers 5 writes one file for the whole processor in place of the image processor's own.
+    """
+    settings: dict[str, Any] = {}
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        file = cached_file(name_or_folder, name, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            found = json.loads(Path(file).read_text())
+            settings |= found.get("image_processor", {}) if name == "processor_config.json" else found
     return settings.get("image_mean", [0.5, 0.5, 0.5]), settings.get("image_std", [0.5, 0.5, 0.5])

@@ -41,9 +41,14 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Mean of the gradients over all workers; a worker that has none counts as zero. Shards are averaged already."""
+    sum_gradients([p for p in parameters if not isinstance(p, DTensor)], average=True)
+
+
+def sum_gradients(parameters: Iterable[Tensor], *, average: bool = False) -> None:
+    """Sum of the gradients over all workers, or their mean; what has a gradient nowhere keeps none."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    wanted = [p for p in parameters if not isinstance(p, DTensor)]
+    wanted = list(parameters)
     if not wanted:
         return
     present = torch.tensor([float(p.grad is not None) for p in wanted], device=wanted[0].device)
@@ -53,7 +58,8 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
         return
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in used])
     dist.all_reduce(flat)
-    flat /= dist.get_world_size()
+    if average:
+        flat /= dist.get_world_size()
     for parameter, gradient in zip(used, flat.split([p.numel() for p in used]), strict=True):
         parameter.grad = gradient.view_as(parameter)
 

@@ -3,7 +3,8 @@
 Plain torch: knows neither files nor workers. What a tower may see is decided before, in `encoding`.
 
 Shapes: U distinct items · B histories · L items in a history · T tokens · W width of the language model
-· D width of the shared space · P examples (a history and the item that followed it).
+· D width of the shared space · P examples (a history and the item that followed it) · M pictures · K tokens a picture
+· X numbers of a picture token.
 """
 
 from __future__ import annotations
@@ -90,12 +91,15 @@ class DualTower(nn.Module):
         return self.log_temperature.exp().clamp(min=MIN_TEMPERATURE)
 
     def pictures(self, items: Items) -> Tensor:
-        """Picture tokens (M·K, W) of all pictures of `items`."""
-        if items.ready.shape[0]:
-            return items.ready.flatten(0, 1)
+        """Picture tokens (M·K, X) of all pictures of `items`; the vision part sees those that have none yet."""
         if not items.pixels.shape[0]:
-            return torch.zeros(0, self.backbone.width, device=items.pixels.device)
-        return self.backbone.picture_tokens(items.pixels).flatten(0, 1)
+            if not items.ready.shape[0]:
+                return torch.zeros(0, self.backbone.width, device=items.pixels.device)
+            return items.ready.flatten(0, 1)
+        made = self.backbone.picture_tokens(items.pixels)
+        if items.ready.shape[0]:
+            made = torch.cat([made, items.ready])
+        return made.flatten(0, 1)
 
     def item_vectors(self, items: Items, pictures: Tensor | None = None) -> Tensor:
         """v_T: each item encoded alone, unit vectors (U, D)."""
@@ -114,7 +118,7 @@ class DualTower(nn.Module):
         return prefixes[torch.arange(len(last), device=last.device), last]
 
     def read_histories(self, histories: Histories, pictures: Tensor, generate: bool) -> HistoryOutputs:
-        """Everything the objective needs of histories whose last item is a target only; `pictures` (M·K, W)."""
+        """Everything the objective needs of histories whose last item is a target only; `pictures` (M·K, X)."""
         has_next = histories.item[:, 1:] >= 0
         hidden = self.history_states(histories, pictures)
         user = self.user_tower(hidden, histories)[:, :-1][has_next]

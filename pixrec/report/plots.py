@@ -95,15 +95,15 @@ def bucket_plots(buckets: Mapping[str, Any]) -> list[dict[str, Any]]:
     drawn = {name: b["results"] if b["users"] >= MIN_BUCKET_USERS else {} for name, b in buckets.items()}
     highs = [result["ci95"]["recall@10"][1] for results in drawn.values() for result in results.values()]
     axis = _axis(0, max(highs, default=1.0))
-    return [
-        {
-            "meaning": bucket["meaning"],
-            "users": bucket["users"],
-            "axis": axis,
-            "rows": _marks(drawn[name], "recall@10", axis["range"]),
-        }
-        for name, bucket in buckets.items()
-    ]
+    panels = []
+    for name, bucket in buckets.items():
+        rows = _marks(drawn[name], "recall@10", axis["range"])
+        compared = bucket.get("differences", {"minus": {}})["minus"]
+        for row in rows:
+            if row["scorer"] in compared:
+                row["note"] = probability(compared[row["scorer"]]["p_holm"]["recall@10"])
+        panels.append({"meaning": bucket["meaning"], "users": bucket["users"], "axis": axis, "rows": rows})
+    return panels
 
 
 def curves(training_log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

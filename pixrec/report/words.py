@@ -117,6 +117,7 @@ def guard_sentences(metrics: Mapping[str, Any]) -> list[str]:
         f"Recall@10 of a blind guess: {number(guards['chance_recall@10'])}.",
         *_floor_sentence(guards),
         *_one_event_sentence(guards),
+        *_held_out_sentence(guards.get("held_out_items")),
         *_predictions_sentence(metrics.get("predictions")),
     ]
 
@@ -145,28 +146,42 @@ def notes(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def format_table(metrics: Mapping[str, Any]) -> str:
-    """The results as plain text, one line a scorer, recall@10 with its 95 % interval."""
+    """The results as plain text, one line a scorer, recall@10 with its 95 % interval; then a line of cold targets."""
     head = ["scorer", *(metric_name(m) for m in HEADLINE_METRICS), "95 % of Recall@10"]
     lines = [
         [scorer, *(number(result[m]) for m in HEADLINE_METRICS), " to ".join(map(number, result["ci95"]["recall@10"]))]
         for scorer, result in metrics["results"].items()
     ]
     widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    return "\n".join(
+    table = [
         "  ".join(
             cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
         )
         for line in [head, ["-" * w for w in widths], *lines]
-    )
+    ]
+    return "\n".join([*table, *_cold_line(metrics)])
+
+
+def _cold_line(metrics: Mapping[str, Any]) -> list[str]:
+    """Recall@10 of every scorer on targets that occur in no training history."""
+    cold = metrics.get("buckets", {}).get("target_cold", {"users": 0})
+    if not cold["users"]:
+        return []
+    figures = [
+        f"{scorer} {number(result['recall@10'])} ({' to '.join(map(number, result['ci95']['recall@10']))})"
+        for scorer, result in cold["results"].items()
+    ]
+    return [f"Recall@10 of {cold['users']:,} cold targets: {', '.join(figures)}"]
 
 
 def _audit_sentence(audit: Mapping[str, Any] | None) -> list[str]:
     if audit is None:
         return []
-    targets = audit["targets_checked"]
+    targets, learners = audit["targets_checked"], ", ".join(audit["windows_of"])
     return [
         f"Audited: none of the {targets['test']:,} test and {targets['valid']:,} validation targets is among the "
-        f"{audit['training_events']:,} events or in one of {audit['training_windows_checked']:,} windows of training."
+        f"{audit['training_events']:,} events or in one of {audit['training_windows_checked']:,} windows of training "
+        f"({learners})."
     ]
 
 
@@ -189,6 +204,15 @@ def _floor_sentence(guards: Mapping[str, Any]) -> list[str]:
 def _one_event_sentence(guards: Mapping[str, Any]) -> list[str]:
     share = guards.get("users_with_one_event_share")
     return [] if share is None else [f"{percent(share)} of all users have a single event and cannot be measured."]
+
+
+def _held_out_sentence(items: int | None) -> list[str]:
+    if not items:
+        return []
+    return [
+        f"{items:,} items were held out of training entirely: their events were left out of the data set, except where "
+        "they are a test target (prepare.cold_item_share)."
+    ]
 
 
 def _predictions_sentence(counts: Mapping[str, Any] | None) -> list[str]:

@@ -73,6 +73,7 @@ class Backend(Protocol):
         exclude_history: bool,
         filters: Filters,
         new_items: dict[str, NewItem],
+        timestamps: list[int] | None,
     ) -> Ranking | Refusal: ...
 
     async def similar(self, item_id: str, k: int, filters: Filters) -> Ranking | Refusal | None: ...

@@ -55,6 +55,7 @@ class RecommenderReplica:
         exclude_history: bool,
         filters: Filters,
         new_items: dict[str, NewItem],
+        timestamps: list[int] | None = None,
     ) -> Ranking | Refusal:
         from pixrec import recommender
 
@@ -62,6 +63,10 @@ class RecommenderReplica:
         refusal = self._refusal(filters)
         if refusal is not None:
             return refusal
+        try:
+            recommender.check_timestamps(history, timestamps)
+        except InputError as error:
+            return Refusal("timestamps", str(error))
         vectors = {}
         if new_items:
             given = {i: recommender.NewItem(item.fields, item.image) for i, item in new_items.items()}
@@ -69,7 +74,7 @@ class RecommenderReplica:
                 vectors = await self._compute(self._recommender.encode_new, given)
             except InputError as error:
                 return Refusal("new_items", str(error))
-        query = recommender.Query(history, k, exclude, exclude_history, filters, vectors)
+        query = recommender.Query(history, k, exclude, exclude_history, filters, vectors, timestamps)
         return self._ranking(await self._answer_together(query))
 
     async def answer_all(self, queries: list[Query]) -> list[Answer]:
@@ -130,8 +135,9 @@ class ServeBackend:
         exclude_history: bool,
         filters: Filters,
         new_items: dict[str, NewItem],
+        timestamps: list[int] | None,
     ) -> Ranking | Refusal:
-        return await self._ask("recommend", history, k, exclude, exclude_history, filters, new_items)
+        return await self._ask("recommend", history, k, exclude, exclude_history, filters, new_items, timestamps)
 
     async def similar(self, item_id: str, k: int, filters: Filters) -> Ranking | Refusal | None:
         return await self._ask("similar", item_id, k, filters)

@@ -47,6 +47,7 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 # FailFast: a million wrong values are one error, not a million.
 Ids = Annotated[list[Text], FailFast()]
+Moments = Annotated[list[int] | None, FailFast()]
 FilterValue = Text | bool | int | Annotated[float, Field(allow_inf_nan=False)]
 FilterValues = dict[Text, Annotated[list[FilterValue], FailFast()]]
 
@@ -77,6 +78,9 @@ class RecommendBody(_Body):
     exclude_history: bool = Field(True, description="Do not return items of the history.")
     new_items: dict[Text, NewItemBody] = Field(
         default_factory=dict, description="Items of the history that the catalog does not hold yet, by id."
+    )
+    timestamps: Moments = Field(
+        None, description="When each item of the history was met, milliseconds since the epoch; null: unknown."
     )
 
 
@@ -147,10 +151,11 @@ def _ranking_routes(backend: Backend, config: ServeConfig) -> APIRouter:
         k = _checked_k(body, config)
         for name in ("history", "exclude"):
             _check_length(name, len(getattr(body, name)), config.max_request_items, "items")
+        if body.timestamps is not None:
+            _check_length("timestamps", len(body.timestamps), config.max_request_items, "values")
         new_items = _new_items(body, config)
-        return _ranked(
-            await backend.recommend(body.history, k, body.exclude, body.exclude_history, body.filters, new_items)
-        )
+        asked = (body.history, k, body.exclude, body.exclude_history, body.filters, new_items, body.timestamps)
+        return _ranked(await backend.recommend(*asked))
 
     @router.post("/similar", response_model=RankingAnswer, responses=UNKNOWN)
     async def similar(body: SimilarBody) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from fakes import tiny_config, tiny_dataset, tiny_model, write_model, write_prep
 from pixrec.artifact import load_model
 from pixrec.cluster import compact as module
 from pixrec.cluster.compact import _begin, fit_compact
+from pixrec.cluster.train import check_ready
+from pixrec.errors import InputError
 from pixrec.model.catalog import Catalog
 
 SHAPE = {"dropout": 0.0}  # the workers draw their own
@@ -75,3 +78,26 @@ def test_two_workers_of_which_one_dies_end_where_one_process_does(
     vectors = model.embedder().items(catalog, np.arange(len(dataset.items)))
     np.testing.assert_allclose(vectors, alone.item_vectors().numpy(), atol=1e-3)
     assert {row["step"] for row in rows if "loss" in row} >= set(range(1, model.info["step"] + 1))
+
+
+TIMED = tiny_config(model={"user_tower": "compact", "compact": {"time": "both", **SHAPE}})
+
+
+def test_time_is_refused_before_ray_where_timestamps_are_an_order_only(tmp_path: Path):
+    dataset = write_prepared(tmp_path / "data", tiny_dataset(num_events=7))
+    with pytest.raises(InputError, match=r"order of the events.*model\.compact\.time to none"):
+        check_ready(dataset.uri, str(tmp_path / "out"), TIMED, resume=False)
+    check_ready(dataset.uri, str(tmp_path / "out"), CONFIG, resume=False)
+
+
+def test_what_is_trained_reads_each_event_with_its_time(tmp_path: Path):
+    dataset = tiny_dataset(num_events=7)
+    moments = np.random.default_rng(0).integers(1, 10**8, len(dataset.events.rows)).cumsum()
+    dataset = dataclasses.replace(dataset, events=dataclasses.replace(dataset.events, timestamps=moments))
+    dataset = write_prepared(tmp_path / "data", dataset)
+    write_model(tmp_path / "base", tiny_model(TIMED))
+    trainer, _, _ = _begin(str(tmp_path / "base"), dataset, TIMED, "cpu", None)
+    event_at = {int(moment): int(row) for moment, row in zip(moments, dataset.events.rows, strict=True)}
+    windows = [window for batch in trainer.source.epoch(0) for window in batch]
+    assert windows
+    assert all(event_at[moment] == row for window in windows for row, moment in window.tolist())

@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from fakes import TINY, tiny_dataset, tiny_items, tiny_model, write_model, write_prepared
+from fakes import (
+    TINY,
+    square,
+    tiny_config,
+    tiny_dataset,
+    tiny_items,
+    tiny_model,
+    write_model,
+    write_prepared,
+    write_tokens,
+)
 
 from pixrec import cli, storage
 from pixrec.artifact import Index, list_versions, load_index
@@ -23,6 +33,7 @@ from pixrec.cluster import embed as embedding
 from pixrec.cluster.embed import embed
 from pixrec.config import Config, EmbedConfig, dump_config
 from pixrec.data.items import ItemTable
+from pixrec.model.vision import open_store
 from pixrec.schema import IMAGE
 
 MANY = 600
@@ -149,6 +160,48 @@ def test_decoding_and_the_model_are_stages_of_their_own(place: Place):
     operators = [line for line in done.stats().splitlines() if line.startswith("Operator")]
     assert len([line for line in operators if "decode_items" in line and "ItemEmbedder" not in line]) == 1
     assert len([line for line in operators if "ItemEmbedder" in line and "decode_items" not in line]) == 1
+
+
+def frozen(seed: int = 0) -> Config:
+    return tiny_config(model={"freeze_vision": True}, train={"seed": seed})
+
+
+def test_stored_picture_tokens_are_used_where_they_fit(place: Place):
+    """Not those of other weights, not for a changed picture, and not where the config says no."""
+    place.model = write_model(place.folder / "model", tiny_model(frozen(), place.items))
+    write_tokens(place.folder / "data.tokens", tiny_model(frozen(1)), place.items)
+    assert place.embed(picture_tokens=None)["pictures_from_tokens"] == 0
+    fresh = place.index
+    storage.remove(str(place.folder / "index"))
+    assert place.embed()["pictures_from_tokens"] == 0, "they are of other weights"
+    storage.remove(str(place.folder / "index"))
+
+    write_tokens(place.folder / "data.tokens", place.model, place.items)
+    manifest = place.embed()
+    assert (manifest["pictures_from_tokens"], manifest["with_image"]) == (6, 6)
+    index, rows = place.index, [fresh.item_ids.index(item) for item in place.index.item_ids]
+    assert np.sum(index.vectors * fresh.vectors[rows], axis=1) == pytest.approx(1, abs=1e-3)
+    assert np.abs(index.vectors - fresh.vectors[rows]).max() > 0, "they were not used at all"
+
+    pictures = [square(0.77) if row == 2 else place.items.image(row) for row in range(12)]
+    table, at = place.items._table, place.items._table.column_names.index(IMAGE)
+    place.write(ItemTable(table.set_column(at, IMAGE, pa.array(pictures, pa.binary()))))
+    manifest = place.embed()
+    assert (manifest["computed"], manifest["pictures_from_tokens"]) == (1, 0)
+    content = embedding_contents(place.items, [2], place.model.encoder.image_size_px)
+    vector = place.index.vectors[place.index.item_ids.index("i02")]
+    np.testing.assert_allclose(vector, place.model.embedder().contents(content)[0], atol=1e-6)
+
+
+def test_picture_tokens_on_s3(place: Place, bucket: str):
+    place.model = write_model(place.folder / "model", tiny_model(frozen(), place.items))
+    folder = write_tokens(f"{bucket}/embed.tokens", place.model, place.items)
+    manifest = place.embed(picture_tokens=f"{bucket}/embed.tokens")
+    assert manifest["pictures_from_tokens"] == 6
+    tokens = open_store(f"{bucket}/embed.tokens", place.model.tower.backbone)
+    storage.remove(folder)
+    assert tokens is not None
+    assert tokens.hold(place.items), "they stay while they are in use"
 
 
 class Killed(BaseException):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import json
@@ -104,6 +105,7 @@ def everything_below(folder: Path) -> list[str]:
 def test_prepare_end_to_end(ray_session: None, raw: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     out, stages = str(tmp_path / "out"), []
     config = PrepareConfig(**{**vars(CONFIG), "min_rating": 2.0, "min_user_events": 12, "split": "temporal"})
+    config = dataclasses.replace(config, cold_item_share=0.4)
 
     info = prepare(
         str(raw / "items.parquet"), str(raw / "interactions.parquet"), out, config, lambda *step: stages.append(step)
@@ -142,6 +144,16 @@ def test_prepare_end_to_end(ray_session: None, raw: Path, tmp_path: Path, capfd:
     assert len(data.events.rows) == info["interactions"]["kept"]
     assert len(data.events.user_ids) == info["users"]
     assert data.held_out("test").user_ids
+    cold = data.training_counts()[data.held_out("test").targets] == 0
+    assert cold.sum() >= info["cold"]["test_targets"] > 0
+
+
+def test_without_held_out_items_the_fingerprint_is_what_it_was():
+    """Models name the data set that they were trained on by it."""
+    assert module._fingerprint(PrepareConfig(), []) == "96a25e34b9fef50a732b7eff06bbca09"
+    assert module._fingerprint(PrepareConfig(seed=1), []) == module._fingerprint(PrepareConfig(), [])
+    seeds = [PrepareConfig(cold_item_share=0.1, seed=seed) for seed in (0, 1)]
+    assert len({module._fingerprint(config, []) for config in (PrepareConfig(), *seeds)}) == 3
 
 
 def test_again_gives_the_same_and_replaces_the_old(ray_session: None, raw: Path, tmp_path: Path):
@@ -349,7 +361,9 @@ def test_amazon2023_with_pictures_from_the_web(
         "filtered_rating": 1,
         "filtered_repeats": 1,
         "filtered_kcore": 0,
+        "held_out_cold": 0,
     }
+    assert info["cold"] == {"items": 0, "test_targets": 0}
     assert info["rejects"] == {
         "items: not valid JSON": 1,
         "interactions: not valid JSON": 1,

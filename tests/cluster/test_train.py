@@ -1,4 +1,4 @@
-"""Runs that are disturbed end as the undisturbed run would have: killed workers, errors, --resume."""
+"""Runs that are disturbed end as the undisturbed run would have: killed workers, errors, --resume; and stages."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from fakes import TINY, tiny_dataset, write_prepared
+from fakes import TINY, tiny_dataset, tiny_items, write_prepared
+from ray.train import TrainingFailedError
 
 from pixrec import cli
-from pixrec.artifact import load_model, new_model
+from pixrec.artifact import Model, load_model, new_model
 from pixrec.cluster import train as module
 from pixrec.cluster import vision
-from pixrec.cluster.train import train
-from pixrec.config import Config, dump_config
+from pixrec.cluster.train import check_ready, train
+from pixrec.config import Config, StageConfig, dump_config
+from pixrec.console import Console
+from pixrec.data.items import ItemTable, load_texts
+from pixrec.data.joined import join_datasets
 from pixrec.data.sequences import Dataset
 from pixrec.errors import InputError
 from pixrec.model.catalog import Catalog
@@ -184,9 +189,133 @@ def test_a_frozen_vision_part_works_once_for_each_picture(
     assert [row["loss"] for row in rows if "loss" in row] == pytest.approx(losses, rel=1e-3)
 
 
-def plain_trainer(dataset: Dataset, config: Config) -> tuple[Trainer, Catalog]:
-    model = new_model(config, [dataset.items.text(row) for row in range(len(dataset.items))])
-    catalog = Catalog(dataset.items, model.encoder)
-    source = BatchSource(dataset.training_histories(), config.model.max_history_items, config.train)
-    collator = Collator(catalog, dataset.training_counts(), config, source.examples_per_step)
+def plain_trainer(
+    dataset: Dataset, config: Config, model: Model | None = None, *more: Dataset
+) -> tuple[Trainer, Catalog]:
+    data = join_datasets([dataset, *more])
+    model = model or new_model(config, [dataset.items.text(row) for row in range(len(dataset.items))])
+    catalog = Catalog(data.items, model.encoder)
+    source = BatchSource(data.histories, config.model.max_history_items, config.train)
+    collator = Collator(catalog, data.counts, config, source.examples_per_step)
     return Trainer(model.tower, source, collator, config), catalog
+
+
+JOINT_STEPS = 2
+
+
+@pytest.fixture
+def two_sets(tmp_path: Path) -> tuple[Dataset, Dataset]:
+    """The target and a second, smaller set with other titles under the same item ids."""
+    table = tiny_items(8)._table
+    circles = ItemTable(table.set_column(1, "title", pa.array([f"Circle {row}" for row in range(len(table))])))
+    target = write_prepared(tmp_path / "target", tiny_dataset(num_users=20))
+    return target, write_prepared(tmp_path / "circles", tiny_dataset(circles, num_users=6, num_events=5))
+
+
+def staged(target: Dataset, other: Dataset, **settings: Any) -> Config:
+    """A joint stage at a rate of its own, then the target."""
+    joint = StageConfig(name="joint", data=(target.uri, other.uri), max_steps=JOINT_STEPS, learning_rate=5e-3)
+    train = dataclasses.replace(CONFIG.train, num_workers=1, max_steps=4, stages=(joint,), **settings)
+    return dataclasses.replace(CONFIG, train=train)
+
+
+def losses_of(rows: list[dict[str, Any]], part: str) -> list[float]:
+    return [row["loss"] for row in rows if row["part"] == part and "loss" in row]
+
+
+def test_stages_follow_each_other_and_resume_in_the_right_one(
+    ray_session: None,
+    tmp_path: Path,
+    two_sets: tuple[Dataset, Dataset],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    target, other = two_sets
+    config, out = staged(target, other), tmp_path / "model"
+    rows: list[dict[str, Any]] = []
+    calm = train(target.uri, str(tmp_path / "calm"), config, resume=False, on_row=rows.append)
+    assert calm["stages"] == [
+        {"name": "joint", "data_fingerprints": [target.info["fingerprint"], other.info["fingerprint"]]}
+    ]
+    assert calm["data_fingerprint"] == target.info["fingerprint"]
+    assert calm["trained_events"] == target.training_counts().sum()
+
+    # The same by hand: one model, whose tokenizer has read both sets; two optimisers.
+    model = new_model(config, load_texts(target.uri) + load_texts(other.uri))
+    first, _ = plain_trainer(target, in_stage(config), model, other)
+    assert losses_of(rows, "both_joint") == pytest.approx([first.train_step()["loss"] for _ in range(2)], rel=1e-4)
+    second, _ = plain_trainer(target, config, model)
+    assert losses_of(rows, "both") == pytest.approx([second.train_step()["loss"] for _ in range(4)], rel=1e-4)
+    validated = [(row["part"], row["step"]) for row in rows if "valid_ndcg@10" in row]
+    assert validated == [("both_joint", 2), ("both", 2), ("both", 4)]
+
+    # A fault in the last stage, behind its first checkpoint; what follows leaves the joint stage alone.
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "raise-3-0").touch()
+    broken = staged(target, other, max_failures=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_worker", sabotaged(notes))
+        with pytest.raises(TrainingFailedError, match="a fault at step 3"):
+            train(target.uri, str(out), broken, resume=False, on_row=lambda row: None)
+        assert (notes / "steps-0").read_text().split() == ["0", "1", "0", "1", "2", "3"]
+        rows.clear()
+        info = train(target.uri, str(out), broken, resume=True, on_row=rows.append)
+        again = (notes / "steps-0").read_text().split()[6:]
+        assert again in (["0", "1", "2", "3"], ["2", "3"])  # with or without the upload that was under way
+    assert {row["part"] for row in rows} == {"both"}
+    assert info["fingerprint"] == calm["fingerprint"]
+    kept = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
+    assert len(losses_of(kept, "both_joint")) == JOINT_STEPS
+    with Console() as console:
+        console.training(kept[0] | {"total_steps": 1})
+    assert "train both_joint 1/1" in capsys.readouterr().err
+
+
+def in_stage(config: Config) -> Config:
+    return dataclasses.replace(config, train=config.train.of_stage(config.train.stages[0]))
+
+
+def test_stages_are_checked_before_ray_starts(
+    tmp_path: Path, two_sets: tuple[Dataset, Dataset], capfd: pytest.CaptureFixture[str]
+):
+    target, other = two_sets
+    out = str(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    longer = write_prepared(tmp_path / "longer", tiny_dataset(num_users=20, num_events=9))
+    twin = write_prepared(tmp_path / "twin", tiny_dataset(num_users=20))
+    (tmp_path / "config.yaml").write_text(dump_config(CONFIG))
+
+    def refused(stage: dict[str, Any], *more: str) -> str:
+        options = [f"train.stages={json.dumps([stage])}", *more]
+        overrides = [word for option in options for word in ("--set", option)]
+        places = ("--data", target.uri, "--out", out, "--config", str(tmp_path / "config.yaml"))
+        code = cli.main(["train", *places, *overrides])
+        said = capfd.readouterr()
+        assert (code, said.out) == (2, ""), said.err
+        return said.err.splitlines()[-1]
+
+    empty, nowhere = str(tmp_path / "empty"), str(tmp_path / "nowhere")
+    for place in (empty, nowhere):
+        assert f"train.stages a: {place} holds no dataset.json" in refused({"name": "a", "data": [other.uri, place]})
+    assert f"{twin.uri} and {target.uri} are the same data set" in refused(
+        {"name": "a", "data": [target.uri, twin.uri]}
+    )
+    leak = refused({"name": "a", "data": [longer.uri]})
+    assert leak.startswith(f"pixrec train: train.stages a: 40 training events of {longer.uri} are validation or test")
+    elsewhere = ("model.freeze_vision=true", f"train.picture_tokens={tmp_path}/tokens")
+    assert "keeps the pictures of one data set" in refused({"name": "a", "data": [other.uri]}, *elsewhere)
+    assert "'train.stages[0].epoch'; did you mean 'train.stages[0].epochs'" in refused({"name": "a", "epoch": 1})
+    check_ready(target.uri, out, staged(target, other), resume=False)
+
+
+def test_another_set_in_a_stage_is_no_resumption(tmp_path: Path, two_sets: tuple[Dataset, Dataset]):
+    target, other = two_sets
+    config, out, hidden = staged(target, other), str(tmp_path / "model"), tmp_path / ".model.training"
+    hidden.mkdir()
+    (hidden / "config.yaml").write_text(dump_config(config))
+    (hidden / "data.json").write_text(json.dumps(module._data_facts(target, config)))
+    check_ready(target.uri, out, config, resume=True)
+    write_prepared(tmp_path / "circles", tiny_dataset(num_users=7))
+    with pytest.raises(InputError, match=r"the data sets of train\.stages joint are not those of the unfinished run"):
+        check_ready(target.uri, out, config, resume=True)

@@ -74,6 +74,23 @@ def test_a_loaded_model_gives_the_same_vectors(tmp_path: Path, items: ItemTable,
     np.testing.assert_array_equal(user_vectors(loaded, items), user_vectors(made, items))
 
 
+def test_a_model_that_reads_time_is_loaded_with_it_and_one_that_does_not_keeps_its_name(
+    tmp_path: Path, items: ItemTable
+):
+    """Fingerprints are older than the settings of time: a model saved before them must not be called altered."""
+    timed = tiny_config(model={"user_tower": "compact", "compact": {"time": "both"}})
+    made = tiny_model(timed, items)
+    save_model(str(tmp_path), made, {})
+    loaded = load_model(str(tmp_path))
+    asked = (Catalog(items, made.encoder), [np.array([1, 2, 3])], item_vectors(made, items), [np.array([0, 5, 99_000])])
+    np.testing.assert_array_equal(loaded.embedder().users(*asked), made.embedder().users(*asked))
+    assert not np.allclose(made.embedder().users(*asked), made.embedder().users(*asked[:3]))
+
+    forms = [tiny_config(model={"user_tower": "compact", "compact": {"time": t}}) for t in ("none", "gaps", "ages")]
+    assert len({tiny_model(config, items).fingerprint for config in [*forms, timed]}) == 4
+    assert "time" not in repr(forms[0].model)
+
+
 def test_a_model_folder_holds_what_the_contract_says(saved: Path):
     assert sorted(path.name for path in saved.iterdir()) == [
         "backbone",

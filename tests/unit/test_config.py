@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pixrec import config as config_module
-from pixrec.config import Config, PrepareConfig, dump_config, load_config, to_dict
+from pixrec.config import Config, PrepareConfig, StageConfig, TrainConfig, dump_config, load_config, to_dict
 from pixrec.errors import ConfigError
 
 
@@ -35,8 +35,10 @@ def test_keys_that_others_rely_on():
 
 
 def test_every_field_says_what_it_means():
-    tree = ast.parse(inspect.getsource(config_module))
-    for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+    modules = [ast.parse(file.read_text()) for file in Path(config_module.__file__).parent.glob("*.py")]
+    classes = [node for tree in modules for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert {"TrainConfig", "StageConfig", "ServeConfig"} <= {cls.name for cls in classes}
+    for cls in classes:
         for field, after in zip(cls.body, [*cls.body[1:], None], strict=True):
             if not isinstance(field, ast.AnnAssign) or ast.unparse(field.annotation).endswith("Config"):
                 continue
@@ -128,6 +130,16 @@ def test_override_values(override: str, value: Any):
         ("prepare: {split: random}", "'prepare.split' is 'random': must be one of leave_one_out, temporal"),
         ("train: {knockouts: [both]}", "'train.knockouts' is 'both': must be one of text, image"),
         ("model: {backbone: [a]}", r"config key 'model.backbone' is \['a'\]: must be of type str"),
+        ("train: {stages: {name: a}}", r"config key 'train.stages' is \{'name': 'a'\}: must be a list"),
+        ("train: {stages: [a]}", r"config key 'train.stages\[0\]' is a section; give its keys, not 'a'"),
+        (
+            "train: {stages: [{name: a}, {name: b, learning_rat: 1}]}",
+            r"unknown config key 'train.stages\[1\].learning_rat'; did you mean 'train.stages\[1\].learning_rate'\?",
+        ),
+        ("train: {stages: [{rank: 1}]}", r"'train.stages\[0\].rank'; did you mean 'model.lora.rank'\?"),
+        ("train: {stages: [{colour: 1}]}", r"'train.stages\[0\].colour'; known here: name, data, epochs, "),
+        ("train: {stages: [{name: a, epochs: few}]}", r"'train.stages\[0\].epochs' is 'few': must be of type int"),
+        ("train: {stages: [{name: a, data: b}]}", r"'train.stages\[0\].data' is 'b': must be a list"),
     ],
 )
 def test_what_the_file_may_not_say(text: str, message: str):
@@ -179,6 +191,19 @@ def test_an_override_names_a_key_of_a_section(override: str):
         (["train.trackers=[comet]"], "must be one of mlflow, wandb"),
         (["model.lora.base=nf4"], "model.lora.base nf4 needs model.lora.enabled and a pretrained"),
         (["train.modality_dropout=0.6"], "train.modality_dropout is 0.6: must be between 0 and 0.5"),
+        (["train.stages=[{epochs: 1}]"], "train.stages: the name '' of a stage must be of a-z"),
+        (["train.stages=[{name: ../up}]"], "train.stages: the name '../up' of a stage must be of a-z"),
+        (["train.stages=[{name: compact}]"], "train.stages: compact is what the log calls"),
+        (["train.stages=[{name: a}, {name: b}, {name: a}]"], "train.stages has several of one name among a, b, a"),
+        (
+            ["train.stages=[{name: a, data: [x, x/]}]"],
+            r"train.stages a: data is \['x', 'x/'\]: name each data set once",
+        ),
+        (["train.stages=[{name: a, data: ['']}]"], "train.stages a: data is .*: name each data set once"),
+        (["train.stages=[{name: a, epochs: 0}]"], "train.stages a: train.epochs is 0: must be at least 1"),
+        (["train.stages=[{name: a, alpha: 0.5}]"], "train.stages a: train.alpha 0.5 and train.beta 0.9 must leave"),
+        (["train.alpha=0", "train.stages=[{name: a, beta: 2}]"], "train.stages a: train.alpha 0.0 and train.beta 2.0"),
+        (["train.stages=[{name: a, histories_per_step: 1}]"], "train.stages a: .*one history to contrast at a time"),
         (["embed.batch_size=0"], "embed.batch_size is 0: must be at least 1"),
         (["evaluate.ks=[0, 10]"], r"evaluate.ks is \[0, 10\]: every cut-off must be at least 1"),
         (["serve.max_batch_size=9999"], r"serve.max_ongoing_requests \d+ is below serve.max_batch_size 9999"),
@@ -196,6 +221,35 @@ def test_dump_and_load_give_the_same_tree():
     made = load_config("", overrides)
     assert load_config(dump_config(made)) == made
     assert load_config(dump_config(Config())) == Config()
+
+
+STAGES = """
+train:
+  learning_rate: 1e-3
+  alpha: 0.1
+  stages:
+  - {name: joint, data: [books, s3://bucket/films], learning_rate: 1e-4, max_steps: 7}
+  - {name: target_only, alpha: 0, beta: -0.5}
+"""
+
+
+def test_stages_are_a_list_of_sections():
+    made = load_config(STAGES)
+    joint, only = made.train.stages
+    assert (joint.name, joint.data, joint.learning_rate) == ("joint", ("books", "s3://bucket/films"), 1e-4)
+    assert (only.data, only.learning_rate, only.epochs) == ((), None, None)
+    assert load_config(dump_config(made)) == made
+    assert load_config("", ["train.stages=[]"], base=made) == load_config("train: {alpha: 0.1}")
+    assert Config().train.stages == ()
+
+
+def test_a_stage_changes_what_it_names_and_no_more():
+    made = load_config(STAGES)
+    joint, only = (made.train.of_stage(stage) for stage in made.train.stages)
+    assert joint == load_config("train: {learning_rate: 1e-4, alpha: 0.1, max_steps: 7}").train
+    assert only == load_config("train: {alpha: 0, beta: -0.5}").train
+    settings = {f.name for f in dataclasses.fields(StageConfig)} - {"name", "data"}
+    assert settings < {f.name for f in dataclasses.fields(TrainConfig)}
 
 
 def test_a_secret_is_never_dumped():

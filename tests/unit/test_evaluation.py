@@ -1,16 +1,20 @@
 """The protocol on a catalog of six items, worked out by hand."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
+from fakes import tiny_dataset, tiny_items
 
 from pixrec import evaluation as protocol
-from pixrec.config import EvaluateConfig
+from pixrec.baselines import ItemTransition, Popularity, ReciprocalRankFusion, RepeatLast, RoundRobin
+from pixrec.config import EvaluateConfig, SasrecConfig, SasrecTrainingConfig
 from pixrec.data.sequences import HeldOut
 from pixrec.errors import InputError
 from pixrec.evaluation import Collector, evaluate_scorers, sample_users, users_of
+from pixrec.sasrec import train_sasrec
 
 NUM_ITEMS = 6
 LISTS = ("coverage", "novelty")
@@ -50,6 +54,29 @@ def test_ranks_with_seen_items_allowed_and_filtered():
     assert outcomes["popularity"].ranks["filtered"].tolist() == [4, 5, 4, 5]
     assert (outcomes["popularity"].ties > 0).all()
     assert not outcomes["pixrec"].ties.any()
+
+
+class Timed(Table):
+    """A scorer that takes note of the timestamps that it is told."""
+
+    def __init__(self) -> None:
+        super().__init__("timed", [6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+        self.told: list[list[int]] = []
+
+    def scores_at(self, histories: list[np.ndarray], timestamps: list[np.ndarray] | None) -> torch.Tensor:
+        self.told += [[]] * len(histories) if timestamps is None else [times.tolist() for times in timestamps]
+        return self.scores(histories)
+
+
+def test_a_scorer_that_reads_time_is_told_it_also_within_a_fusion():
+    timestamps = [np.array([1, 2]), np.array([3]), np.array([4, 5, 6]), np.array([7])]
+    alone, fused, merged = Timed(), Timed(), Timed()
+    scorers = (alone, ReciprocalRankFusion("rrf", [fused, FLAT]), RoundRobin("round_robin", [FALLING, merged]), FLAT)
+    evaluate(scorers, HELD_OUT._replace(timestamps=timestamps))
+    expected = [times.tolist() for times in timestamps]
+    assert alone.told == fused.told == merged.told == expected
+    evaluate((alone,))
+    assert alone.told == [*expected, [], [], [], []]
 
 
 def test_metrics_json_has_the_promised_shape():
@@ -97,11 +124,47 @@ def test_buckets_hold_every_user_once_a_pair():
     assert cold["ndcg@10"] == pytest.approx(1 / np.log2(7))
 
 
+def test_the_cold_bucket_compares_the_scorers_on_its_own_users():
+    buckets = evaluate(ks=(2, 4)).metrics_json("x")["buckets"]
+    assert [name for name in buckets if "differences" in buckets[name]] == ["target_cold"]
+    found = buckets["target_cold"]["differences"]
+    assert found["of"] == "pixrec"
+    assert found["minus"]["popularity"]["ndcg@10"] == 0, "u1 alone: the target is last for both"
+    assert found["minus"]["popularity"]["p_holm"] == {"recall@10": 1.0, "ndcg@10": 1.0}
+
+
+def test_without_a_training_event_no_id_based_scorer_finds_an_item():
+    """Every user's last event is the one item that no training saw; content would find it."""
+    dataset = tiny_dataset(tiny_items(24), num_users=20, num_events=6)
+    rows = dataset.events.rows % 12
+    rows[dataset.events.offsets[1:] - 1] = 23
+    dataset = dataclasses.replace(dataset, events=dataclasses.replace(dataset.events, rows=rows))
+    counts, histories = dataset.training_counts(), dataset.training_histories()
+    training = SasrecTrainingConfig(loss="full", epochs=2, validate_every_epochs=1)
+    scorers = [
+        Table("content", list(range(24))),
+        Popularity(counts),
+        RepeatLast(counts),
+        ItemTransition(histories, 24),
+        train_sasrec("sasrec", dataset, SasrecConfig(training=training, refit=True)),
+    ]
+    config, items = EvaluateConfig(bootstrap_samples=20), dataset.items
+    held_out = dataset.held_out("test")
+    found = evaluate_scorers(scorers, held_out, config, training_counts=counts, with_image=items.with_image)
+    cold = found.metrics_json("leave_one_out")["buckets"]["target_cold"]
+    assert cold["users"] == 20
+    assert {name: result["recall@10"] for name, result in cold["results"].items()} == {
+        "content": 1.0, "popularity": 0.0, "repeat_last": 0.0, "item_transition": 0.0, "sasrec": 0.0,
+    }  # fmt: skip
+    assert {scorer: outcome.ranks["allowed"].min() for scorer, outcome in found.outcomes.items()}["sasrec"] == 24
+
+
 def test_an_empty_bucket_has_no_results():
     held_out = HeldOut(["u"], [np.array([0])], np.array([1]))
     bucket = evaluate(held_out=held_out).metrics_json("x")["buckets"]["target_cold"]
     assert bucket["users"] == 0
     assert bucket["results"] == {}
+    assert "differences" not in bucket
 
 
 def test_guards():
@@ -180,7 +243,7 @@ def test_a_sample_of_users_is_seeded_and_whole():
     sample = sample_users(HELD_OUT, 2, seed=1)
     again = sample_users(HELD_OUT, 2, seed=1)
     assert sample.user_ids == again.user_ids
-    for user, history, target in zip(*sample, strict=True):
+    for user, history, target in zip(*sample[:3], strict=True):
         place = HELD_OUT.user_ids.index(user)
         assert history is HELD_OUT.histories[place]
         assert target == HELD_OUT.targets[place]

@@ -22,7 +22,7 @@ LAYERS = [
     ["data"],
     ["model"],
     ["training", "index", "metrics", "significance", "baselines", "validation"],
-    ["sequential"],
+    ["sequential", "joint"],
     ["artifact", "tracking"],
     ["audit", "evaluation", "generative", "knockouts", "predictions", "results", "sasrec", "seeds"],
     ["scorers"],

@@ -4,10 +4,23 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from fakes import square, tiny_config, tiny_dataset, tiny_items, tiny_model, write_index, write_model, write_prepared
+import torch
+from fakes import (
+    Seen,
+    square,
+    tiny_config,
+    tiny_dataset,
+    tiny_items,
+    tiny_model,
+    write_index,
+    write_model,
+    write_prepared,
+    write_tokens,
+)
 
 import pixrec
 from pixrec.artifact import Index, Model, load_index
@@ -59,6 +72,53 @@ def test_the_best_items_are_those_nearest_to_the_user(recommender: Recommender, 
     assert values == sorted(values, reverse=True)
     np.testing.assert_allclose(values[: len(expected)], [score for _, score in expected], rtol=1e-5)
     assert (recommender.model_version, recommender.index_version) == (model.fingerprint, "v1")
+
+
+@pytest.fixture(scope="module")
+def timed(items: ItemTable, dataset: Dataset) -> Recommender:
+    """One whose user tower reads time, with weights enough to be seen."""
+    model = tiny_model(tiny_config(model={"user_tower": "compact", "compact": {"time": "gaps"}}), items)
+    with torch.no_grad():
+        model.tower.compact.user.gap.weight.normal_()
+    return Recommender(model, index_of(model, items), items, dataset.training_counts())
+
+
+def test_timestamps_of_the_history_are_read(timed: Recommender):
+    history = ["i03", "i07"]
+
+    def scores(**given: Any) -> list[float]:
+        return [score for _, score in timed.answer([Query(**{"history": history, "k": 5, **given})])[0].items]
+
+    soon, late = scores(timestamps=[0, 1000]), scores(timestamps=[0, 10**10])
+    assert soon != pytest.approx(late, abs=1e-4)
+    assert scores(timestamps=[10**12, 10**12 + 1000]) == pytest.approx(soon, abs=1e-6)
+    assert scores(timestamps=None) != pytest.approx(soon, abs=1e-4)
+    # an item that nobody knows takes its moment along
+    assert scores(history=["i03", "??", "i07"], timestamps=[0, 5, 1000]) == pytest.approx(soon, abs=1e-6)
+    together = timed.answer([Query(history, 5, timestamps=t) for t in ([0, 1000], None, [0, 10**10])])
+    assert [[s for _, s in answer.items] for answer in together] == [
+        pytest.approx(expected, abs=1e-5) for expected in (soon, scores(timestamps=None), late)
+    ]
+
+
+def test_timestamps_of_new_items_are_read(timed: Recommender):
+    new = timed.encode_new({"new": NewItem({"title": "Square"})})
+    answers = timed.answer([Query(["i03", "new"], 5, new_vectors=new, timestamps=t) for t in ([0, 1000], [0, 10**10])])
+    assert answers[0].items != answers[1].items
+
+
+@pytest.mark.parametrize(
+    ("timestamps", "message"),
+    [([1], "holds 1 values for 2 items"), ([2, 1], r"timestamps\[1\] 1 is before"), ([0, 10**16], "10,000 years")],
+)
+def test_timestamps_that_do_not_fit_are_refused(timed: Recommender, timestamps: list[int], message: str):
+    with pytest.raises(InputError, match=message):
+        timed.answer([Query(["i03", "i07"], 5, timestamps=timestamps)])
+
+
+def test_a_model_without_time_does_not_look_at_timestamps(recommender: Recommender):
+    asked = recommender.answer([Query(["i03", "i07"], 5, timestamps=[0, 1000]), Query(["i03", "i07"], 5)])
+    assert asked[0] == asked[1]
 
 
 def test_only_the_recent_history_counts(recommender: Recommender):
@@ -242,6 +302,26 @@ def test_load_recommender(made: Path, recommender: Recommender):
     assert ids(loaded.recommend(["i01", "i02"], 5)) == ids(recommender.recommend(["i01", "i02"], 5))
     assert loaded.model_version == recommender.model_version
     assert loaded.index_version == load_index(str(made / "index")).version
+
+
+@pytest.mark.parametrize("stored", [[0, 1], []])
+def test_a_history_is_read_from_stored_picture_tokens(
+    tmp_path: Path, items: ItemTable, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, stored: list[int]
+):
+    """A request shows the vision part those pictures of its history alone that have no tokens."""
+    model = tiny_model(tiny_config(model={"freeze_vision": True}), items)
+    data, saved = write_prepared(tmp_path / "data", dataset), write_model(tmp_path / "model", model)
+    write_index(tmp_path / "index", saved, data)
+    expected = pixrec.load_recommender(str(tmp_path / "model"), str(tmp_path / "index")).recommend(["i00", "i01"], 5)
+    write_tokens(tmp_path / "data.tokens", saved, tiny_items(with_pictures=stored))
+    write_tokens(tmp_path / "data.tokens", tiny_model(tiny_config(train={"seed": 4}), items), items)  # stale
+    loaded = pixrec.load_recommender(str(tmp_path / "model"), str(tmp_path / "index"))
+    seen = Seen(monkeypatch, dataclasses.replace(model, tower=loaded._embedder.tower))
+    found = loaded.recommend(["i00", "i01"], 5)
+    assert dict(found) == pytest.approx(dict(expected), abs=2e-3)
+    assert seen.pictures == 2 - len(stored)
+    loaded.recommend(["i07", "i01"], 5)
+    assert seen.pictures == (1 if stored else 4)
 
 
 def test_a_tree_that_moved_is_still_whole(made: Path, tmp_path: Path):

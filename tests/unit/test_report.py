@@ -165,7 +165,12 @@ def test_examples_follow_the_setting_for_seen_items():
 
 
 def test_table_for_the_terminal(metrics):
-    lines = format_table(metrics).splitlines()
+    *lines, cold = format_table(metrics).splitlines()
+    assert cold == (
+        "Recall@10 of 1 cold targets: pixrec 1.0000 (1.0000 to 1.0000), popularity 1.0000 (1.0000 to 1.0000)"
+    )
+    metrics["buckets"]["target_cold"] |= {"users": 0, "results": {}}
+    assert format_table(metrics).splitlines() == lines
     assert [line.split()[0] for line in lines[2:]] == ["pixrec", "popularity"]
     assert "1.0000 to 1.0000" in lines[2]
     assert len({len(line) for line in lines}) == 1
@@ -212,6 +217,7 @@ def test_the_page_tells_what_stands_beside_the_results(tmp_path, metrics, items)
         "leaks": 0,
         "training_events": 1234,
         "training_windows_checked": 77,
+        "windows_of": {"the towers": 70, "sasrec": 7},
         "targets_checked": {"valid": 5, "test": 6},
     }
     metrics["predictions"] = {
@@ -219,8 +225,17 @@ def test_the_page_tells_what_stands_beside_the_results(tmp_path, metrics, items)
     }  # fmt: skip
     figures = {"mean": 0.25, "sd": 0.015625, "values": [0.2, 0.3]}
     metrics["seeds"] = {"runs": ["a", "b"], "results": {"pixrec": dict.fromkeys(metrics["results"]["pixrec"], figures)}}
+    metrics["guards"]["held_out_items"] = 1357
+    metrics["buckets"]["target_cold"]["users"] = 10
     html = page(tmp_path, metrics, items, notes=notes(metrics))
-    for text in ("none of the 6 test and 5 validation targets", "1,234 events or in one of 77 windows"):
+    assert "1,357 items were held out of training entirely" in html
+    assert "p = 1.00" in html[html.index("Target occurs in no training history") :], (
+        "of the two scorers, which are alike"
+    )
+    for text in (
+        "none of the 6 test and 5 validation targets",
+        "1,234 events or in one of 77 windows of training (the towers, sasrec)",
+    ):
         assert text in html
     for text in ("of 2 runs", "0.2500 ± 0.0156", "4 users without a list", "7 repeats", "replaced by a constant"):
         assert text in html

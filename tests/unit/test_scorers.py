@@ -106,7 +106,7 @@ def test_equal_items_get_equal_scores_wherever_they_lie():
     class Users:
         device = torch.device("cpu")
 
-        def users(self, catalog, histories, item_vectors):
+        def users(self, catalog, histories, item_vectors, timestamps=None):
             return np.random.default_rng(1).normal(size=(len(histories), 40)).astype(np.float32)
 
     scores = TowerScorer("equal", Users(), None, vectors).scores(HISTORIES)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from fakes import tiny_dataset, tiny_items
 
-from pixrec.config import CompactConfig, SasrecConfig, SasrecTrainingConfig, SequenceConfig
-from pixrec.errors import InputError
+from pixrec.config import CompactConfig, SasrecConfig, SasrecTowerConfig, SasrecTrainingConfig, SequenceConfig
+from pixrec.data.sequences import HeldOut
+from pixrec.errors import ConfigError, InputError
 from pixrec.model.compact import CompactTower
 from pixrec.sasrec import train_sasrec
 from pixrec.sequential import EarlyStopping, SequenceTrainer, WindowSource
@@ -151,3 +152,90 @@ def test_a_refit_sees_the_validation_events_and_no_test_event():
     assert ranked[1][validation].all()
     assert not ranked[1][test].all()
     assert refit.figures["epoch"] == plain.figures["epoch"]
+
+
+MINUTE, MONTH = 60_000, 30 * 86_400_000
+
+
+def told_by_time(form, **shape):
+    """Everybody has item 0, then 1, then 2 if that was a minute later or 3 if it was a month: a trainer of 64
+    histories and 32 held out."""
+    steps = np.random.default_rng(0).choice([MINUTE, MONTH], 96)
+    histories = [np.array([0, 1, 2 if step == MINUTE else 3]) for step in steps]
+    moments = [1_000_000 * user + np.array([0, step, step + 5 * MINUTE]) for user, step in enumerate(steps)]
+    torch.manual_seed(0)
+    shape = CompactConfig(
+        layers=2, heads=2, max_history_items=4, dropout=0.0, time=form, **{"time_dropout": 0.0, **shape}
+    )
+    tower = CompactTower(16, shape, None, 4, unit=False)
+    config = dataclasses.replace(FAST, epochs=12, validate_every_epochs=4, histories_per_step=16)
+    trainer = SequenceTrainer(
+        tower, histories[:64], np.ones(4), None, np.arange(4), config, seed=0, timestamps=moments[:64]
+    )
+    past = slice(64, 96)
+    held_out = HeldOut(
+        [str(user) for user in range(32)],
+        [h[:2] for h in histories[past]],
+        np.array([h[2] for h in histories[past]]),
+        [m[:2] for m in moments[past]],
+    )
+    return trainer, held_out
+
+
+@pytest.mark.parametrize(("form", "learns"), [("none", False), ("gaps", True), ("ages", True), ("both", True)])
+def test_what_only_time_tells_is_learned_by_who_reads_it(form, learns):
+    training, held_out = told_by_time(form)
+    figures = training.fit(held_out)
+    assert (figures["valid_recall@1"] == 1) == learns
+    if learns:
+        blind = training.validate(held_out._replace(timestamps=None))
+        assert blind["valid_recall@1"] < 0.8
+
+
+def test_windows_carry_each_event_with_its_own_time():
+    rows = [np.arange(25), np.array([3, 4])]
+    source = WindowSource([np.stack([r, 1000 * r], axis=1) for r in rows], 6, FAST, 0)
+    plain = WindowSource(rows, 6, FAST, 0)
+    windows, expected = ([w for batch in s.epoch(1) for w in batch] for s in (source, plain))
+    assert len(windows) == len(expected)
+    for window, without in zip(windows, expected, strict=True):
+        np.testing.assert_array_equal(window[:, 0], without)
+        np.testing.assert_array_equal(window[:, 1], 1000 * without)
+
+
+def test_the_moment_of_the_target_is_not_read_in_training():
+    """Every gradient stays what it is when the newest event, which is a target only, comes at another time."""
+    gradients = []
+    for late in (0, MONTH):
+        training, _ = told_by_time("both")
+        window = np.array([[0, 0], [1, MINUTE], [2, 2 * MINUTE + late]])
+        training._loss([window], training.warm, torch.zeros(4, dtype=torch.bool)).backward()
+        gradients.append({n: p.grad for n, p in training.named.items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=0, atol=0)
+
+
+def test_a_tower_that_reads_no_time_is_not_given_any():
+    training, _ = told_by_time("none")
+    assert all(window.ndim == 1 for batch in training.source.epoch(0) for window in batch)
+
+
+def test_timed_training_goes_on_as_the_undisturbed_one():
+    whole, _ = told_by_time("both", time_dropout=0.5)
+    rows = []
+    for _ in range(3):
+        whole.train_epoch(rows.append)
+    first, _ = told_by_time("both", time_dropout=0.5)
+    first.train_epoch()
+    second, _ = told_by_time("both", time_dropout=0.5)
+    second.tower.load_state_dict(first.tower.state_dict())
+    second.restore(first.epoch, first.step, first.optimizer_tensors())
+    again = []
+    for _ in range(2):
+        second.train_epoch(again.append)
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows[-len(again) :]]
+
+
+def test_sasrec_reads_no_time():
+    with pytest.raises(ConfigError, match=r"sasrec\.tower\.time is gaps"):
+        SasrecTowerConfig(time="gaps")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from pixrec.errors import ConfigError
 from pixrec.model.families.base import Family
 from pixrec.model.families.paligemma import PaliGemma
-from pixrec.model.families.qwen import QwenVL
+from pixrec.model.families.qwen import Qwen3VL, QwenVL
 from pixrec.model.families.smolvlm import SmolVLM
 
 __all__ = ["FAMILIES", "Family", "family_of"]
@@ -23,6 +23,7 @@ FAMILIES: dict[str, Callable[[PreTrainedModel], Family]] = {
     "paligemma": PaliGemma,
     "qwen2_vl": QwenVL,
     "qwen2_5_vl": QwenVL,
+    "qwen3_vl": Qwen3VL,
 }
 
 

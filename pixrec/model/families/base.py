@@ -1,7 +1,7 @@
 """The adapter that a family fills in: how a picture is written, how it is encoded, how a sequence is read.
 
-Shapes: B rows · T tokens · P pictures · K tokens a picture · W width of the language model · S side in pixels
-· V vocabulary.
+Shapes: B rows · T tokens · P pictures · K tokens a picture · W width of the language model · X numbers of a picture
+token: W, and what deeper layers are given of it · S side in pixels · V vocabulary.
 """
 
 from __future__ import annotations
@@ -42,9 +42,19 @@ class Family(ABC):
     def tokens_per_picture(self) -> int:
         """K: how many tokens a picture becomes."""
 
+    @property
+    def picture_width(self) -> int:
+        """X: a family whose deeper layers see pictures too keeps what they see behind the token's embedding."""
+        return int(self.config.text_config.hidden_size)
+
+    @property
+    def vision_settings(self) -> tuple[Any, ...]:
+        """Settings of the vision part that its weights do not show, for its fingerprint."""
+        return ()
+
     @abstractmethod
     def encode_pictures(self, model: PreTrainedModel, pixels: Tensor) -> Tensor:
-        """Normalised pixels (P, 3, S, S) to picture tokens (P, K, W)."""
+        """Normalised pixels (P, 3, S, S) to picture tokens (P, K, X)."""
 
     @abstractmethod
     def language_model(self, model: PreTrainedModel) -> nn.Module:
@@ -55,11 +65,12 @@ class Family(ABC):
         """All parameters that only pictures use."""
 
     def hidden_states(
-        self, model: PreTrainedModel, embeddings: Tensor, is_token: Tensor, picture_slot: Tensor
+        self, model: PreTrainedModel, embeddings: Tensor, is_token: Tensor, picture_slot: Tensor, deeper: Tensor
     ) -> Tensor:
         """Embeddings (B, T, W), padded on the right, to last hidden states (B, T, W).
 
-        `is_token` and `picture_slot` (B, T) as in `encoding.Items`.
+        `is_token` and `picture_slot` (B, T) as in `encoding.Items`; `deeper` (P·K, X - W) is what the picture tokens
+        hold beyond their embeddings, which are in `embeddings` already.
         """
         output = self.language_model(model)(inputs_embeds=embeddings, attention_mask=is_token.long(), use_cache=False)
         return output.last_hidden_state

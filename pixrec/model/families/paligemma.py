@@ -32,7 +32,7 @@ class PaliGemma(Family):
         return [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
 
     def hidden_states(
-        self, model: PreTrainedModel, embeddings: Tensor, is_token: Tensor, picture_slot: Tensor
+        self, model: PreTrainedModel, embeddings: Tensor, is_token: Tensor, picture_slot: Tensor, deeper: Tensor
     ) -> Tensor:
         rows, width = embeddings.shape[0], embeddings.shape[2]
         bos = torch.tensor([[self.config.text_config.bos_token_id]], device=embeddings.device)

@@ -1,9 +1,15 @@
-"""Qwen2-VL and Qwen2.5-VL: a window-attention encoder, a patch merger, a Qwen2 with multimodal rotary positions.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: an encoder, a patch merger, a Qwen with multimodal rotary positions.
 
 The family takes pictures of any shape; here all are squares of 16 × 16 patches, which become 64 tokens.
+
+Qwen3-VL also adds what its encoder held in earlier layers to the states of the picture tokens after its first decoder
+layers (DeepStack, Meng et al. 2024, arXiv 2406.04334). These features are part of a picture token here, so a stored
+token has them too.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +38,12 @@ class QwenVL(Family):
         return self.tokens_per_side**2
 
     def encode_pictures(self, model: PreTrainedModel, pixels: Tensor) -> Tensor:
+        return torch.stack(self.features(model, pixels).pooler_output)
+
+    def features(self, model: PreTrainedModel, pixels: Tensor) -> Any:
+        """What the library's encoder returns for P squares; a list of P tensors (K, W) in each field."""
         grid = torch.tensor([[1, PATCHES_PER_SIDE, PATCHES_PER_SIDE]] * len(pixels), device=pixels.device)
-        return torch.stack(model.model.get_image_features(self.patches(pixels), grid).pooler_output)
+        return model.model.get_image_features(self.patches(pixels), grid)
 
     def patches(self, pixels: Tensor) -> Tensor:
         """Pixels (P, 3, S, S) to flat patches (P·16·16, 3·frames·patch²), the patches of a merged token together.
@@ -52,15 +62,20 @@ class QwenVL(Family):
         return list(model.model.visual.parameters())
 
     def hidden_states(
-        self, model: PreTrainedModel, embeddings: Tensor, is_token: Tensor, picture_slot: Tensor
+        self, model: PreTrainedModel, embeddings: Tensor, is_token: Tensor, picture_slot: Tensor, deeper: Tensor
     ) -> Tensor:
         output = self.language_model(model)(
             inputs_embeds=embeddings,
             attention_mask=is_token.long(),
             position_ids=self.positions(is_token, picture_slot),
             use_cache=False,
+            **self.deepstack(picture_slot, deeper),
         )
         return output.last_hidden_state
+
+    def deepstack(self, picture_slot: Tensor, deeper: Tensor) -> dict[str, Any]:
+        """What the decoder is given besides the embeddings; nothing before Qwen3-VL."""
+        return {}
 
     def positions(self, is_token: Tensor, picture_slot: Tensor) -> Tensor:
         """Positions in time, height and width (3, B, T) (M-RoPE, Wang et al. 2024, arXiv 2409.12191, §2.1).
@@ -75,3 +90,26 @@ class QwenVL(Family):
         advance = torch.where(in_picture, closes * side, is_token.long())
         start = advance.cumsum(1) - advance
         return torch.stack([start, start + place // side, start + place % side])
+
+
+class Qwen3VL(QwenVL):
+    @property
+    def picture_width(self) -> int:
+        return super().picture_width * (1 + len(self.vision.deepstack_visual_indexes))
+
+    @property
+    def vision_settings(self) -> tuple[Any, ...]:
+        return tuple(self.vision.deepstack_visual_indexes)
+
+    def encode_pictures(self, model: PreTrainedModel, pixels: Tensor) -> Tensor:
+        features = self.features(model, pixels)
+        levels = [features.pooler_output, *features.deepstack_features]
+        return torch.cat([torch.stack(level) for level in levels], dim=-1)
+
+    def deepstack(self, picture_slot: Tensor, deeper: Tensor) -> dict[str, Any]:
+        """A level of `deeper` for each of the first decoder layers, at the places of the picture tokens."""
+        if not deeper.shape[0]:
+            return {}
+        in_picture = picture_slot >= 0
+        levels = deeper[picture_slot[in_picture]].split(super().picture_width, dim=-1)
+        return {"visual_pos_masks": in_picture, "deepstack_visual_embeds": list(levels)}

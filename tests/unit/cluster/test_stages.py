@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from fakes import tiny_dataset, tiny_items, tiny_model, write_model, write_prepared
+from fakes import (
+    Seen,
+    square,
+    tiny_config,
+    tiny_dataset,
+    tiny_items,
+    tiny_model,
+    write_model,
+    write_prepared,
+    write_tokens,
+)
 
 from pixrec.artifact import Model
 from pixrec.artifact.stored import item_keys, to_vectors
 from pixrec.artifact.unfinished import Unfinished, read_part
 from pixrec.cluster import stages
-from pixrec.cluster.stages import DECODED, ItemEmbedder, decode_items, hash_items, raise_fault
+from pixrec.cluster.stages import DECODED, ItemEmbedder, decode_items, find_store, hash_items, raise_fault
 from pixrec.config import EmbedConfig
 from pixrec.data.images import decode_image
 from pixrec.data.items import ItemTable
@@ -35,9 +46,9 @@ def file(tmp_path: Path, table: ItemTable) -> str:
     return str(tmp_path / "data" / "items" / "part-000000.parquet")
 
 
-def decoded(file: str, rows: list[int] | None = None, modalities: str = "both") -> pa.Table:
+def decoded(file: str, rows: list[int] | None = None, modalities: str = "both", tokens: str | None = None) -> pa.Table:
     piece = {"file": file, "rows": None if rows is None else np.array(rows, np.int32).tobytes()}
-    parts = decode_items(pa.Table.from_pylist([piece]), image_size_px=32, modalities=modalities)
+    parts = decode_items(pa.Table.from_pylist([piece]), image_size_px=32, modalities=modalities, tokens=tokens)
     return pa.concat_tables([DECODED.empty_table(), *parts])
 
 
@@ -124,17 +135,60 @@ def test_items_of_like_length_share_a_forward_pass(
 ):
     embedder, _ = actor
     passes = []
-    contents = embedder._embedder.contents
+    encode = embedder._embedder.encoder.items
 
     def recorded(batch, *more):
         passes.append([(content.pixels is not None, len(content.text)) for content in batch])
-        return contents(batch, *more)
+        return encode(batch, *more)
 
-    monkeypatch.setattr(embedder._embedder, "contents", recorded)
+    monkeypatch.setattr(embedder._embedder.encoder, "items", recorded)
     embedder.vectors(decoded(file))
     assert [len(batch) for batch in passes] == [5, 5, 2]
     in_order = [shape for batch in passes for shape in batch]
     assert in_order == sorted(in_order)
+
+
+def test_stored_tokens_do_for_the_pictures(
+    tmp_path: Path, file: str, table: ItemTable, monkeypatch: pytest.MonkeyPatch
+):
+    """The vision part sees the picture that changed since, and none that is stored."""
+    model = write_model(tmp_path / "model", tiny_model(tiny_config(model={"freeze_vision": True})))
+    uri, place = str(tmp_path / "model"), str(tmp_path / "tokens")
+    assert find_store(uri, place) == {"store": None, "fault": None}
+    folder = write_tokens(place, model, table)
+    assert find_store(uri, place) == {"store": folder, "fault": None}
+    pictures = [square(0.99) if row == 5 else table.image(row) for row in range(12)]
+    column = table._table.column_names.index(IMAGE)
+    changed = ItemTable(table._table.set_column(column, IMAGE, pa.array(pictures, pa.binary())))
+    write_prepared(tmp_path / "data", tiny_dataset(changed))
+    block = decoded(file, tokens=folder)
+    assert {row for row in range(12) if block.column("tokens_of")[row].is_valid} == SHOWN - {5}
+    assert [row for row in range(12) if block.column("pixels")[row].is_valid] == [5]
+
+    unfinished = Unfinished(str(tmp_path / "index"), model.fingerprint)
+    embedder = ItemEmbedder(uri, EmbedConfig(batch_size=5, threads_per_actor=1), unfinished, folder)
+    loaded = dataclasses.replace(model, tower=embedder._embedder.tower)
+    seen = Seen(monkeypatch, loaded)
+    (receipt,) = embedder(block).to_pylist()
+    assert seen.pictures == 1
+    assert (receipt["pictures"], receipt["stored"], receipt["fault"]) == (len(SHOWN), len(SHOWN) - 1, None)
+    part = read_part(receipt["part"])
+    assert part.column("has_image").to_pylist() == [row in SHOWN for row in range(12)]
+    expected = model.embedder().items(Catalog(changed, model.encoder), np.arange(12))
+    assert np.sum(to_vectors(part) * expected, axis=1) == pytest.approx(1, abs=1e-3)
+
+
+def test_tokens_of_other_weights_are_refused_where_they_are_used(tmp_path: Path, file: str, table: ItemTable):
+    """The model was replaced between the choice of the store and the work."""
+    config = tiny_config(model={"freeze_vision": True})
+    folder = write_tokens(tmp_path / "tokens", tiny_model(config), table)
+    other = write_model(tmp_path / "model", tiny_model(tiny_config(model={"freeze_vision": True}, train={"seed": 3})))
+    assert find_store(str(tmp_path / "model"), str(tmp_path / "tokens"))["store"] is None
+    unfinished = Unfinished(str(tmp_path / "index"), other.fingerprint)
+    embedder = ItemEmbedder(str(tmp_path / "model"), EmbedConfig(threads_per_actor=1), unfinished, folder)
+    (receipt,) = embedder(decoded(file, tokens=folder)).to_pylist()
+    with pytest.raises(ArtifactError, match="went while they were in use; run it again"):
+        raise_fault(receipt["fault"])
 
 
 def test_an_error_of_ours_travels_as_text(tmp_path: Path, file: str, actor: tuple[ItemEmbedder, Model]):
@@ -146,6 +200,9 @@ def test_an_error_of_ours_travels_as_text(tmp_path: Path, file: str, actor: tupl
     with pytest.raises(InputError, match=r"gone.parquet: no such file"):
         raise_fault(receipt["fault"])
 
+    found = find_store(str(tmp_path / "absent"), str(tmp_path / "tokens"))
+    with pytest.raises(ArtifactError, match="absent holds no complete model"):
+        raise_fault(found["fault"])
     absent = ItemEmbedder(str(tmp_path / "absent"), EmbedConfig(), Unfinished(str(tmp_path / "index"), "m"))
     (receipt,) = absent(decoded(file)).to_pylist()
     with pytest.raises(ArtifactError, match="absent holds no complete model"):

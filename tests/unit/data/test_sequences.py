@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from pixrec import storage
-from pixrec.data.sequences import Dataset, load_dataset
-from pixrec.errors import ArtifactError
+from pixrec.data.sequences import Dataset, load_dataset, sample_users
+from pixrec.errors import ArtifactError, InputError
 from pixrec.schema import SEQUENCES
 
 LEAVE_ONE_OUT = {"kind": "leave_one_out"}
@@ -35,7 +35,7 @@ def spelt(data: Dataset, rows: np.ndarray) -> str:
 
 
 def held_out(data: Dataset, part) -> dict[str, tuple[str, str]]:
-    users, histories, targets = data.held_out(part)
+    users, histories, targets, _ = data.held_out(part)
     assert targets.shape == (len(users),)
     return {
         user: (spelt(data, history), data.items.item_ids[target])
@@ -119,3 +119,42 @@ def test_an_incomplete_folder_is_no_data_set(tmp_path: Path):
 def test_sequences_and_items_must_agree(tmp_path: Path):
     with pytest.raises(ArtifactError, match="name 1 items that items/ lacks"):
         dataset(tmp_path, {"u": at("az")}, LEAVE_ONE_OUT)
+
+
+@pytest.mark.parametrize("split", [LEAVE_ONE_OUT, TEMPORAL])
+def test_timestamps_lie_beside_the_events_that_they_tell_of(tmp_path: Path, split: dict):
+    random = np.random.default_rng(0)
+    users = {
+        str(user): [("abcdef"[random.integers(6)], int(time)) for time in np.sort(random.integers(0, 300, length))]
+        for user, length in enumerate(random.integers(1, 8, 50))
+    }
+    data = dataset(tmp_path, users, split)
+    for history, times in zip(data.training_histories(), data.training_timestamps(), strict=True):
+        assert list(zip(spelt(data, history), times.tolist(), strict=True)) in [e[: len(times)] for e in users.values()]
+    for part in ("valid", "test"):
+        held = data.held_out(part)
+        assert held.timestamps is not None
+        for user, history, times in zip(held.user_ids, held.histories, held.timestamps, strict=True):
+            assert list(zip(spelt(data, history), times.tolist(), strict=True)) == users[user][: len(history)]
+        few = sample_users(held, 5, 0)
+        assert few.timestamps is not None
+        assert [few.timestamps[i].tolist() for i in range(5)] == [
+            held.timestamps[held.user_ids.index(user)].tolist() for user in few.user_ids
+        ]
+
+
+@pytest.mark.parametrize("step", [1, 1000])
+def test_timestamps_that_number_the_events_are_no_times(tmp_path: Path, step: int):
+    """Also where a filter took an event out here and there, and where users begin at different moments."""
+    users = {str(u): at("abcdef", *range(7 * u, 7 * u + 6 * step, step)) for u in range(9)}
+    users["gap"] = at("abc", 0, step, 3 * step)
+    data = dataset(tmp_path, users, LEAVE_ONE_OUT)
+    assert not data.tells_time
+    assert data.held_out("test").timestamps is None
+    with pytest.raises(InputError, match=r"order of the events.*model\.compact\.time"):
+        data.training_timestamps()
+
+
+def test_events_of_one_moment_do_not_hide_that_the_others_have_times(tmp_path: Path):
+    baskets = {str(u): at("abcdef", 5, 5, 5, 5, 5, 40 + 13 * u) for u in range(9)}
+    assert dataset(tmp_path, baskets, LEAVE_ONE_OUT).tells_time

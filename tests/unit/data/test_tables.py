@@ -300,3 +300,65 @@ def test_rejects_name_row_user_and_item():
         ("interactions", "row 2: user_id v, item_id None", "item_id is empty"),
         ("interactions", "row 3: user_id w, item_id x", "item is not in the items table"),
     ]
+
+
+def held_out(rows: list[tuple], **settings) -> tuple[tables.HeldOutItems, dict[str, list[str]]]:
+    """What stays of `rows`, as the events and as each user's items in order."""
+    config = PrepareConfig(**{"cold_item_share": 0.25} | settings)
+    found = usable(rows, None).interactions
+    kept = tables.hold_out_items(found, config, tables.split_block(found.timestamp, config))
+    return kept, {row["user_id"]: row["item_ids"] for row in spelt(kept.interactions)}
+
+
+WALKS = [(f"u{user}", f"i{(user * 7 + step * step) % 12}", step) for user in range(30) for step in range(8)]
+
+
+@pytest.mark.parametrize("split", ["leave_one_out", "temporal"])
+def test_held_out_items_are_test_targets_or_nothing(split: str):
+    kept, sequences = held_out(WALKS, split=split)
+    assert kept.items == 3
+    whole = {row["user_id"]: row["item_ids"] for row in spelt(usable(WALKS, None).interactions)}
+    cold = {item for items in whole.values() for item in items} - {
+        i for items in sequences.values() for i in items[:-1]
+    }
+    assert len(cold) == 3
+    for user, items in whole.items():
+        expected = [item for item in items[:-1] if item not in cold] + items[-1:]
+        assert sequences[user] == expected, "the last event stays, whatever its item"
+    assert kept.test_targets == sum(items[-1] in cold for items in sequences.values()) > 0
+    assert len(kept.interactions) == sum(map(len, sequences.values()))
+
+
+def test_a_held_out_item_is_no_target_before_the_test_period():
+    early = [(f"early{user}", f"i{(user + step) % 12}", step) for user in range(12) for step in range(4)]
+    whole, sequences = held_out(WALKS + early)
+    kept, timed = held_out(WALKS + early, split="temporal")
+    cold = {f"i{row}" for row in range(12)} - {item for items in sequences.values() for item in items[:-1]}
+    assert kept.items == whole.items == len(cold) == 3
+    assert kept.test_targets == whole.test_targets - 3, "of the users who went early, three end at a held-out item"
+    for user, items in timed.items():
+        expected = [item for item in sequences[user] if item not in cold] if "early" in user else sequences[user]
+        assert items == expected
+
+
+def test_a_user_of_held_out_items_alone_leaves():
+    """With nothing before it, a target would be taken for training."""
+    rows = [(f"u{item}", f"i{item}", step) for item in range(8) for step in range(2)]
+    kept, sequences = held_out(rows)
+    assert (kept.items, kept.test_targets) == (2, 0)
+    assert len(sequences) == 6
+
+
+def test_the_draw_of_held_out_items_is_seeded():
+    same, other = held_out(WALKS)[1], held_out(WALKS, seed=1)[1]
+    assert held_out(WALKS)[1] == same != other
+    untouched, _ = held_out(WALKS, cold_item_share=0.0)
+    assert (len(untouched.interactions), untouched.items) == (len(WALKS), 0)
+
+
+@pytest.mark.parametrize(
+    ("share", "message"), [(0.01, "holds out 0 of 12 items; raise"), (0.99, "12 of 12 items; lower")]
+)
+def test_a_share_of_no_item_or_of_all_is_refused(share: float, message: str):
+    with pytest.raises(InputError, match=f"prepare.cold_item_share {share} .*{message} it"):
+        held_out(WALKS, cold_item_share=share)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pixrec.config import CompactConfig
-from pixrec.model.compact import CompactTower
+from pixrec.model.compact import TIME_BUCKETS, UNKNOWN_TIME, CompactTower, time_buckets
 
 WIDTH = 16
 
@@ -61,3 +61,94 @@ def test_sasrec_is_the_tower_without_content_and_without_unit_length():
     torch.testing.assert_close(sasrec.item_vectors(None, torch.arange(5)), sasrec.identity.weight)
     assert sasrec.temperature.item() == 1
     assert not sasrec.log_temperature.requires_grad
+
+
+DAY = 86_400_000
+MOMENTS = torch.tensor([[0, 0, 5_000, 60_000, DAY, DAY, 9 * DAY]]) + 1_700_000_000_000
+
+
+@pytest.fixture(params=["gaps", "ages", "both"])
+def timed(request):
+    """A tower of two blocks whose time has weight enough to be seen."""
+    torch.manual_seed(0)
+    shape = CompactConfig(layers=2, heads=2, max_history_items=8, dropout=0.0, time=request.param, time_dropout=0.0)
+    tower = CompactTower(WIDTH, shape, 10, 5).eval()
+    with torch.no_grad():
+        for name, weight in tower.named_parameters():
+            if "age" in name or "gap" in name:
+                weight.normal_()
+    return tower
+
+
+def test_buckets_double_in_length():
+    begins = [0, 1000, 3000, 7000, 1000 * (2**29 - 1), 1000 * 2**40]
+    moment = torch.tensor([0, *(m + d for m in begins[1:] for d in (-1, 0))])
+    expected = [1, 1, 2, 2, 3, 3, 4, 29, 30, TIME_BUCKETS - 1, TIME_BUCKETS - 1]
+    assert time_buckets(moment, torch.tensor(0)).tolist() == expected
+    unknown = torch.tensor(UNKNOWN_TIME)
+    assert time_buckets(unknown, moment).unique().tolist() == [0]
+    assert time_buckets(moment, unknown).unique().tolist() == [0]
+    assert time_buckets(unknown, unknown) == 0
+    assert time_buckets(torch.tensor(0), torch.tensor(5000)) == 1  # what cannot be still has a bucket
+
+
+def test_no_state_knows_when_a_later_event_was(timed, vectors):
+    moments = MOMENTS.expand(3, -1)
+    later = moments.clone()
+    later[:, 4:] += 400 * DAY
+    before, after = timed.user_vectors(vectors, moments), timed.user_vectors(vectors, later)
+    torch.testing.assert_close(before[:, :4], after[:, :4], rtol=0, atol=0)
+    assert ((before[:, 4] - after[:, 4]).abs().amax(1) > 1e-4).all()
+    torch.testing.assert_close(timed.user_vectors(vectors[:, :4], moments[:, :4]), before[:, :4])
+
+
+def test_only_differences_of_time_count(timed, vectors):
+    moments = MOMENTS.expand(3, -1)
+    torch.testing.assert_close(timed.user_vectors(vectors, moments + 77 * DAY), timed.user_vectors(vectors, moments))
+
+
+def test_no_timestamps_are_unknown_ones(timed, vectors):
+    unknown = torch.full(vectors.shape[:2], UNKNOWN_TIME)
+    torch.testing.assert_close(timed.user_vectors(vectors), timed.user_vectors(vectors, unknown))
+    assert not torch.allclose(timed.user_vectors(vectors), timed.user_vectors(vectors, MOMENTS.expand(3, -1)))
+
+
+def test_timed_histories_together_and_one_position_alone(timed, vectors):
+    """Of several lengths, one without timestamps, one with some."""
+    moments, last = MOMENTS.repeat(3, 1), torch.tensor([6, 3, 4])
+    moments[1] = UNKNOWN_TIME
+    moments[2, 2] = UNKNOWN_TIME
+    together = timed.user_vectors_at(vectors, last, moments)
+    torch.testing.assert_close(together, timed.user_vectors(vectors, moments)[torch.arange(3), last])
+    for i, end in enumerate((last + 1).tolist()):
+        alone = timed.user_vectors(vectors[i : i + 1, :end], moments[i : i + 1, :end])[0, -1]
+        torch.testing.assert_close(together[i], alone)
+    torch.testing.assert_close(together[1], timed.user_vectors_at(vectors, last)[1])
+
+
+def test_time_learns_in_either_precision(timed, vectors):
+    """A gradient reaches every weight of time, and nothing of minus infinity reaches the loss."""
+    moments = MOMENTS.expand(3, -1)
+    for bf16 in (False, True):
+        timed.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = timed.user_vectors(vectors, moments)
+        out.float()[:, :, 0].sum().backward()
+        gradients = {n: p.grad for n, p in timed.named_parameters() if "age" in n or "gap" in n}
+        assert gradients
+        assert all(torch.isfinite(g).all() and g.abs().max() > 0 for g in gradients.values())
+
+
+def test_in_training_some_histories_lose_their_timestamps(timed, vectors):
+    timed.train()
+    timed.user.time_dropout = 1.0
+    moments = MOMENTS.expand(3, -1)
+    torch.testing.assert_close(timed.user_vectors(vectors, moments), timed.user_vectors(vectors))
+    timed.eval()
+    assert not torch.allclose(timed.user_vectors(vectors, moments), timed.user_vectors(vectors))
+
+
+def test_a_tower_without_time_has_no_weights_for_it(tower, vectors):
+    assert not [name for name in tower.state_dict() if "age" in name or "gap" in name]
+    moments = MOMENTS.expand(3, -1)
+    torch.testing.assert_close(tower.user_vectors(vectors, moments), tower.user_vectors(vectors), rtol=0, atol=0)

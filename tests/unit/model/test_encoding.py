@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 from fakes import tiny_items, tiny_model
+from transformers import Idefics3Processor
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-from pixrec.model.encoding import Content, train_tokenizer
+from pixrec.model.encoding import Content, picture_statistics, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +62,25 @@ def test_the_tokenizer_is_deterministic_and_loses_no_text():
     assert first.get_vocab() == second.get_vocab()
     unseen = "Ünïcode ✓ 漢字"
     assert first.decode(first(unseen)["input_ids"]).strip() == unseen
+
+
+def test_pictures_and_stored_tokens_stand_in_one_batch(encoder):
+    """Pictures still to be encoded come first among the picture tokens, whatever the order of the items."""
+    tokens = [np.full((4, 32), value, np.float32) for value in (1, 2)]
+    contents = [Content("", tokens[0]), Content("", PICTURE), Content("Tile", None), Content("", tokens[1])]
+    items = encoder.items([*contents, Content("", PICTURE + 9)])
+    assert items.pixels.amax(dim=(1, 2, 3)).tolist() == [0, 9]
+    assert items.ready[:, 0, 0].tolist() == [1, 2]
+    slots = [row[row >= 0].tolist() for row in items.picture_slot]
+    assert slots == [[8, 9, 10, 11], [0, 1, 2, 3], [], [12, 13, 14, 15], [4, 5, 6, 7]]
+    seen = encoder.items(contents, ["text", "both", "both", "image"])
+    assert [row[row >= 0].tolist() for row in seen.picture_slot] == [[], [0, 1, 2, 3], [], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["processor_config.json", "preprocessor_config.json"])
+def test_pixel_statistics_are_those_of_the_saved_processor(tmp_path, whole):
+    tokenizer = train_tokenizer(["Square Tile"], 300)
+    processor = Idefics3ImageProcessorPil(image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.25, 0.3])
+    (Idefics3Processor(processor, tokenizer) if whole else processor).save_pretrained(tmp_path)
+    assert (tmp_path / "preprocessor_config.json").exists() is not whole
+    assert picture_statistics(str(tmp_path)) == ([0.4, 0.5, 0.6], [0.2, 0.25, 0.3])

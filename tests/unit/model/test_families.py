@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from fakes import tiny_config, tiny_items, tiny_model
+from fakes import Seen, tiny_config, tiny_items, tiny_model, write_tokens
 from transformers import (
     AutoModelForImageTextToText,
     Gemma2Config,
@@ -14,17 +14,22 @@ from transformers import (
     LlamaConfig,
     PaliGemmaConfig,
     Qwen2_5_VLConfig,
+    Qwen3VLConfig,
     SiglipVisionConfig,
     SmolVLMConfig,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from pixrec.artifact import load_model, new_model, save_model
 from pixrec.errors import ConfigError
+from pixrec.model.backbone import Backbone
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoding import Content, train_tokenizer
 from pixrec.model.families import FAMILIES, family_of
+from pixrec.model.vision import open_store, vision_fingerprint
 
-FAMILY_NAMES = ("smolvlm", "idefics3", "paligemma", "paligemma2", "qwen2_5_vl")
+FAMILY_NAMES = ("smolvlm", "idefics3", "paligemma", "paligemma2", "qwen2_5_vl", "qwen3_vl")
+QWEN_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 HISTORY = np.array([1, 7, 4, 2])  # items 6 and beyond have no picture
 
 
@@ -60,11 +65,18 @@ def small(family, tokenizer):
             hidden_size=96,
         )
     else:
+        vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "patch_size": 4,
+                  "out_hidden_size": 96}  # fmt: skip
         rope = {"rope_type": "default", "mrope_section": [2, 5, 5], "rope_theta": 10000.0}
-        config = Qwen2_5_VLConfig(
-            text_config={**text, "num_key_value_heads": 2, "rope_parameters": rope},
-            vision_config={"depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "patch_size": 4,
-                           "window_size": 16, "out_hidden_size": 96, "fullatt_block_indexes": [1]},
+        if family == "qwen3_vl":  # a picture is also seen by the decoder after its first layer, from the encoder's
+            rope |= {"mrope_section": [4, 4, 4], "mrope_interleaved": True}
+            text |= {"head_dim": 24}
+            vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+        else:
+            vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
+        kind = Qwen3VLConfig if family == "qwen3_vl" else Qwen2_5_VLConfig
+        config = kind(
+            text_config={**text, "num_key_value_heads": 2, "rope_parameters": rope}, vision_config=vision,
             image_token_id=known["<|image_pad|>"], vision_start_token_id=known["<|vision_start|>"],
             vision_end_token_id=known["<|vision_end|>"], video_token_id=known["<|video_pad|>"],
             tie_word_embeddings=True,
@@ -79,15 +91,15 @@ def model(request, tmp_path_factory, items):
     """Loaded by `from_pretrained` from a folder, in evaluation mode."""
     texts = [items.text(row) for row in range(len(items))]
     tokenizer = train_tokenizer(texts, 400)
-    qwen = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer.add_special_tokens({"extra_special_tokens": [*tokenizer.extra_special_tokens, *qwen]})
+    tokenizer.add_special_tokens({"extra_special_tokens": [*tokenizer.extra_special_tokens, *QWEN_TOKENS]})
     folder, base = tmp_path_factory.mktemp(request.param), small(request.param, tokenizer)
     assert 200_000 < sum(p.numel() for p in base.parameters()) < 700_000
     base.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     statistics = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
     (folder / "preprocessor_config.json").write_text(json.dumps(statistics))
-    model = new_model(tiny_config(model={"backbone": str(folder), "user_tower": "interleaved"}), texts)
+    settings = {"backbone": str(folder), "user_tower": "interleaved", "freeze_vision": True}
+    model = new_model(tiny_config(model=settings), texts)
     model.tower.eval()
     return model
 
@@ -114,7 +126,7 @@ def test_an_item_is_written_as_the_family_writes_it(model):
     assert encoded.picture_slot[0][encoded.token_ids[0] == image].tolist() == list(range(count))
     assert encoded.is_text[0].tolist() == [True] * text + [False] * (len(tokens) - text)
     with torch.no_grad():
-        assert model.tower.pictures(encoded).shape == (count, model.tower.backbone.width)
+        assert model.tower.pictures(encoded).shape == (count, family.picture_width)
 
 
 def test_hidden_states_equal_those_of_the_library_itself(model):
@@ -197,20 +209,62 @@ def test_it_learns_is_saved_and_loaded(model, catalog, tmp_path):
     )
 
 
-def test_patches_are_laid_out_as_the_library_lays_them_out():
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+def test_stored_picture_tokens_do_for_the_pictures(model, catalog, tmp_path, monkeypatch):
+    backbone, embedder = model.tower.backbone, model.embedder()
+    rows, histories = np.arange(12), [HISTORY, np.array([3, 5])]
+    items, users = embedder.items(catalog, rows), embedder.users(catalog, histories, None)
+    write_tokens(tmp_path, model, catalog.table)
+    cached = Catalog(catalog.table, model.encoder, tokens=open_store(str(tmp_path), backbone))
+    seen = Seen(monkeypatch, model)
+    assert np.sum(embedder.items(cached, rows) * items, axis=1) == pytest.approx(1, abs=1e-3)
+    assert np.sum(embedder.users(cached, histories, None) * users, axis=1) == pytest.approx(1, abs=1e-3)
+    assert seen.pictures == 0
 
+
+def qwen(family):
     tokenizer = train_tokenizer(["Square Tile"], 300)
-    tokenizer.add_special_tokens(
-        {"extra_special_tokens": ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]}
-    )
-    family = FAMILIES["qwen2_5_vl"](small("qwen2_5_vl", tokenizer))
+    tokenizer.add_special_tokens({"extra_special_tokens": QWEN_TOKENS})
+    return small(family, tokenizer)
+
+
+def test_what_deeper_layers_see_of_a_picture_belongs_to_its_tokens():
+    """Qwen3-VL's; a store without it would give other states, and another choice of it is another fingerprint."""
+    base = qwen("qwen3_vl").eval()
+    backbone = Backbone(base, [0.5] * 3, [0.5] * 3)
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3)).astype(np.uint8))
+    slots = torch.cat([torch.full((2, 3), -1), torch.arange(128).view(2, 64)], dim=1)
+    ids, is_token = torch.ones_like(slots), torch.ones_like(slots, dtype=torch.bool)
+    with torch.no_grad():
+        pictures = backbone.picture_tokens(pixels).flatten(0, 1)
+        assert pictures.shape == (128, 2 * backbone.width)
+        cut = pictures.clone()
+        cut[:, backbone.width :] = 0
+        states, without = (backbone.hidden_states(ids, is_token, slots, tokens) for tokens in (pictures, cut))
+        assert (states - without).abs().max() > 1e-2
+        turned = backbone.hidden_states(ids[[1, 0]], is_token, slots[[1, 0]], pictures)
+        assert torch.allclose(turned[[1, 0]], states, atol=1e-5), "each row has its own picture's"
+    before = vision_fingerprint(backbone)
+    base.config.vision_config.deepstack_visual_indexes = [1]
+    assert vision_fingerprint(backbone) != before
+
+
+@pytest.mark.parametrize(("family", "statistics"), [("qwen2_5_vl", None), ("qwen3_vl", [0.5] * 3)])
+def test_patches_are_laid_out_as_the_library_lays_them_out(family, statistics):
+    """Qwen3-VL takes the same processor with its own mean and deviation."""
+    adapter = FAMILIES[family](qwen(family))
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    processor = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, do_resize=False)
-    theirs = processor(images=[pixels], do_normalize=False, return_tensors="pt")
-    ours = family.patches(torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).float() / 255)
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=4,
+        merge_size=2,
+        temporal_patch_size=2,
+        do_resize=False,
+        **({} if statistics is None else {"image_mean": statistics, "image_std": statistics}),
+    )
+    theirs = processor(images=[pixels], return_tensors="pt")
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    scaled = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).float() / 255
     assert theirs["image_grid_thw"].tolist() == [[1, 16, 16]]
-    assert torch.allclose(ours, theirs["pixel_values"], atol=1e-6)
+    assert torch.allclose(adapter.patches((scaled - mean) / std), theirs["pixel_values"], atol=1e-5)
 
 
 def test_an_unknown_family_is_said_with_what_is_known():

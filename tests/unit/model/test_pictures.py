@@ -9,6 +9,7 @@ import pytest
 from fakes import tiny_model
 from PIL import Image
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from pixrec.data.images import decode_image, shrink_image
@@ -36,7 +37,7 @@ def photographs() -> list[bytes]:
 
 
 def siglip(picture: Image.Image, size: int) -> np.ndarray:
-    """PaliGemma's; bicubic, as Qwen-VL's."""
+    """PaliGemma's; bicubic."""
     processor = SiglipImageProcessorPil(size={"height": size, "width": size})
     return processor(images=picture, return_tensors="np")["pixel_values"]
 
@@ -48,22 +49,34 @@ def idefics3(picture: Image.Image, size: int) -> np.ndarray:
     return processor(images=[[picture]], return_tensors="np")["pixel_values"]
 
 
+def qwen(picture: Image.Image, size: int) -> np.ndarray:
+    """That of all Qwen-VL, with the patches, mean and deviation of Qwen3-VL; its patches put together again."""
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=16, size={"shortest_edge": size**2, "longest_edge": size**2}, image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )  # fmt: skip
+    found = processor(images=picture, return_tensors="np")
+    assert found["image_grid_thw"].tolist() == [[1, size // 16, size // 16]]
+    tiles = found["pixel_values"].reshape(size // 32, size // 32, 2, 2, 3, 2, 16, 16)[..., 0, :, :]
+    return tiles.transpose(4, 0, 2, 5, 1, 3, 6)
+
+
 def decoded_by(processor, data: bytes, size: int) -> np.ndarray:
-    """(size, size, 3) as the processor sees it, on the scale of 0 to 255 (both use mean and deviation 0.5)."""
+    """(size, size, 3) as the processor sees it, on the scale of 0 to 255 (all use mean and deviation 0.5)."""
     with Image.open(io.BytesIO(data)) as picture:
         values = processor(picture.convert("RGB"), size)
     return 127.5 + 127.5 * values.reshape(3, size, size).transpose(1, 2, 0)
 
 
 @pytest.mark.parametrize("size", [64, 224, 384, 512])
-@pytest.mark.parametrize(("processor", "bound"), [(siglip, 1.2), (idefics3, 1.6)])
+@pytest.mark.parametrize(("processor", "bound"), [(siglip, 1.2), (qwen, 1.2), (idefics3, 1.6)])
 def test_pixels_lie_close_to_the_processors(photographs: list[bytes], processor, bound: float, size: int):
     apart = np.abs(decode_image(photographs[0], size) - decoded_by(processor, photographs[0], size))
     assert apart.mean() < bound  # of 255
     assert apart.max() < 30
 
 
-@pytest.mark.parametrize("processor", [siglip, idefics3])
+@pytest.mark.parametrize("processor", [siglip, qwen, idefics3])
 def test_vectors_lie_close_to_those_of_the_processors_pixels(photographs: list[bytes], processor):
     embedder = tiny_model().embedder()
     size = embedder.encoder.image_size_px

@@ -1,17 +1,18 @@
 """Picture tokens computed once: the same vectors as without, and never a stale one."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
-from fakes import square, tiny_config, tiny_items, tiny_model
+from fakes import Seen, square, tiny_config, tiny_items, tiny_model, write_tokens
 
 from pixrec import storage
+from pixrec.errors import ArtifactError
 from pixrec.model.catalog import Catalog
 from pixrec.model.vision import (
-    complete_store,
+    StoredPictures,
     encode_pictures,
+    find_tokens,
+    no_rows,
     open_store,
     picture_hash,
     store_folder,
@@ -31,12 +32,11 @@ def frozen_model():
     return model
 
 
-def stored(place, model, pictures=PICTURES):
-    backbone = model.tower.backbone
-    folder = store_folder(str(place), vision_fingerprint(backbone))
-    for number, some in enumerate((pictures[:3], pictures[2:])):  # one of them twice
-        write_part(folder, number, encode_pictures(backbone, some), backbone.family.tokens_per_picture)
-    complete_store(folder, len(pictures))
+def stored(place, model, items=ITEMS):
+    folder, backbone = write_tokens(place, model, items), model.tower.backbone
+    again = encode_pictures(backbone, PICTURES[2:4])  # pictures that are there twice
+    write_part(folder, 90, again, backbone.family.tokens_per_picture)
+    write_part(folder, 91, no_rows(backbone), backbone.family.tokens_per_picture)
     return open_store(str(place), backbone)
 
 
@@ -94,22 +94,99 @@ def test_training_the_language_model_leaves_the_store_valid(tmp_path):
     assert vision_fingerprint(model.tower.backbone) == before
 
 
-def test_a_store_that_is_not_whole_or_lacks_a_picture_is_not_used(tmp_path):
+def test_a_picture_without_tokens_is_shown_to_the_vision_part(tmp_path, monkeypatch):
+    """New and changed pictures stand in one batch with stored ones."""
     model = frozen_model()
-    tokens = stored(tmp_path, model)
-    changed = tiny_items(with_pictures=range(9))  # one picture more
-    assert Catalog(changed, model.encoder, tokens=tokens).tokens is None
+    write_tokens(tmp_path, model, tiny_items(with_pictures=[1, 2, 5]))
+    tokens = open_store(str(tmp_path), model.tower.backbone)
+    assert not tokens.hold(ITEMS)
     assert tokens.of(square(0.123)) is None
-    assert picture_hash(b"a") != picture_hash(b"b")
-    folder = store_folder(str(tmp_path), vision_fingerprint(model.tower.backbone))
+    rows, histories = np.arange(12), [np.array([0, 1, 3, 5]), np.array([8, 2])]
+    plain, cached = Catalog(ITEMS, model.encoder), Catalog(ITEMS, model.encoder, tokens=tokens)
+    embedder = model.embedder()
+    expected = embedder.items(plain, rows), embedder.users(plain, histories, None)
+    seen = Seen(monkeypatch, model)
+    found = embedder.items(cached, rows)
+    assert seen.pictures == 5
+    users = embedder.users(cached, histories, None)
+    assert seen.pictures == 5 + 2
+    assert np.sum(found * expected[0], axis=1) == pytest.approx(1, abs=1e-3)
+    assert np.sum(users * expected[1], axis=1) == pytest.approx(1, abs=1e-3)
+    others = expected[0] @ expected[0].T
+    assert others[~np.eye(12, dtype=bool)].max() < 0.999, "another picture's vector lies farther off"
+
+
+def test_a_store_that_is_not_whole_is_not_used(tmp_path):
+    model = frozen_model()
+    folder = write_tokens(tmp_path, model, ITEMS)
+    assert folder == store_folder(str(tmp_path), vision_fingerprint(model.tower.backbone))
     storage.remove(f"{folder}/tokens.json")
     assert open_store(str(tmp_path), model.tower.backbone) is None
 
 
+@pytest.mark.parametrize("harm", ["a part is gone", "hashes cut short", "cut short", "another shape"])
+def test_a_damaged_store_is_said(tmp_path, harm):
+    model = frozen_model()
+    folder = write_tokens(tmp_path, model, ITEMS)
+    part, hashes = (storage.list_files(folder, suffix)[1] for suffix in (".npy", ".hashes"))
+    if harm == "another shape":
+        np.save(part, np.load(part)[:, :-1])
+    elif harm == "cut short":
+        storage.write_bytes(part, storage.read_bytes(part)[:-10])
+    elif harm == "hashes cut short":
+        storage.write_bytes(hashes, storage.read_bytes(hashes)[:16])
+    else:
+        storage.remove(part)
+    with pytest.raises(ArtifactError, match=r"is damaged: .*; remove"):
+        open_store(str(tmp_path), model.tower.backbone)
+
+
+def test_a_part_that_is_still_being_written_is_not_read(tmp_path):
+    """Its hashes come last; until then the store is the one that it was."""
+    model = frozen_model()
+    folder = write_tokens(tmp_path, model, ITEMS)
+    hashes = storage.list_files(folder, ".hashes")[0]
+    first = storage.read_bytes(hashes)
+    storage.remove(hashes)
+    tokens = open_store(str(tmp_path), model.tower.backbone)
+    assert len(tokens) == len(PICTURES) - 3
+    assert tokens.of_hash(first[:16]) is None
+    assert tokens.of(PICTURES[4]) is not None
+
+
+def test_pictures_are_found_by_their_hash_alone():
+    hashes = [picture_hash(bytes([number])) for number in range(50)]
+    pictures = StoredPictures(b"".join([*hashes, *hashes[:7]]))
+    assert len(pictures) == 50
+    assert [pictures.place(picture) for picture in hashes] == list(range(50))
+    assert pictures.hash_of(bytes([3])) == hashes[3]
+    same_beginning = hashes[3][:8] + bytes(8)
+    assert pictures.place(same_beginning) is None
+    assert pictures.hash_of(b"another") is None
+    assert StoredPictures(b"").place(hashes[0]) is None
+
+
 def test_where_tokens_are_kept():
-    frozen = tiny_config(model={"freeze_vision": True})
-    assert tokens_place("s3://b/data/", frozen) == "s3://b/data.tokens"
-    assert tokens_place("data", tiny_config()) is None
-    assert tokens_place("data", tiny_config(model={"freeze_vision": True, "modalities": "text"})) is None
-    elsewhere = dataclasses.replace(frozen, train=dataclasses.replace(frozen.train, picture_tokens="/cache"))
-    assert tokens_place("data", elsewhere) == "/cache"
+    frozen = tiny_config(model={"freeze_vision": True}).model
+    assert tokens_place("s3://b/data/", frozen, "auto") == "s3://b/data.tokens"
+    assert tokens_place("data", tiny_config().model, "auto") is None
+    blind = tiny_config(model={"freeze_vision": True, "modalities": "text"}).model
+    assert tokens_place("data", blind, "auto") is None
+    assert tokens_place("data", frozen, "/cache") == "/cache"
+    assert tokens_place("data", frozen, None) is None
+
+
+def test_the_stores_of_several_data_sets_are_read_as_one(tmp_path):
+    model = frozen_model()
+    first, second = tiny_items(with_pictures=[0, 1, 2]), tiny_items(with_pictures=[2, 5, 7])
+    sets = [str(tmp_path / "a"), str(tmp_path / "b")]
+    write_tokens(f"{sets[0]}.tokens", model, first)
+    assert find_tokens(sets, model.config, model.tower.backbone) is None, "one of them has none"
+    write_tokens(f"{sets[1]}.tokens", model, second)
+    joined = find_tokens(sets, model.config, model.tower.backbone)
+    assert len(joined) == 5
+    assert joined.hold(first)
+    assert joined.hold(second)
+    for place, row in ((0, 0), (0, 2), (1, 5), (1, 7)):
+        alone = find_tokens(sets[place], model.config, model.tower.backbone)
+        np.testing.assert_array_equal(joined.of(ITEMS.image(row)), alone.of(ITEMS.image(row)))

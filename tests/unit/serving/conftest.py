@@ -35,8 +35,9 @@ class FakeBackend:
         exclude_history: bool,
         filters: Filters,
         new_items: dict[str, NewItem],
+        timestamps: list[int] | None,
     ) -> Ranking | Refusal:
-        self.new_items = new_items
+        self.new_items, self.timestamps = new_items, timestamps
         known = [item_id for item_id in history if item_id in self.catalog or item_id in new_items]
         left_out = {*exclude, *(history if exclude_history else ())}
         ranking = self._rank("recommend", k, filters, left_out, history, exclude_history)

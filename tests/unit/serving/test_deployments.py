@@ -81,6 +81,16 @@ def test_a_bad_filter_is_refused_before_it_joins_a_batch(
     assert recommender.batches == []
 
 
+def test_timestamps_that_do_not_fit_are_refused_before_they_join_a_batch(
+    replica: RecommenderReplica, recommender: FakeRecommender
+) -> None:
+    for timestamps in ([1], [2, 1]):
+        refusal = asyncio.run(replica.recommend(["a", "b"], 3, [], True, {}, {}, timestamps))
+        assert isinstance(refusal, Refusal)
+        assert refusal.field == "timestamps"
+    assert recommender.batches == []
+
+
 def test_new_items_are_encoded_before_the_batch(replica: RecommenderReplica, recommender: FakeRecommender) -> None:
     async def alone(query: Query) -> Answer:
         return (await replica.answer_all([query]))[0]

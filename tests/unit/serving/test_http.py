@@ -50,6 +50,15 @@ def test_new_items_reach_the_backend_with_their_pictures(client: Any, backend: A
     assert backend.new_items == {"n": NewItem({"title": "A lamp", "price": 3.5}, backend.images["a"])}
 
 
+def test_timestamps_reach_the_backend_where_there_are_any(client: Any, backend: Any) -> None:
+    for timestamps in ([0, 1_700_000_000_000], None):
+        body = {"history": ["a", "c"], "timestamps": timestamps}
+        assert client("POST", "/v1/recommend", json=body).status_code == 200
+        assert backend.timestamps == timestamps
+    assert client("POST", "/v1/recommend", json={"history": ["a"]}).status_code == 200
+    assert backend.timestamps is None
+
+
 def test_similar_and_search_answer_the_same_shape(client: Any) -> None:
     picture = base64.b64encode(b"a picture").decode()
     for path, body in [
@@ -88,6 +97,9 @@ BAD_BODIES = [
     ("/v1/recommend", {"history": [], "filters": {"brand": ["x"] * 1001}}, "filters"),
     ("/v1/recommend", {"history": [], "filters": []}, "filters"),
     ("/v1/recommend", {"history": [], "histroy": []}, "histroy"),
+    ("/v1/recommend", {"history": ["a"], "timestamps": ["now"]}, "timestamps"),
+    ("/v1/recommend", {"history": ["a"], "timestamps": [1.5]}, "timestamps"),
+    ("/v1/recommend", {"history": ["a"], "timestamps": [0] * 1001}, "timestamps"),
     ("/v1/recommend", {"history": ["n"], "new_items": {"n": {}}}, "new_items"),
     ("/v1/recommend", {"history": ["n"], "new_items": {"n": {"titel": "x"}}}, "new_items"),
     ("/v1/recommend", {"history": ["n"], "new_items": {"n": {"title": "x" * 10_001}}}, "new_items"),

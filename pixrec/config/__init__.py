@@ -1,0 +1,39 @@
+"""One tree of frozen dataclasses: load, override, check, dump.
+
+Every room owns its branch, in a module of its own; a docstring under each field says what it means and in which unit.
+Knows nothing of files beyond turning YAML text into the tree and back.
+"""
+
+from pixrec.config.demo import SyntheticConfig
+from pixrec.config.embed import EmbedConfig
+from pixrec.config.evaluate import EvaluateConfig, SasrecConfig, SasrecTowerConfig, SasrecTrainingConfig
+from pixrec.config.model import CompactConfig, LoraConfig, Modalities, ModelConfig, TinyConfig
+from pixrec.config.prepare import PrepareConfig
+from pixrec.config.serve import ServeConfig
+from pixrec.config.train import JointConfig, SequenceConfig, StageConfig, TrainConfig
+from pixrec.config.tree import SECRET_KEYS, Config, dump_config, load_config, to_dict
+
+__all__ = [
+    "SECRET_KEYS",
+    "CompactConfig",
+    "Config",
+    "EmbedConfig",
+    "EvaluateConfig",
+    "JointConfig",
+    "LoraConfig",
+    "Modalities",
+    "ModelConfig",
+    "PrepareConfig",
+    "SasrecConfig",
+    "SasrecTowerConfig",
+    "SasrecTrainingConfig",
+    "SequenceConfig",
+    "ServeConfig",
+    "StageConfig",
+    "SyntheticConfig",
+    "TinyConfig",
+    "TrainConfig",
+    "dump_config",
+    "load_config",
+    "to_dict",
+]

@@ -1,0 +1,36 @@
+"""Settings of `pixrec embed`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pixrec.config.checks import at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    batch_size: int = 128
+    """Items in one forward pass."""
+    num_actors: int = 1
+    """Model actors in the pool."""
+    cpus_per_actor: float = 0.5
+    """CPUs Ray reserves for each actor."""
+    threads_per_actor: int = 2
+    """Torch threads in each actor."""
+    gpus_per_actor: float = 0.0
+    """GPUs Ray reserves for each actor."""
+    dtype: Literal["float32", "float16", "int8"] = "float32"
+    """Type of the stored vectors; int8 has a scale for each vector."""
+    cpus_per_decode: float = 0.5
+    """CPUs Ray reserves for each task that reads and decodes items."""
+    picture_tokens: str | None = "auto"
+    """Where the model was trained with `model.freeze_vision`: the folder, local or s3://, whose picture tokens are read
+    in place of the pictures that have any there; they differ from fresh ones by rounding. `auto`: the place of --data
+    with `.tokens` behind its name. None: never."""
+    max_part_items: int = 1024
+    """Items whose vectors are stored at a time: what a killed run loses of each actor's work."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "batch_size", "num_actors", "threads_per_actor", "max_part_items")
+        at_least(self, 0, "cpus_per_actor", "gpus_per_actor", "cpus_per_decode")

@@ -1,0 +1,118 @@
+"""Shape of the towers."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pixrec.config.checks import at_least, between, multiple
+from pixrec.errors import ConfigError
+
+Modalities = Literal["both", "text", "image"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyConfig:
+    """Shape of `pixrec-tiny`, the embedded default: the SmolVLM class with random weights."""
+
+    vocabulary_tokens: int = 2000
+    """Upper bound of the tokenizer trained on the catalog's text."""
+    hidden_width: int = 96
+    """Width of the language model."""
+    num_layers: int = 2
+    """Layers of the language model."""
+    num_heads: int = 4
+    """Attention heads of the language model."""
+    vision_width: int = 96
+    """Width of the vision part."""
+    vision_layers: int = 2
+    """Layers of the vision part."""
+    image_size_px: int = 64
+    """Side of the square pictures."""
+    patch_size_px: int = 16
+    """Side of a patch; (image_size_px / patch_size_px / 2)² tokens a picture."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, *(f.name for f in dataclasses.fields(self)))
+        multiple(self, "hidden_width", 2 * self.num_heads, "twice model.tiny.num_heads")  # rotary heads are even
+        multiple(self, "vision_width", 4, "the heads of the vision part")
+        multiple(self, "image_size_px", 2 * self.patch_size_px, "twice model.tiny.patch_size_px")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    enabled: bool = False
+    """Train low-rank adapters in the backbone instead of all its weights."""
+    rank: int = 8
+    """Rank of each adapter."""
+    alpha: int = 16
+    """Scale numerator of the adapters."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Module names that receive an adapter; a name that matches nothing is an error."""
+    base: Literal["as_is", "nf4"] = "as_is"
+    """`nf4` holds the backbone's own weights in 4 bits (QLoRA, Dettmers et al. 2023); needs bitsandbytes and a GPU."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "rank", "alpha")
+        if not self.targets:
+            raise ConfigError("model.lora.targets is empty: name at least one module")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompactConfig:
+    """Shape of the compact user tower: a causal transformer over item vectors."""
+
+    max_history_items: int = 200
+    """Older events of a history are not read."""
+    layers: int = 2
+    """Transformer layers."""
+    heads: int = 2
+    """Attention heads."""
+    feed_forward_multiple: int = 4
+    """Width of the feed-forward layers, in widths of the tower."""
+    dropout: float = 0.2
+    """Dropout of inputs and residual branches."""
+    identity: bool = True
+    """Add a learned vector for each item of the training histories to the vector of its content."""
+    identity_dropout: float = 0.1
+    """Chance that an item is read and ranked by its content alone in a training step."""
+    # Not in `repr`, so not in a model's fingerprint, which is older than they are: its weights tell the forms apart.
+    time: Literal["none", "gaps", "ages", "both"] = field(default="none", repr=False)
+    """What the tower reads of the events' timestamps: `gaps`, the time since the event before, at the input; `ages`,
+    the time from each event to the newest one read, in attention."""
+    time_dropout: float = field(default=0.1, repr=False)
+    """Chance that a history is read without its timestamps in a training step, as requests without them are."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "max_history_items", "layers", "heads", "feed_forward_multiple")
+        between(self, 0, 1, "dropout", "identity_dropout", "time_dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    backbone: str = "pixrec-tiny"
+    """`pixrec-tiny`, or a name or folder for `from_pretrained`."""
+    user_tower: Literal["interleaved", "compact"] = "interleaved"
+    """`interleaved` reads the history's pictures and text through the backbone; `compact` reads its item vectors."""
+    user_pooling: Literal["mean", "separator"] = "separator"
+    """Interleaved tower: mean over all history tokens (the paper's), or the state at the last separator."""
+    modalities: Modalities = "both"
+    """What the towers may see; anything but `both` is a knockout."""
+    embedding_width: int = 128
+    """Width D of the shared space."""
+    max_history_items: int = 10
+    """Older events of a history are not read by the interleaved tower; model.compact has its own."""
+    max_text_tokens: int = 32
+    """An item's text is cut to this many tokens."""
+    freeze_vision: bool = False
+    """Leave the vision part and its projection as they are; their output can then be computed once for each item."""
+    tiny: TinyConfig = field(default_factory=TinyConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    compact: CompactConfig = field(default_factory=CompactConfig)
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "embedding_width", "max_history_items", "max_text_tokens")
+        multiple(self, "embedding_width", self.compact.heads, "model.compact.heads")
+        if self.lora.base == "nf4" and not (self.lora.enabled and self.backbone != "pixrec-tiny"):
+            raise ConfigError("model.lora.base nf4 needs model.lora.enabled and a pretrained model.backbone")

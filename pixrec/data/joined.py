@@ -1,0 +1,84 @@
+"""Several prepared data sets as one for a stage of training, and what of them training must not see. Knows no model.
+
+What is handed on holds no test event of any set: each set's own split says which events are its training events, and
+none but the histories and targets of its validation is held out. A user of two sets is two users, an item of two sets
+two items.
+
+Shapes: S sets · N items of all sets · E events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pixrec.data.items import ItemTable, join_items
+from pixrec.data.sequences import Dataset, HeldOut
+from pixrec.schema import ITEM_ID, TIMESTAMP, USER_ID
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a stage of training may see: rows are those of `items`, the catalogs of all sets in their order."""
+
+    items: ItemTable
+    histories: list[np.ndarray]
+    """training histories of the users of all sets, oldest first"""
+    counts: np.ndarray
+    """int64 (N,): training events of each item"""
+    valid: HeldOut
+    """validation events of all sets"""
+
+
+def join_datasets(datasets: Sequence[Dataset]) -> TrainingData:
+    """The training and validation events of S sets over their joined catalog; of one set, as they are."""
+    if len(datasets) == 1:
+        only = datasets[0]
+        return TrainingData(only.items, only.training_histories(), only.training_counts(), only.held_out("valid"))
+    starts = np.cumsum([0, *(len(dataset.items) for dataset in datasets)])[:-1]
+    valid = [dataset.held_out("valid") for dataset in datasets]
+    return TrainingData(
+        join_items([dataset.items for dataset in datasets]),
+        [
+            history + start
+            for dataset, start in zip(datasets, starts, strict=True)
+            for history in dataset.training_histories()
+        ],
+        np.concatenate([dataset.training_counts() for dataset in datasets]),
+        HeldOut(
+            [user for users in valid for user in users.user_ids],
+            [history + start for users, start in zip(valid, starts, strict=True) for history in users.histories],
+            np.concatenate([users.targets + start for users, start in zip(valid, starts, strict=True)]),
+        ),
+    )
+
+
+def count_leaks(target: Dataset, other: Dataset) -> int:
+    """How many held-out events of `target`, validation or test, are training events of `other`, another data set.
+
+    An event is known by its user, item and time, an item by its id and text. One that `other` calls by another id or
+    text, or whose time it tells otherwise, is not found: a set that holds test events of the target in such a form
+    gives them away unseen.
+    """
+    held_out = _named(target, ~target.training_visible())
+    shared = _named(other, other.training_visible()).join(held_out, held_out.column_names, join_type="inner")
+    return sum(_text(target, item_id) == _text(other, item_id) for item_id in shared.column(ITEM_ID).to_pylist())
+
+
+def _text(dataset: Dataset, item_id: str) -> str:
+    return dataset.items.text(dataset.items.row_of[item_id])
+
+
+def _named(dataset: Dataset, chosen: np.ndarray) -> pa.Table:
+    """The distinct events of a mask (E,): user, item, time."""
+    events = dataset.events
+    users = np.repeat(np.arange(len(events.user_ids)), np.diff(events.offsets))[chosen]
+    columns = {
+        USER_ID: pa.array(events.user_ids, pa.string()).take(pa.array(users)),
+        ITEM_ID: pa.array(dataset.items.item_ids, pa.string()).take(pa.array(events.rows[chosen])),
+        TIMESTAMP: pa.array(events.timestamps[chosen], pa.int64()),
+    }
+    return pa.table(columns).group_by(list(columns)).aggregate([])

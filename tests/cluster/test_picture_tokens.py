@@ -1,0 +1,65 @@
+"""The store of picture tokens on Ray: only what it lacks is computed, whoever began it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from fakes import tiny_config, tiny_dataset, tiny_items, write_prepared
+
+from pixrec import storage
+from pixrec.artifact import untrained_model
+from pixrec.cluster import vision
+from pixrec.cluster.vision import PictureEncoder, vision_once
+from pixrec.config import dump_config
+from pixrec.data.items import load_items
+from pixrec.model.vision import find_tokens, fitting_store, stored_pictures
+from pixrec.schema import IMAGE
+
+CONFIG = tiny_config(model={"freeze_vision": True}, embed={"batch_size": 4, "threads_per_actor": 1})
+
+
+def test_an_actor_passes_over_what_is_stored(tmp_path: Path):
+    write_prepared(tmp_path / "data", tiny_dataset())
+    data, folder = str(tmp_path / "data"), str(tmp_path / "store")
+    encoder = PictureEncoder(dump_config(CONFIG), [data], folder)
+    pictures = [load_items(data).image(row) for row in range(3)]
+    rows = encoder(pa.table({IMAGE: [*pictures, None, pictures[0]]}))
+    assert rows.num_rows == 3
+    vision.write_part(folder, 0, rows, encoder._backbone.family.tokens_per_picture)
+    again = PictureEncoder(dump_config(CONFIG), [data], folder)
+    assert again(pa.table({IMAGE: pa.array([*pictures, None], pa.binary())})) == rows.slice(0, 0)
+    more = load_items(data).image(7)
+    assert again(pa.table({IMAGE: [*pictures, more]})).num_rows == 1
+
+
+def test_a_store_grows_with_its_catalog(ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """New pictures, and those of a second data set that shares the place, are added to what is there."""
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    write_prepared(first, tiny_dataset(tiny_items(with_pictures=range(9))))
+    write_prepared(second, tiny_dataset(tiny_items(5)))
+    place = str(tmp_path / "tokens")
+    config = tiny_config(
+        model={"freeze_vision": True}, train={"picture_tokens": place}, embed={"batch_size": 4, "threads_per_actor": 1}
+    )
+    vision_once(first, config)
+    backbone = untrained_model(config, [first]).tower.backbone
+    folder = fitting_store(place, backbone)
+    assert folder is not None
+    assert len(stored_pictures(folder)) == 9
+    files = storage.list_files(folder)
+
+    write_prepared(first, tiny_dataset(tiny_items()))
+    storage.remove(storage.join(folder, "tokens.json"))  # as a killed run leaves it
+    vision_once(first, config)
+    vision_once(second, config, [first])
+    assert fitting_store(place, backbone) == folder
+    assert set(files) <= set(storage.list_files(folder))
+    assert len(stored_pictures(folder)) == 12 + 4  # a picture of the second set is one of the first's
+    for data in (first, second):
+        tokens = find_tokens(data, config, backbone)
+        assert tokens is not None
+        assert tokens.hold(load_items(data))
+    monkeypatch.setattr(vision, "PictureEncoder", None)
+    vision_once(first, config)  # nothing left to do

@@ -1,0 +1,81 @@
+"""Both towers trained together by two gloo processes and by one: gradients, figures, the table of item vectors."""
+
+import os
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from fakes import tiny_config, tiny_dataset, tiny_items, tiny_model
+
+from pixrec.joint import JointTrainer
+from pixrec.model.catalog import Catalog
+
+LOSSES = ["full", "sampled"]
+TOLERANCE = 1e-5
+# Five histories and five fresh items: the workers cannot share them evenly.
+TRAIN = {"gradient_clip": 1e9, "joint": {"epochs": 1, "fresh_items_per_step": 5, "micro_batch_items": 2}}
+
+
+def steps(loss: str) -> dict[str, np.ndarray]:
+    """Gradients of a first step, and what an epoch makes of loss, table and figures; any number of processes."""
+    config = tiny_config(
+        model={"user_tower": "compact", "compact": {"dropout": 0.0}},
+        train={**TRAIN, "compact": {"loss": loss, "negatives": 6, "histories_per_step": 5}},
+    )
+    dataset = tiny_dataset(tiny_items(with_pictures=[0, 1]), num_users=9, num_events=7)  # some share has no picture
+    model = tiny_model(config, dataset.items)
+    rows = np.arange(len(dataset.items))
+    identity = np.where(rows < len(model.identities), rows, -1)
+    catalog = Catalog(dataset.items, model.encoder)
+    counts = dataset.training_counts()
+    trainer = JointTrainer(model.tower, catalog, dataset.training_histories(), counts, identity, config)
+    trainer._step(trainer.source.epoch(0)[0])
+    found = {name: p.grad.clone() for name, p in trainer.named.items() if p.grad is not None}
+    logged: list[dict[str, float]] = []
+    trainer.train_epoch(logged.append)
+    found["table"] = trainer.content_table.clone()
+    figures = trainer.validate(dataset.held_out("valid"))
+    found |= {name: torch.tensor(value) for name, value in {**logged[-1], **figures}.items()}
+    return {name: value.numpy() for name, value in found.items()}
+
+
+def _rank(rank: int, size: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    try:
+        for loss in LOSSES:
+            np.savez(f"{folder}/{loss}-{rank}.npz", **steps(loss))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank, (2, port, folder), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_ranks_equal_one(joined, loss):
+    torch.set_num_threads(1)
+    single = steps(loss)
+    assert np.abs(single["item_proj.weight"]).any()
+    assert single["staleness"] > 0
+    found = [np.load(f"{joined}/{loss}-{rank}.npz") for rank in range(2)]
+    np.testing.assert_array_equal(found[0]["table"], found[1]["table"])
+    for each in found:
+        assert set(each.files) == set(single)
+        for name, expected in single.items():
+            # An optimiser has moved the table and what is measured on it: Adam turns rounding into steps.
+            later = name == "table" or (expected.ndim == 0 and "temperature" not in name)
+            limit = 1e-3 if later else TOLERANCE
+            difference = float(np.linalg.norm(each[name] - expected))
+            assert difference <= limit * max(float(np.linalg.norm(expected)), 1e-3), (name, difference)
