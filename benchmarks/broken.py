@@ -1,7 +1,9 @@
-"""`python -m benchmarks.broken [--count 10000]`: a catalog with 5 % broken pictures through the real `pixrec prepare`.
+"""`python -m benchmarks.broken [--count 10000]`: a catalog with 5 % broken pictures through the real `pixrec prepare`
+and `pixrec embed`.
 
-Every broken picture must be in rejects/ with its own reason, every other one stored, odd as its format may be; the
-counts must add up. Prints one line a kind and exits with 1 where that is not so.
+Every broken picture must be in rejects/ with its own reason, every other one stored and embedded, odd as its format may
+be, and the items of the broken ones embedded by their text; the counts must add up. Prints one line a kind and exits
+with 1 where that is not so.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from benchmarks import catalogs
 from pixrec.cli import main as pixrec
+from pixrec.config import Config
 
 SHARE_BROKEN = 0.05
 SIDE_PX = 96
@@ -89,18 +93,21 @@ def run(count: int, folder: Path) -> dict[str, Any]:
     sets = ["prepare.image_size_px=64", "prepare.max_image_bytes=200000", "prepare.num_cpus_per_task=1"]
     arguments = ["prepare", "--items", str(folder / "items.parquet"), "--out", str(folder / "out")]
     arguments += ["--interactions", str(folder / "interactions.parquet")]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        code = pixrec([*arguments, *(part for each in sets for part in ("--set", each))])
-    assert code == 0, f"prepare exited with {code}"
+    said = _called([*arguments, *(part for each in sets for part in ("--set", each))])
     seconds = time.monotonic() - started
+    catalogs.write_model(folder / "model", Config())
+    places = ["--data", str(folder / "out"), "--model", str(folder / "model"), "--out", str(folder / "index")]
+    manifest = _called(["embed", *places])
+    embedded = _seen_with_picture(folder / "index")
     items = pq.read_table(folder / "out" / "items", columns=["item_id", "image", "image_status"]).to_pylist()
     rejects = {row["key"]: row["reason"] for row in pq.read_table(folder / "out" / "rejects").to_pylist()}
     wrong: Counter[str] = Counter()
     for item, kind in zip(items, kinds, strict=True):
         reason = None if kind in good else broken[kind][1]
         fits = (item["image"] is not None) == (item["image_status"] == "ok") == (kind in good)
+        fits = fits and embedded.get(item["item_id"]) == (kind in good)
         wrong[kind] += not fits or rejects.get(item["item_id"]) != reason
-    counts = json.loads(said.getvalue().splitlines()[-1])["images"]
+    counts = said["images"]
     seen = Counter(kinds)
     for kind in (*good, *broken):
         outcome = "stored" if kind in good else broken[kind][1]
@@ -108,14 +115,33 @@ def run(count: int, folder: Path) -> dict[str, Any]:
     num_broken = sum(kind in broken for kind in kinds)
     assert counts["ok"] == count - num_broken, counts
     assert len(rejects) == num_broken, len(rejects)
+    assert (len(embedded), manifest["text_alone"]) == (count, num_broken), manifest
     return {
         "pictures": count,
         "broken": num_broken,
         "wrong": wrong.total(),
         "images": counts,
+        "embedded": {"with_picture": len(embedded) - manifest["text_alone"], "text_alone": manifest["text_alone"]},
         "seconds": round(seconds, 1),
         "distinct_files": len(set(uris)),
     }
+
+
+def _called(arguments: list[str]) -> dict[str, Any]:
+    """What a verb of the command says on the last line of stdout."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = pixrec(arguments)
+    assert code == 0, f"{arguments[0]} exited with {code}"
+    return dict(json.loads(said.getvalue().splitlines()[-1]))
+
+
+def _seen_with_picture(index: Path) -> dict[str, bool]:
+    """Of each item of the index, each there once, whether its picture was seen."""
+    parts = (index / "versions").glob("*/*.parquet")
+    table = pa.concat_tables([pq.read_table(file, columns=["item_id", "has_image"]) for file in parts])
+    seen = dict(zip(table["item_id"].to_pylist(), table["has_image"].to_pylist(), strict=True))
+    assert len(seen) == len(table), "an item is in the index twice"
+    return seen
 
 
 def _write_catalog(count: int, folder: Path) -> tuple[list[str], list[str]]:

@@ -63,8 +63,8 @@ def count_ties(scores: Any, targets: Any) -> np.ndarray:
     return rank_targets(scores, targets).ties
 
 
-def random_tie_metrics(ranks: np.ndarray, ties: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
-    """Mean `recall@k` and `ndcg@k` if ties were broken at random, generous where many items share a score.
+def user_random_tie_metrics(ranks: np.ndarray, ties: np.ndarray, ks: Sequence[int]) -> dict[str, np.ndarray]:
+    """`recall@k` and `ndcg@k` (B,) of each user if ties were broken at random, generous where many items share a score.
 
     ranks (B,) pessimistic, ties (B,) as `rank_targets` gives. Of t + 1 equal items behind g better ones, each of the
     places g + 1 .. g + t + 1 is the target's with the same probability (McSherry and Najork, ECIR 2008).
@@ -75,13 +75,13 @@ def random_tie_metrics(ranks: np.ndarray, ties: np.ndarray, ks: Sequence[int]) -
         gains[1 : k + 1] = 1 / np.log2(1 + np.arange(1, min(k, last) + 1))
         for name, gain in (("recall", gains > 0), ("ndcg", gains)):
             total = np.cumsum(gain)
-            result[f"{name}@{k}"] = float(((total[ranks] - total[better]) / (ties + 1)).mean())
+            result[f"{name}@{k}"] = (total[ranks] - total[better]) / (ties + 1)
     return result
 
 
-def random_tie_recall(ranks: np.ndarray, ties: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
-    """The `recall@k` of `random_tie_metrics`."""
-    return {name: v for name, v in random_tie_metrics(ranks, ties, ks).items() if name.startswith("recall")}
+def random_tie_metrics(ranks: np.ndarray, ties: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
+    """Means of `user_random_tie_metrics`."""
+    return {name: float(values.mean()) for name, values in user_random_tie_metrics(ranks, ties, ks).items()}
 
 
 def top_rows(

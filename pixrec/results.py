@@ -13,7 +13,7 @@ import numpy as np
 
 from pixrec.config import EvaluateConfig
 from pixrec.data.sequences import HeldOut
-from pixrec.metrics import random_tie_metrics, user_metrics
+from pixrec.metrics import user_metrics, user_random_tie_metrics
 from pixrec.significance import bootstrap_ci, holm, paired_difference_ci, randomisation_p
 
 Seen = Literal["allowed", "filtered"]
@@ -172,7 +172,9 @@ class Evaluation:
             "repeat_share": float(np.mean(repeats)),
             "tie_share": {scorer: float((outcome.ties > 0).mean()) for scorer, outcome in self.outcomes.items()},
             "random_ties": {
-                scorer: random_tie_metrics(outcome.ranks["allowed"], outcome.ties, ALWAYS_REPORTED_KS)
+                scorer: self._summary(
+                    user_random_tie_metrics(outcome.ranks["allowed"], outcome.ties, ALWAYS_REPORTED_KS)
+                )
                 for scorer, outcome in self.outcomes.items()
             },
             "chance_recall@10": min(1.0, 10 / len(self.cold)),

@@ -27,12 +27,13 @@ from pixrec.console import Console
 from pixrec.data.sequences import DATASET_MARKER, Dataset, HeldOut, load_dataset, sample_users
 from pixrec.errors import InputError
 from pixrec.evaluation import AnyScorer, Ranker, evaluate_scorers, rank_here
-from pixrec.metrics import count_ties, random_tie_recall, target_ranks
+from pixrec.metrics import count_ties, target_ranks, user_random_tie_metrics
 from pixrec.predictions import load_predictions
 from pixrec.report import choose_examples, choose_grids, format_table, notes, write_report
 from pixrec.results import Evaluation
 from pixrec.scorers import KNOCKOUTS, Sources, build_scorers
 from pixrec.seeds import aggregate
+from pixrec.significance import bootstrap_ci
 from pixrec.tracking import read_log
 
 METRICS = "metrics.json"
@@ -283,11 +284,13 @@ def demo(out: str, config: Config, console: Console) -> Summary:
         _timed(console, "embed", lambda: embed(places["model"], places["data"], places["index"], config, console))
     dataset = load_dataset(places["data"])
     held_out = sample_users(dataset.held_out("test"), config.evaluate.max_users, config.evaluate.seed)
-    best = {}
+    best: dict[str, Summary] = {}
     for name, text_only in (("both", False), ("text_only", True)):
         scores = Oracle(world, dataset.items.item_ids, text_only).scores(held_out.histories)
         ranks, ties = target_ranks(scores, held_out.targets), count_ties(scores, held_out.targets)
-        best[name] = random_tie_recall(ranks, ties, (1, 10))
+        recalls = {m: v for m, v in user_random_tie_metrics(ranks, ties, (1, 10)).items() if m.startswith("recall")}
+        intervals = {m: list(bootstrap_ci(v, config.evaluate.bootstrap_samples)) for m, v in recalls.items()}
+        best[name] = {**{m: float(v.mean()) for m, v in recalls.items()}, "ci95": intervals}
     summary = _timed(
         console,
         "evaluate",
@@ -317,9 +320,7 @@ def demo_config(config: Config) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, knockouts=("text",)))
 
 
-def _demo_verdict(
-    results: Mapping[str, Any], guards: Mapping[str, Any], best: Mapping[str, Mapping[str, float]]
-) -> str:
+def _demo_verdict(results: Mapping[str, Any], guards: Mapping[str, Any], best: Mapping[str, Summary]) -> str:
     lines = []
     for metric in ("recall@1", "recall@10"):
         both = results["pixrec"][metric]

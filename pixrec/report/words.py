@@ -187,8 +187,8 @@ def _audit_sentence(audit: Mapping[str, Any] | None) -> list[str]:
 
 def _random_tie_sentence(guards: Mapping[str, Any]) -> list[str]:
     figures = [
-        f"{scorer} {number(recalls['recall@1'])} and {number(recalls['recall@10'])}"
-        for scorer, recalls in guards.get("random_ties", {}).items()
+        f"{scorer} {number(found['recall@1'])} and {number(found['recall@10'])}"
+        for scorer, found in guards.get("random_ties", {}).items()
         if guards["tie_share"][scorer] > 0
     ]
     return (

@@ -12,7 +12,6 @@ from pixrec.metrics import (
     ListStatistics,
     count_ties,
     random_tie_metrics,
-    random_tie_recall,
     rank_metrics,
     rank_targets,
     target_ranks,
@@ -84,10 +83,13 @@ def test_count_ties():
 def test_random_ties_share_a_rank_evenly():
     scores, targets = np.array([[3.0, 2.0, 2.0, 2.0, 1.0]] * 3), np.array([0, 2, 4])
     ranks, ties = target_ranks(scores, targets), count_ties(scores, targets)
-    first, tied, last = (random_tie_recall(ranks[i : i + 1], ties[i : i + 1], (1, 2, 3, 4)) for i in range(3))
-    assert set(first.values()) == {1.0}
-    assert set(last.values()) == {0.0}
-    assert tied == pytest.approx({"recall@1": 0, "recall@2": 1 / 3, "recall@3": 2 / 3, "recall@4": 1})
+    first, tied, last = (
+        [random_tie_metrics(ranks[i : i + 1], ties[i : i + 1], (k,))[f"recall@{k}"] for k in (1, 2, 3, 4)]
+        for i in range(3)
+    )
+    assert first == [1, 1, 1, 1]
+    assert last == [0, 0, 0, 0]
+    assert tied == pytest.approx([0, 1 / 3, 2 / 3, 1])
 
 
 @pytest.mark.parametrize(("scores", "targets"), [((2, 3), [0]), ((2, 3), [0, 3]), ((2, 3), [-1, 0]), ((3,), [0])])

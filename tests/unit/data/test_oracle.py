@@ -7,7 +7,7 @@ from pixrec.data.drawing import PATTERNS
 from pixrec.data.oracle import Oracle
 from pixrec.data.synthetic import build_world, shop
 from pixrec.errors import InputError
-from pixrec.metrics import count_ties, random_tie_recall, target_ranks
+from pixrec.metrics import count_ties, random_tie_metrics, target_ranks
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def recalls(world, histories):
 
 
 def expected_recall(scores, targets, ks):
-    return random_tie_recall(target_ranks(scores, targets), count_ties(scores, targets), ks)
+    return random_tie_metrics(target_ranks(scores, targets), count_ties(scores, targets), ks)
 
 
 def brute_force(world, history, text_only):
