@@ -144,9 +144,16 @@ def knockout_uri(model_uri: str, modality: str) -> str:
 
 
 def fingerprint(model: Model) -> str:
-    """Hash of all weights, the tokenizer and the model section of the config: equal towers, equal fingerprint."""
+    """Hash of all weights, the tokenizer and the model section of the config: equal towers, equal fingerprint.
+
+    Matrices in 4 bits and their biases are left out: their layout and type depend on the device and on use.
+    """
     digest = hashlib.blake2b(digest_size=16)
+    named = model.tower.named_parameters()
+    packed = tuple(name.removesuffix("weight") for name, weight in named if hasattr(weight, "quant_state"))
     for name, tensor in sorted(model.tower.state_dict().items()):
+        if name.startswith(packed):
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
     digest.update(json.dumps(sorted(model.encoder.tokenizer.get_vocab().items())).encode())

@@ -130,7 +130,7 @@ def _nf4() -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["lm_head", *VISION_MODULES],
+        llm_int8_skip_modules=["lm_head", *(f".*{name}" for name in VISION_MODULES)],  # matched from the start
     )
 
 

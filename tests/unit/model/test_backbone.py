@@ -112,3 +112,28 @@ def test_four_bits_without_their_package_are_refused_with_the_extra(monkeypatch)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"bitsandbytes.*pip install 'pixrec\[nf4\]'"):
         load_pretrained("anything", nf4=True)
+
+
+def test_adapters_train_on_a_base_in_four_bits(tmp_path, items):
+    """The vision part stays whole, adapters alone learn, and the model loads again as the one that was saved."""
+    pytest.importorskip("bitsandbytes")
+    tiny = {"hidden_width": 128, "vision_width": 64}
+    whole = tiny_model(tiny_config(model={"tiny": tiny}))
+    folder = save_pretrained(tmp_path / "base", whole.tower.backbone.model, whole.encoder.tokenizer)
+    config = tiny_config(model={"backbone": folder, "tiny": tiny, "lora": {"enabled": True, "base": "nf4"}})
+    model = new_model(config, [])
+    backbone = model.tower.backbone.model
+    packed = {name for name, weight in backbone.named_parameters() if hasattr(weight, "quant_state")}
+    assert packed
+    assert all("text_model" in name for name in packed)
+    batch = Catalog(items, model.encoder).items(np.arange(4))
+    vectors = model.tower.item_vectors(batch)
+    vectors.sum().backward()
+    learns = {name for name, weight in backbone.named_parameters() if weight.grad is not None}
+    assert learns
+    assert all("lora_" in name for name in learns)
+    save_model(str(tmp_path / "model"), model, {})
+    again = load_model(str(tmp_path / "model"))
+    with torch.no_grad():
+        model.tower.eval()
+        assert torch.allclose(again.tower.item_vectors(batch), model.tower.item_vectors(batch), atol=0.02)
