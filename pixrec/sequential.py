@@ -108,6 +108,7 @@ class SequenceTrainer:
         self.identity = torch.from_numpy(identity.astype(np.int64)).to(self.device)
         self.ever_again = any(len(np.unique(h)) < len(h) for h in histories)
         self.warm = torch.from_numpy(np.flatnonzero(counts > 0)).to(self.device)
+        self.nothing_known = self.identity < 0 if content is None else torch.zeros_like(self.identity, dtype=torch.bool)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.named = {n: p for n, p in tower.named_parameters() if p.requires_grad}
@@ -126,13 +127,15 @@ class SequenceTrainer:
     def _step(self, windows: list[np.ndarray]) -> float:
         """One optimisation step over all workers; returns the joined mean loss of an example."""
         torch.manual_seed(int(np.random.SeedSequence([self.seed, 4, self.step]).generate_state(1)[0]))
-        negatives = self.warm[torch.randint(len(self.warm), (self.config.negatives,), device=self.device)]
+        each = (len(windows),) if self.config.loss == "gbce" else ()  # its own for every history, or shared by all
+        negatives = self.warm[torch.randint(len(self.warm), (*each, self.config.negatives), device=self.device)]
         by_content_alone = torch.rand(len(self.identity), device=self.device) < self.identity_dropout
         torch.manual_seed(int(np.random.SeedSequence([self.seed, 5, self.step, self.rank]).generate_state(1)[0]))
         self.tower.train()
         examples = sum(len(w) - 1 for w in windows)
         mine = windows[self.rank :: self.world_size]
         self.optimizer.zero_grad(set_to_none=True)
+        negatives = negatives[self.rank :: self.world_size] if each else negatives
         loss = self._loss(mine, negatives, by_content_alone) if mine else 0.0 * self.tower.log_temperature
         (loss / examples).backward()
         self._join_gradients()
@@ -157,7 +160,7 @@ class SequenceTrainer:
         if self.config.loss == "full":
             items = torch.arange(len(self.identity), device=self.device)
         else:
-            items = torch.unique(torch.cat([rows.flatten(), negatives]))
+            items = torch.unique(torch.cat([rows.flatten(), negatives.flatten()]))
         place = torch.full((len(self.identity),), -1, device=self.device)
         place[items] = torch.arange(len(items), device=self.device)
         identity = self.identity[items].masked_fill(by_content_alone[items], -1)
@@ -170,13 +173,16 @@ class SequenceTrainer:
             place = torch.full_like(place, -1)
             place[self.warm] = torch.arange(len(self.warm), device=self.device)
             return catalog_softmax(states, table[self.warm], place[target], bfloat16=self.config.precision == "bf16")
-        sampled = place[negatives]
-        same = sampled.unsqueeze(0) == target.unsqueeze(1)
-        positives, others = nn.functional.embedding(target, table), nn.functional.embedding(sampled, table)
+        positives, others = nn.functional.embedding(target, table), nn.functional.embedding(place[negatives], table)
         rate = min(1.0, self.config.negatives / max(1, len(self.warm) - 1))
         if self.config.loss == "sampled":
+            same = place[negatives].unsqueeze(0) == target.unsqueeze(1)
             return sampled_softmax(states, positives, others, same, torch.full_like(others[:, 0], rate).log())
-        return generalised_bce(states, positives, others, same, rate, self.config.calibration)
+        history = has_next.nonzero()[:, 0]
+        same = place[negatives][history] == target.unsqueeze(1)
+        by_history = states.new_zeros(*has_next.shape, states.shape[1]).masked_scatter(has_next.unsqueeze(-1), states)
+        against = (by_history @ others.transpose(1, 2))[has_next].masked_fill(same, float("-inf"))
+        return generalised_bce((states * positives).sum(1), against, rate, self.config.calibration)
 
     def _content_at(self, items: Tensor) -> Tensor | None:
         """Content vectors of the items (U,) that a step's loss reads, where there are any."""
@@ -220,7 +226,8 @@ class SequenceTrainer:
     def validate(self, held_out: HeldOut) -> dict[str, float]:
         """NDCG@10 and recall over the whole catalog, nothing where nobody is held out; the workers share the users.
 
-        Items of the user's history are no candidates where no training history has an item twice.
+        Items of the user's history are no candidates where no training history has an item twice, nor are items that a
+        tower of identities alone does not know.
         """
         if not len(held_out.targets):
             return {}
@@ -231,7 +238,8 @@ class SequenceTrainer:
             part = held_out.only(chosen)
             queries = self.user_vectors(part.histories, table, part.timestamps)
             seen = None if self.ever_again else part.histories
-            ranks = np.append(ranks, target_ranks(queries @ table.T, part.targets, seen))
+            scores = (queries @ table.T).masked_fill(self.nothing_known, float("-inf"))
+            ranks = np.append(ranks, target_ranks(scores, part.targets, seen))
         joined, _ = gather_with_gradient(torch.from_numpy(ranks).to(self.device))
         return {f"valid_{k}": v for k, v in rank_metrics(joined.cpu().numpy(), (1, 10), LOGGED).items()}
 

@@ -73,18 +73,15 @@ def sampled_softmax(
     return -logits.log_softmax(1)[:, 0].sum()
 
 
-def generalised_bce(
-    states: Tensor, positives: Tensor, negatives: Tensor, same: Tensor, sampling_rate: float, calibration: float
-) -> Tensor:
-    """gBCE of gSASRec (Petrov & Macdonald, RecSys 2023), summed over the examples; arguments as `sampled_softmax`.
+def generalised_bce(positive: Tensor, negative: Tensor, sampling_rate: float, calibration: float) -> Tensor:
+    """gBCE of gSASRec (Petrov & Macdonald, RecSys 2023), summed over the examples.
 
-    `sampling_rate` a = negatives / (N - 1); `calibration` t from 0 (plain BCE) to 1 (calibrated probabilities). The
-    positive's sigmoid is raised to beta = a (t (1 - 1/a) + 1/a).
+    positive (P,), negative (P, K): scores; -inf where a negative is the example's own item and does not count.
+    `sampling_rate` a = K / (N - 1); `calibration` t from 0 (plain BCE) to 1 (calibrated probabilities). The positive's
+    sigmoid is raised to beta = a (t (1 - 1/a) + 1/a).
     """
-    positive, negative = _scores(states, positives, negatives)
     beta = sampling_rate * (calibration * (1 - 1 / sampling_rate) + 1 / sampling_rate)
-    against = F.softplus(negative.masked_fill(same, float("-inf"))).sum(1)
-    return (against - beta * F.logsigmoid(positive)).sum() / (1 + negatives.shape[0])
+    return (F.softplus(negative).sum(1) - beta * F.logsigmoid(positive)).sum() / (1 + negative.shape[1])
 
 
 def _scores(states: Tensor, positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:

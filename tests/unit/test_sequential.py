@@ -87,6 +87,15 @@ def test_items_that_nobody_bought_are_no_candidates():
     assert moved.tolist() == [True] * 6 + [False] * 6
 
 
+def test_validation_ranks_no_item_that_identities_do_not_know():
+    """Such an item's vector is 0, and so is its score: ahead of all others where a loss pushes scores below 0."""
+    training, dataset = trainer(content=False)
+    held_out = dataset.held_out("valid")
+    training.nothing_known = torch.ones(len(training.identity), dtype=torch.bool)
+    training.nothing_known[held_out.targets[0]] = False
+    assert training.validate(held_out.only(np.array([0])))["valid_recall@1"] == 1
+
+
 def test_the_vector_of_a_user_reads_the_newest_items_only_and_never_the_padding():
     training, _ = trainer()
     table = training.item_vectors()

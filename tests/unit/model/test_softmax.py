@@ -54,7 +54,8 @@ def test_gbce_without_calibration_is_binary_cross_entropy():
     states, table, target = tensors()
     negatives = table[:10]
     same = torch.arange(10) == target.unsqueeze(1)
-    loss = generalised_bce(states, table[target], negatives, same, 10 / 49, 0.0)
+    against = (states @ negatives.T).masked_fill(same, float("-inf"))
+    loss = generalised_bce((states * table[target]).sum(1), against, 10 / 49, 0.0)
     scores = torch.cat([(states * table[target]).sum(1, keepdim=True), states @ negatives.T], 1)
     labels = torch.zeros_like(scores)
     labels[:, 0] = 1
@@ -67,13 +68,11 @@ def test_calibrated_gbce_has_probabilities_where_plain_bce_overrates():
     """With t = 1 the best score of an item that follows with probability p is logit(p) (gSASRec, theorem 4.1)."""
     share, rate = 0.2, 0.1  # one item follows in a fifth of the cases; each other item is drawn in a tenth
     score = torch.zeros(1, 1, requires_grad=True)
-    one = torch.ones(1, 1)
     optimizer = torch.optim.LBFGS([score], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        nobody, none = torch.zeros(1, 0, dtype=torch.bool), torch.zeros(0, 1)
-        positive = generalised_bce(score, one, none, nobody, rate, 1.0)
+        positive = generalised_bce(score[0], torch.zeros(1, 0), rate, 1.0)
         negative = rate * F.softplus(score).sum()
         loss = share * positive + (1 - share) * negative
         loss.backward()
