@@ -18,7 +18,7 @@ class SequenceConfig:
     loss: Literal["full", "sampled", "gbce"] = "full"
     """Softmax over the whole catalog, over sampled negatives, or gBCE of gSASRec over sampled negatives."""
     negatives: int = 256
-    """Items sampled uniformly for each step (`sampled`, `gbce`)."""
+    """Items sampled uniformly, for each step (`sampled`) or for each history of it (`gbce`)."""
     calibration: float = 0.75
     """t of gBCE: 0 is plain binary cross-entropy, 1 gives calibrated probabilities."""
     learning_rate: float = 1e-3
