@@ -11,21 +11,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray.train
 import ray.train.torch
 import safetensors.torch
 import torch
 from ray.train import Checkpoint
 
-from pixrec.artifact import Model, load_model, save_model, with_compact
+from pixrec.artifact import Model, load_model, save_model
 from pixrec.cluster.workers import NewsLog, OnRow, run_workers
 from pixrec.config import Config, dump_config, load_config
 from pixrec.data.sequences import Dataset, load_dataset, sample_users
 from pixrec.model.catalog import Catalog
 from pixrec.model.vision import find_tokens
+from pixrec.phases import compact_trainer
 from pixrec.sequential import EarlyStopping, SequenceTrainer
-from pixrec.validation import item_table
 
 _STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
 
@@ -70,45 +69,26 @@ def _begin(
     """The trainer as it stands: fresh on top of the model's item tower, or as `checkpoint` left it."""
     base = load_model(model_uri, device)
     tokens = find_tokens(dataset.uri, config, base.tower.backbone)
-    content = torch.from_numpy(item_table(base.tower, Catalog(dataset.items, base.encoder, tokens=tokens), config))
-    counts = dataset.training_counts()
-    trained = [dataset.items.item_ids[row] for row in np.flatnonzero(counts > 0)]
-    model = with_compact(base, trained)
-    assert model.tower.compact is not None
-    trainer = SequenceTrainer(
-        model.tower.compact,
-        dataset.training_histories(),
-        counts,
-        content,
-        identity_rows(model, dataset),
-        config.train.compact,
-        config.model.compact.identity_dropout,
-        config.train.seed,
-        None if config.model.compact.time == "none" else dataset.training_timestamps(),
-    )
-    watch = EarlyStopping(config.train.compact.patience)
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            restore(trainer, model, watch, folder, device)
-    return trainer, model, watch
+    trainer, model = compact_trainer(base, Catalog(dataset.items, base.encoder, tokens=tokens), dataset, config)
+    return trainer, model, restored(trainer, model, config.train.compact.patience, checkpoint, device)
 
 
-def identity_rows(model: Model, dataset: Dataset) -> np.ndarray:
-    """(N,) for each item of the data set the row of its learned vector in the model, -1 where it has none."""
-    row_of = {item_id: row for row, item_id in enumerate(model.identities)}
-    return np.array([row_of.get(item_id, -1) for item_id in dataset.items.item_ids])
+def restored(
+    trainer: SequenceTrainer, model: Model, patience: int, checkpoint: Checkpoint | None, device: str
+) -> EarlyStopping:
+    """Bring trainer and model to where `checkpoint`, if any, left them; returns what watches the validations."""
+    watch = EarlyStopping(patience)
+    if checkpoint is None:
+        return watch
+    with checkpoint.as_directory() as folder:
+        model.tower.load_state_dict(load_model(folder, device).tower.state_dict())
+        state = json.loads((Path(folder) / _STATE).read_text())
+        watch.best, watch.since = state["best"], state["since"]
+        trainer.restore(state["epoch"], state["step"], safetensors.torch.load_file(Path(folder) / _OPTIMIZER, device))
+    return watch
 
 
 def _save_state(trainer: SequenceTrainer, watch: EarlyStopping, folder: Path) -> None:
     safetensors.torch.save_file(trainer.optimizer_tensors(), folder / _OPTIMIZER)
     state = {"epoch": trainer.epoch, "step": trainer.step, "best": watch.best, "since": watch.since}
     (folder / _STATE).write_text(json.dumps(state))
-
-
-def restore(trainer: SequenceTrainer, model: Model, watch: EarlyStopping, folder: str, device: str) -> None:
-    """Bring everything to where the checkpoint in `folder` left it."""
-    model.tower.load_state_dict(load_model(folder, device).tower.state_dict())
-    state = json.loads((Path(folder) / _STATE).read_text())
-    watch.best, watch.since = state["best"], state["since"]
-    tensors = safetensors.torch.load_file(Path(folder) / _OPTIMIZER, device)
-    trainer.restore(state["epoch"], state["step"], tensors)

@@ -10,7 +10,7 @@ import torch
 from ray.train import Checkpoint
 
 from pixrec.artifact import Model, load_model
-from pixrec.cluster.compact import identity_rows, report_validations, restore
+from pixrec.cluster.compact import report_validations, restored
 from pixrec.cluster.workers import OnRow, run_workers
 from pixrec.config import Config, dump_config, load_config
 from pixrec.data.sequences import Dataset, load_dataset
@@ -18,6 +18,7 @@ from pixrec.errors import ConfigError
 from pixrec.joint import JointTrainer
 from pixrec.model.catalog import Catalog
 from pixrec.model.vision import find_tokens
+from pixrec.phases import joint_trainer
 from pixrec.sequential import EarlyStopping
 
 
@@ -61,17 +62,5 @@ def _begin(
     """The trainer as it stands: fresh on both towers of the model, or as `checkpoint` left it."""
     model = load_model(model_uri, device)
     tokens = find_tokens(dataset.uri, config, model.tower.backbone)
-    trainer = JointTrainer(
-        model.tower,
-        Catalog(dataset.items, model.encoder, tokens=tokens),
-        dataset.training_histories(),
-        dataset.training_counts(),
-        identity_rows(model, dataset),
-        config,
-        None if config.model.compact.time == "none" else dataset.training_timestamps(),
-    )
-    watch = EarlyStopping(config.train.joint.patience)
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            restore(trainer, model, watch, folder, device)
-    return trainer, model, watch
+    trainer = joint_trainer(model, Catalog(dataset.items, model.encoder, tokens=tokens), dataset, config)
+    return trainer, model, restored(trainer, model, config.train.joint.patience, checkpoint, device)

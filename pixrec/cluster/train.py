@@ -36,8 +36,9 @@ from pixrec.data.sequences import Dataset, load_dataset, sample_users
 from pixrec.errors import ArtifactError, ConfigError, InputError
 from pixrec.model.catalog import Catalog
 from pixrec.model.vision import find_tokens
+from pixrec.phases import interleaved_trainer
 from pixrec.tracking import TrainingLog
-from pixrec.training import BatchSource, Collator, DivergedError, Trainer
+from pixrec.training import DivergedError, Trainer
 
 _CONFIG, _DATA = "config.yaml", "data.json"
 _OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
@@ -154,10 +155,8 @@ def _worker(job: dict[str, Any]) -> None:
     begun = _restore(model, ray.train.get_checkpoint(), job["start"])
     tokens = find_tokens(job["data"], config, model.tower.backbone)
     catalog = Catalog(data.items, model.encoder, tokens=tokens)
-    source = BatchSource(data.histories, config.model.max_history_items, config.train)
-    collator = Collator(catalog, data.counts, config, source.examples_per_step)
     saved = _to_save(model, config)
-    trainer = Trainer(model.tower, source, collator, config)
+    trainer = interleaved_trainer(model, catalog, data, config)
     trainer.restore(*begun)
     held_out = sample_users(data.valid, config.train.max_validation_users, config.train.seed)
     log = NewsLog(job["mailbox"], {"total_steps": trainer.total_steps})

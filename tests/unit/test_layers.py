@@ -24,6 +24,7 @@ LAYERS = [
     ["training", "index", "metrics", "significance", "baselines", "validation"],
     ["sequential", "joint"],
     ["artifact", "tracking"],
+    ["phases"],
     ["audit", "evaluation", "generative", "knockouts", "predictions", "results", "sasrec", "seeds"],
     ["scorers"],
     ["report", "recommender"],

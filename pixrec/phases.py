@@ -1,0 +1,74 @@
+"""What each phase of a training starts from: the trainer of the interleaved towers, of the compact tower on their item
+vectors, and of both together. Knows data sets and models; knows no Ray, no checkpoints and no order of phases.
+
+Shapes: N items of the catalog.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pixrec.artifact import Model, with_compact
+from pixrec.config import Config
+from pixrec.data.joined import TrainingData
+from pixrec.data.sequences import Dataset
+from pixrec.joint import JointTrainer
+from pixrec.model.catalog import Catalog
+from pixrec.sequential import SequenceTrainer
+from pixrec.training import BatchSource, Collator, Trainer
+from pixrec.validation import item_table
+
+
+def interleaved_trainer(model: Model, catalog: Catalog, data: TrainingData, config: Config) -> Trainer:
+    """The trainer of the towers of `model` on the training events of `data`, whose items are those of `catalog`."""
+    source = BatchSource(data.histories, config.model.max_history_items, config.train)
+    collator = Collator(catalog, data.counts, config, source.examples_per_step)
+    return Trainer(model.tower, source, collator, config)
+
+
+def compact_trainer(base: Model, catalog: Catalog, dataset: Dataset, config: Config) -> tuple[SequenceTrainer, Model]:
+    """A fresh compact tower on the item vectors of `base`, which stand still, and the model that it belongs to.
+
+    The workers, where torch.distributed is initialised, compute the vectors between them.
+    """
+    content = torch.from_numpy(item_table(base.tower, catalog, config))
+    counts = dataset.training_counts()
+    trained = [dataset.items.item_ids[row] for row in np.flatnonzero(counts > 0)]
+    model = with_compact(base, trained)
+    assert model.tower.compact is not None
+    trainer = SequenceTrainer(
+        model.tower.compact,
+        dataset.training_histories(),
+        counts,
+        content,
+        identity_rows(model, dataset),
+        config.train.compact,
+        config.model.compact.identity_dropout,
+        config.train.seed,
+        _timestamps(dataset, config),
+    )
+    return trainer, model
+
+
+def joint_trainer(model: Model, catalog: Catalog, dataset: Dataset, config: Config) -> JointTrainer:
+    """The trainer of both towers of a `model` whose compact tower is trained."""
+    return JointTrainer(
+        model.tower,
+        catalog,
+        dataset.training_histories(),
+        dataset.training_counts(),
+        identity_rows(model, dataset),
+        config,
+        _timestamps(dataset, config),
+    )
+
+
+def identity_rows(model: Model, dataset: Dataset) -> np.ndarray:
+    """(N,) for each item of the data set the row of its learned vector in the model, -1 where it has none."""
+    row_of = {item_id: row for row, item_id in enumerate(model.identities)}
+    return np.array([row_of.get(item_id, -1) for item_id in dataset.items.item_ids])
+
+
+def _timestamps(dataset: Dataset, config: Config) -> list[np.ndarray] | None:
+    return None if config.model.compact.time == "none" else dataset.training_timestamps()
