@@ -16,27 +16,32 @@ import torch
 
 from pixrec.baselines import Popularity
 from pixrec.config import load_config
-from pixrec.data.sequences import load_dataset
-from pixrec.metrics import target_ranks, user_metrics
+from pixrec.data.sequences import HeldOut, load_dataset
+from pixrec.metrics import rank_targets, user_metrics
 from pixrec.sasrec import train_sasrec
 from pixrec.significance import bootstrap_ci
 
 METRICS = ("recall@1", "recall@10", "ndcg@10")
 
 
-def measure(scorer: Any, held_out: Any) -> dict[str, Any]:
-    """Figures with intervals over the test users, seen items allowed and filtered."""
-    ranks: dict[str, list[np.ndarray]] = {"allowed": [], "filtered": []}
+def ranks(scorer: Any, held_out: HeldOut) -> dict[str, np.ndarray]:
+    """Ranks (B,) of the users' targets, seen items allowed and filtered."""
+    parts: dict[str, list[np.ndarray]] = {"allowed": [], "filtered": []}
     for start in range(0, len(held_out.targets), 256):
         histories, targets = held_out.histories[start : start + 256], held_out.targets[start : start + 256]
-        scores = scorer.scores(histories)
-        ranks["allowed"].append(target_ranks(scores, targets))
-        ranks["filtered"].append(target_ranks(scores, targets, histories))
-    figures = {}
-    for seen, parts in ranks.items():
-        values = user_metrics(np.concatenate(parts), (1, 10))
-        figures[seen] = {m: [round(float(values[m].mean()), 4), *np.round(bootstrap_ci(values[m]), 4)] for m in METRICS}
-    return figures
+        found = rank_targets(scorer.scores(histories), targets, histories)
+        parts["allowed"].append(found.allowed)
+        parts["filtered"].append(found.filtered)
+    return {seen: np.concatenate(found) for seen, found in parts.items()}
+
+
+def figures(found: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Mean and interval over the users of each of METRICS, for each kind of `ranks`."""
+    result = {}
+    for seen, of_users in found.items():
+        values = user_metrics(of_users, (1, 10))
+        result[seen] = {m: [round(float(values[m].mean()), 4), *np.round(bootstrap_ci(values[m]), 4)] for m in METRICS}
+    return result
 
 
 def main() -> None:
@@ -47,19 +52,23 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], dest="overrides")
     parser.add_argument("--epochs", type=int, help="train for so many; otherwise the first seed's validation tells")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     config, dataset = load_config("", args.overrides).sasrec, load_dataset(args.data)
     held_out = dataset.held_out("test")
-    print(json.dumps({"scorer": "popularity", **measure(Popularity(dataset.training_counts()), held_out)}), flush=True)
+    popularity = Popularity(dataset.training_counts())
+    print(json.dumps({"scorer": "popularity", **figures(ranks(popularity, held_out))}), flush=True)
     for name in args.scorers:
         epochs = args.epochs
         for seed in args.seeds:
             started = time.monotonic()
-            scorer = train_sasrec(name, dataset, dataclasses.replace(config, seed=seed), _validations, epochs)
+            scorer = train_sasrec(
+                name, dataset, dataclasses.replace(config, seed=seed), _validations, epochs, args.device
+            )
             epochs = int(scorer.figures["epoch"])
             row = {"scorer": name, "seed": seed, "seconds": round(time.monotonic() - started), "epochs": epochs}
-            print(json.dumps({**row, **measure(scorer, held_out)}), flush=True)
+            print(json.dumps({**row, **figures(ranks(scorer, held_out))}), flush=True)
 
 
 def _validations(row: dict[str, Any]) -> None:

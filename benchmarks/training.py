@@ -3,13 +3,15 @@
     python -m benchmarks.training                       # speed, on one CPU thread
     python -m benchmarks.training --memory              # peak memory of GradCache at 64 and 4,096 histories
     python -m benchmarks.training --scaling             # 1 and 2 workers, gloo, a thread each
-    python -m benchmarks.training --device cuda --shape smolvlm-256m    # speed and MFU on a GPU
+    python -m benchmarks.training --device cuda --shape smolvlm-256m --histories 32     # speed and MFU on a GPU, bf16
+    python -m benchmarks.training --device cuda --memory    # the same memory, of the device
 
 The plain loop: every example (a prefix and its next item) is a prompt of its own, its text goes through the tokenizer
 and its pictures through the decoder and the vision part at every step, no vector or picture is shared, and every prompt
-is padded to the longest there may be. Same backbone, same weights, same objective, same optimiser.
+is padded to the longest there may be. Same backbone, same weights, same objective, same optimiser, same precision.
 
-The GPU line has not been run on a GPU.
+MFU counts the arithmetic of a step as torch's FlopCounterMode does: matrix products and attention, forward and
+backward, pictures and padding included.
 """
 
 from __future__ import annotations
@@ -18,50 +20,62 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, LlamaConfig, SmolVLMConfig
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
 from benchmarks import workload
 from benchmarks.timing import Row, seconds_each
-from pixrec.artifact import Model
-from pixrec.config import Config, load_config
+from pixrec.artifact import Model, new_model
+from pixrec.config import load_config
 from pixrec.data.images import decode_image
-from pixrec.model.backbone import Backbone
 from pixrec.model.catalog import Catalog
-from pixrec.model.encoding import ItemEncoder
 from pixrec.model.losses import info_nce, next_item_generation
-from pixrec.model.towers import DualTower
+from pixrec.model.usage import peak_flops
 from pixrec.training import BatchSource, Collator, Trainer
 
 LENGTH, HISTORIES, PLAIN_EXAMPLES = 9, 16, 16
 MEMORY_BATCHES, MICRO_BATCH, MEMORY_LENGTH = (64, 4096), 16, 3
 
 
-def run(device: str = "cpu", shape: str = "pixrec-tiny") -> list[Row]:
-    work = make(device, shape, [])
-    trainer = trainer_of(work, HISTORIES, LENGTH)
-    plain = PlainLoop(make(device, shape, []))
+def run(
+    device: str = "cpu", shape: str = "pixrec-tiny", histories: int = HISTORIES, overrides: Sequence[str] = ()
+) -> list[Row]:
+    work = make(device, shape, overrides)
+    trainer = trainer_of(work, histories, LENGTH)
+    plain = PlainLoop(make(device, shape, overrides))
     last: dict[str, float] = {}
 
     def ours() -> None:
         last.update(trainer.train_step())
 
-    taken = seconds_each({"ours": ours, "plain": plain.step}, rounds=5)
-    examples = HISTORIES * (LENGTH - 1)
+    with FlopCounterMode(display=False) as counter:
+        ours()
+    with FlopCounterMode(display=False) as plain_counter:
+        plain.step()
+    taken = seconds_each({"ours": finished(device, ours), "plain": finished(device, plain.step)}, rounds=5)
+    examples = histories * (LENGTH - 1)
     facts = f"{100 * last['padding_share']:.0f} % padding, {100 * last['data_wait_share']:.1f} % waiting for data"
-    mfu = f", MFU {last['mfu']:.3f}" if "mfu" in last else ""
+    mfu = f", {last['peak_memory_bytes'] / 2**30:.1f} GiB"
+    if device == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name()) or math.nan
+        used = (c.get_total_flops() / taken[n] / peak for c, n in ((counter, "ours"), (plain_counter, "plain")))
+        mfu += ", MFU {:.3f} against {:.3f}".format(*used)
     return [
         Row(
             what=f"training {shape} on {device}, histories of {LENGTH} items",
@@ -74,19 +88,36 @@ def run(device: str = "cpu", shape: str = "pixrec-tiny") -> list[Row]:
     ]
 
 
-def make(device: str, shape: str, overrides: list[str]) -> workload.Workload:
-    config = load_config("", ["train.num_workers=1", "train.epochs=1000", "model.max_history_items=10", *overrides])
-    work = workload.make(config)
-    if shape == "smolvlm-256m":
-        model = smolvlm_256m(work.model, config)
+def finished(device: str, step: Callable[[], Any]) -> Callable[[], None]:
+    """The step with what it has put in the device's queue."""
+
+    def done() -> None:
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return done
+
+
+def make(device: str, shape: str, overrides: Sequence[str]) -> workload.Workload:
+    common = ["train.num_workers=1", "train.epochs=1000", "model.max_history_items=10"]
+    if shape == "pixrec-tiny":
+        work = workload.make(load_config("", [*common, *overrides]))
+    else:
+        work = workload.make(load_config("", common))
+        with tempfile.TemporaryDirectory() as folder:
+            write_smolvlm_256m(folder, work.model)
+            config = load_config("", [*common, f"model.backbone={folder}", *overrides])
+            model = new_model(config, [], device)
         work = workload.Workload(config, model, Catalog(work.catalog.table, model.encoder))
     work.model.tower.to(device)
     return work
 
 
-def smolvlm_256m(model: Model, config: Config) -> Model:
-    """The shape of SmolVLM-256M-Instruct with random weights, on the tokenizer at hand."""
-    ids = model.encoder.tokenizer.get_vocab()
+def write_smolvlm_256m(folder: str, model: Model) -> None:
+    """The shape of SmolVLM-256M-Instruct with random weights and the tokenizer of `model`, for `from_pretrained`."""
+    tokenizer = model.encoder.tokenizer
+    ids = tokenizer.get_vocab()
     text = LlamaConfig(
         vocab_size=49280, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=False, pad_token_id=ids["<pad>"],
@@ -96,10 +127,8 @@ def smolvlm_256m(model: Model, config: Config) -> Model:
         patch_size=16,
     )  # fmt: skip
     whole = SmolVLMConfig(text_config=text, vision_config=vision, image_token_id=ids["<image>"], scale_factor=4)
-    backbone = Backbone(AutoModelForImageTextToText.from_config(whole), [0.5] * 3, [0.5] * 3)
-    tower = DualTower(backbone, config.model, config.train.temperature)
-    encoder = ItemEncoder(model.encoder.tokenizer, backbone.family, config.model.max_text_tokens)
-    return dataclasses.replace(model, tower=tower, encoder=encoder)
+    AutoModelForImageTextToText.from_config(whole).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def trainer_of(work: workload.Workload, histories: int, length: int) -> Trainer:
@@ -134,7 +163,9 @@ class PlainLoop:
         prefixes = [h[:end] for h, end in zip(histories, ends, strict=True)]
         targets = np.array([h[end] for h, end in zip(histories, ends, strict=True)])
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(prefixes, targets)
+        bf16 = self.config.train.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            loss = self.loss(prefixes, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.tower.parameters(), 1.0)
         self.optimizer.step()
@@ -186,15 +217,15 @@ def mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
-def peak_memory(histories: int) -> float:
-    """Peak resident bytes of a fresh process that takes one step of GradCache."""
-    command = [sys.executable, "-m", "benchmarks.training", "--step-of", str(histories)]
+def peak_memory(histories: int, device: str) -> float:
+    """Peak bytes of a fresh process that takes one step of GradCache: resident, or on a GPU of its allocator."""
+    command = [sys.executable, "-m", "benchmarks.training", "--step-of", str(histories), "--device", device]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1])["peak_memory_bytes"])
 
 
-def one_step(histories: int) -> dict[str, float]:
-    work = make("cpu", "pixrec-tiny", [f"train.micro_batch_histories={MICRO_BATCH}"])
+def one_step(histories: int, device: str) -> dict[str, float]:
+    work = make(device, "pixrec-tiny", [f"train.micro_batch_histories={MICRO_BATCH}"])
     return trainer_of(work, histories, MEMORY_LENGTH).train_step()
 
 
@@ -231,6 +262,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", default="pixrec-tiny", choices=["pixrec-tiny", "smolvlm-256m"])
+    parser.add_argument("--histories", type=int, default=HISTORIES, help="of one step of ours")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--step-of", type=int, help=argparse.SUPPRESS)
@@ -238,10 +271,10 @@ def main() -> None:
     torch.set_num_threads(1)
     load = functools.partial(print, f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     if options.step_of:
-        print(json.dumps(one_step(options.step_of)))
+        print(json.dumps(one_step(options.step_of, options.device)))
     elif options.memory:
-        small, large = (peak_memory(n) for n in MEMORY_BATCHES)
-        print(f"GradCache, {MICRO_BATCH} histories at a time, peak memory of the process:")
+        small, large = (peak_memory(n, options.device) for n in MEMORY_BATCHES)
+        print(f"GradCache, {MICRO_BATCH} histories at a time, peak memory on the {options.device}:")
         print(f"{MEMORY_BATCHES[0]} histories {small / 2**20:.0f} MiB, {MEMORY_BATCHES[1]} {large / 2**20:.0f} MiB, "
               f"{large / small:.2f}x")  # fmt: skip
     elif options.scaling:
@@ -250,7 +283,8 @@ def main() -> None:
               f"efficiency {two / one / 2:.2f}")  # fmt: skip
         load()
     else:
-        for row in run(options.device, options.shape):
+        precision = ["train.precision=bf16"] if options.device == "cuda" else []
+        for row in run(options.device, options.shape, options.histories, [*precision, *options.set]):
             print(f"{row.what}: {row.ours:.1f} {row.unit}, {row.alternative}: {row.theirs:.1f}, {row.ratio:.1f}x; "
                   f"{row.note}")  # fmt: skip
         load()

@@ -35,7 +35,7 @@ class Sasrec:
         self.name, self.figures = name, figures
         self._trainer = trainer
         self._table = trainer.item_vectors()
-        self._cold = torch.from_numpy(counts == 0)
+        self._cold = torch.from_numpy(counts == 0).to(self._table.device)
 
     @torch.no_grad()
     def scores(self, histories: list[np.ndarray]) -> torch.Tensor:
@@ -50,6 +50,7 @@ def train_sasrec(
     config: SasrecConfig,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     epochs: int | None = None,
+    device: str = "cpu",
 ) -> Sasrec:
     """Train the SASRec that `evaluate.scorers` calls `name` on the training events of `dataset`.
 
@@ -57,13 +58,14 @@ def train_sasrec(
     """
     loss = LOSS_OF[name]
     training = config.training if loss is None else dataclasses.replace(config.training, loss=loss)
-    trainer, counts = _begin(dataset, dataset.training_histories(), config, training)
+    trainer, counts = _begin(dataset, dataset.training_histories(), config, training, device)
     figures = {} if epochs is None else {"epoch": float(epochs)}
     if epochs is None:
         validation = sample_users(dataset.held_out("valid"), training.max_validation_users, config.seed)
         figures = trainer.fit(validation, on_row)
     if config.refit:
-        trainer, counts = _begin(dataset, dataset.training_histories(with_validation=True), config, training)
+        histories = dataset.training_histories(with_validation=True)
+        trainer, counts = _begin(dataset, histories, config, training, device)
     if config.refit or epochs is not None:
         while trainer.epoch < figures["epoch"]:
             trainer.train_epoch(on_row)
@@ -71,7 +73,7 @@ def train_sasrec(
 
 
 def _begin(
-    dataset: Dataset, histories: list[np.ndarray], config: SasrecConfig, training: SequenceConfig
+    dataset: Dataset, histories: list[np.ndarray], config: SasrecConfig, training: SequenceConfig, device: str
 ) -> tuple[SequenceTrainer, np.ndarray]:
     """An untrained SASRec with a vector for each item of the histories, and their counts (N,)."""
     counts = np.bincount(np.concatenate(histories), minlength=len(dataset.items))
@@ -80,5 +82,5 @@ def _begin(
     identity[warm] = np.arange(len(warm))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        tower = CompactTower(config.width, config.tower, None, len(warm), unit=False)
+        tower = CompactTower(config.width, config.tower, None, len(warm), unit=False).to(device)
     return SequenceTrainer(tower, histories, counts, None, identity, training, seed=config.seed), counts

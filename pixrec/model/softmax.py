@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_SCORES = 2**19  # scores made at a time: 2 MB of float32 stay in the cache
+BLOCK_SCORES = {"cpu": 2**19, "cuda": 2**27}
+"""Scores made at a time: 2 MB of float32 stay in a processor's cache; a GPU wants few large kernels, half a GB each."""
 
 
 def catalog_softmax(states: Tensor, table: Tensor, target: Tensor, *, bfloat16: bool = False) -> Tensor:
@@ -35,7 +36,7 @@ class _CatalogSoftmax(torch.autograd.Function):
         to_states, to_table = torch.empty_like(states), torch.zeros_like(table)
         total = states.new_zeros((), dtype=torch.float32)
         items = table.to(kind)
-        block = max(1, BLOCK_SCORES // len(table))
+        block = max(1, BLOCK_SCORES.get(table.device.type, BLOCK_SCORES["cpu"]) // len(table))
         for rows in torch.arange(len(states), device=states.device).split(block):
             part, own = states[rows].to(kind), target[rows].unsqueeze(1)
             scores = (part @ items.T).float()
