@@ -10,6 +10,7 @@ Shapes: B histories of one step · L longest of them · P examples · N items of
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -143,20 +144,22 @@ class SequenceTrainer:
             group["lr"] = group["peak"] * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
         self.optimizer.step()
         self.step += 1
-        total = loss.detach().clone()
+        joined = loss.detach().clone()
         if self.world_size > 1:
-            dist.all_reduce(total)
-        if not torch.isfinite(total):
+            dist.all_reduce(joined)
+        total = joined.item()
+        if not math.isfinite(total):
             raise InputError(
-                f"the loss is {total.item()} at step {self.step}; lower {self.section}.learning_rate "
+                f"the loss is {total} at step {self.step}; lower {self.section}.learning_rate "
                 f"({self.config.learning_rate})"
             )
-        return total.item() / examples
+        return total / examples
 
     def _loss(self, windows: list[np.ndarray], negatives: Tensor, by_content_alone: Tensor) -> Tensor:
         """Sum of the loss over the examples of this worker's windows."""
         rows, is_item, timestamps = self._padded(windows)
         has_next, given = is_item[:, 1:], None if timestamps is None else timestamps[:, :-1]
+        examples = torch.from_numpy(np.flatnonzero(has_next)).to(self.device)
         if self.config.loss == "full":
             items = torch.arange(len(self.identity), device=self.device)
         else:
@@ -166,9 +169,9 @@ class SequenceTrainer:
         identity = self.identity[items].masked_fill(by_content_alone[items], -1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             table = self.tower.item_vectors(self._content_at(items), identity)
-            states = self.tower.user_vectors(nn.functional.embedding(place[rows[:, :-1]], table), given)[has_next]
-        states, table = states.float() / self.tower.temperature, table.float()
-        target = place[rows[:, 1:][has_next]]
+            states = self.tower.user_vectors(nn.functional.embedding(place[rows[:, :-1]], table), given)
+        states, table = states.flatten(0, 1)[examples].float() / self.tower.temperature, table.float()
+        target = place[rows[:, 1:].flatten()[examples]]
         if self.config.loss == "full":
             place = torch.full_like(place, -1)
             place[self.warm] = torch.arange(len(self.warm), device=self.device)
@@ -178,10 +181,10 @@ class SequenceTrainer:
         if self.config.loss == "sampled":
             same = place[negatives].unsqueeze(0) == target.unsqueeze(1)
             return sampled_softmax(states, positives, others, same, torch.full_like(others[:, 0], rate).log())
-        history = has_next.nonzero()[:, 0]
-        same = place[negatives][history] == target.unsqueeze(1)
-        by_history = states.new_zeros(*has_next.shape, states.shape[1]).masked_scatter(has_next.unsqueeze(-1), states)
-        against = (by_history @ others.transpose(1, 2))[has_next].masked_fill(same, float("-inf"))
+        same = place[negatives][examples // has_next.shape[1]] == target.unsqueeze(1)
+        by_history = states.new_zeros(has_next.size, states.shape[1]).index_copy(0, examples, states)
+        against = by_history.unflatten(0, has_next.shape) @ others.transpose(1, 2)
+        against = against.flatten(0, 1)[examples].masked_fill(same, float("-inf"))
         return generalised_bce((states * positives).sum(1), against, rate, self.config.calibration)
 
     def _content_at(self, items: Tensor) -> Tensor | None:
@@ -197,14 +200,17 @@ class SequenceTrainer:
         """Sum the gradients of all workers; each one's loss is already its share of the joined mean."""
         sum_gradients(self.named.values())
 
-    def _padded(self, windows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Rows (B, L), padded on the right with row 0, which of them are items (B, L), and their timestamps (B, L)."""
+    def _padded(self, windows: Sequence[np.ndarray]) -> tuple[Tensor, np.ndarray, Tensor | None]:
+        """Rows (B, L), padded on the right with row 0, which of them are items (B, L), and their timestamps (B, L).
+
+        The mask stays with the processor: a GPU that is asked how many items there are has to be waited for.
+        """
         lengths = np.array([len(w) for w in windows])
         is_item = np.arange(int(lengths.max())) < lengths[:, None]
         events = np.zeros((*is_item.shape, *windows[0].shape[1:]), dtype=np.int64)
         events[is_item] = np.concatenate(windows)
-        padded, places = torch.from_numpy(events).to(self.device), torch.from_numpy(is_item).to(self.device)
-        return (padded, places, None) if padded.ndim == 2 else (padded[..., 0], places, padded[..., 1])
+        padded = torch.from_numpy(events).to(self.device)
+        return (padded, is_item, None) if padded.ndim == 2 else (padded[..., 0], is_item, padded[..., 1])
 
     @torch.no_grad()
     def item_vectors(self) -> Tensor:
@@ -220,7 +226,8 @@ class SequenceTrainer:
         self.tower.eval()
         events = _timed(histories, timestamps) if self.tower.user.reads_times else histories
         rows, is_item, moments = self._padded([h[-self.tower.user.max_history_items :] for h in events])
-        return self.tower.user_vectors_at(table[rows], is_item.sum(1) - 1, moments)
+        last = torch.from_numpy(is_item.sum(1) - 1).to(self.device)
+        return self.tower.user_vectors_at(table[rows], last, moments)
 
     @torch.no_grad()
     def validate(self, held_out: HeldOut) -> dict[str, float]:
