@@ -69,6 +69,8 @@ class Run(NamedTuple):
     config: Config
     part: str
     device: str
+    tower_seed: int | None
+    """of the one item tower that serves all seeds; None: each seed has its own"""
 
     def of(self, cell: Cell) -> Config:
         model = dataclasses.replace(
@@ -80,9 +82,12 @@ class Run(NamedTuple):
             self.config, model=model, train=dataclasses.replace(self.config.train, seed=cell.seed)
         )
 
+    def tower_cell(self, cell: Cell) -> Cell:
+        return cell if self.tower_seed is None else cell._replace(seed=self.tower_seed)
+
     def item_tower(self, cell: Cell) -> Path:
         """Where the item tower of a cell lies; named by all that makes it."""
-        config = self.of(cell)
+        config = self.of(self.tower_cell(cell))
         made = [getattr(config.model, f.name) for f in dataclasses.fields(config.model) if f.name != "compact"]
         made += [
             getattr(config.train, f.name)
@@ -196,7 +201,7 @@ def run_all(run: Run, cells: list[Cell], jobs: int) -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
         pending: dict[Future[Any], Path | None] = {
-            pool.submit(_item_tower, run, of_tower[0]): tower for tower, of_tower in waiting.items()
+            pool.submit(_item_tower, run, run.tower_cell(of_tower[0])): tower for tower, of_tower in waiting.items()
         }
         pending |= {pool.submit(run_cell, run, cell): None for cell in ready}
         while pending:
@@ -275,6 +280,9 @@ def main() -> None:
         "--models", nargs="+", default=["popularity", "sasrec_full", *IDENTITY], choices=[*BASELINES, *IDENTITY]
     )
     parser.add_argument("--modalities", nargs="+", default=["both", "text"], choices=["both", "text", "image"])
+    parser.add_argument(
+        "--tower-seed", type=int, help="one item tower, of this seed, for the compact towers of all seeds"
+    )
     parser.add_argument("--part", default="test", choices=["test", "valid"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
@@ -282,7 +290,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="run nothing")
     a = parser.parse_args()
     config = load_config(storage.read_text(a.config) if a.config else "", a.set)
-    run = Run(a.data, a.out, config, a.part, a.device)
+    run = Run(a.data, a.out, config, a.part, a.device, a.tower_seed)
     cells = []
     for model, seed in itertools.product(a.models, a.seeds):
         cells += [Cell(model, m, seed) for m in (a.modalities if model in IDENTITY else ["both"])]
