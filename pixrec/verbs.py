@@ -21,7 +21,7 @@ from pixrec.artifact import (
     rollback,
 )
 from pixrec.artifact.sources import RECALL
-from pixrec.audit import audit, dataset_guards, provenance
+from pixrec.audit import audit, audit_elsewhere, dataset_guards, provenance
 from pixrec.config import Config
 from pixrec.console import Console
 from pixrec.data.sequences import DATASET_MARKER, Dataset, HeldOut, load_dataset, sample_users
@@ -139,7 +139,7 @@ def evaluate(
         if not len(held_out.targets):
             raise InputError(f"{data}: no user has a test event with a history before it; choose another prepare.split")
         settings = loaded.config if loaded else config
-        audited = audit(dataset, settings, config)
+        audited = audit(dataset, settings, config) | {"elsewhere": audit_elsewhere(dataset, loaded) if loaded else []}
         sources = _sources(model, loaded, index, predictions, held_out, dataset, config)
         scorers, knockouts = build_scorers(dataset, config, sources, console.progress)
         if not scorers:

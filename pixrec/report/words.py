@@ -125,8 +125,13 @@ def guard_sentences(metrics: Mapping[str, Any]) -> list[str]:
 def warnings(metrics: Mapping[str, Any]) -> list[str]:
     below = metrics.get("guards", {}).get("below_popularity", [])
     found = [f"Below popularity in Recall@10: {', '.join(below)}."] if below else []
-    if metrics.get("provenance", {}).get("trained_on_this_data") is False:
-        found.append("The model was trained on another prepared data set: it may have seen events of this test.")
+    for source in metrics.get("guards", {}).get("audit", {}).get("elsewhere", []):
+        trained = f"The model was trained {_where(source)}"
+        if not source["checked"]:
+            why = f"which could not be audited ({source['reason']})"
+            found.append(f"{trained}, {why}: it may have seen events of this test there.")
+        elif later := source["events_after_test_start"]:
+            found.append(f"{trained}, with {later:,} events of the test period: none of this test, but of its time.")
     return found
 
 
@@ -181,8 +186,20 @@ def _audit_sentence(audit: Mapping[str, Any] | None) -> list[str]:
     return [
         f"Audited: none of the {targets['test']:,} test and {targets['valid']:,} validation targets is among the "
         f"{audit['training_events']:,} events or in one of {audit['training_windows_checked']:,} windows of training "
-        f"({learners})."
+        f"({learners}).",
+        *(
+            f"Audited: the model was trained {_where(source)}; none of the {source['training_events']:,} events and "
+            f"{source['training_windows_checked']:,} windows there is held out here."
+            for source in audit.get("elsewhere", [])
+            if source["checked"]
+        ),
     ]
+
+
+def _where(source: Mapping[str, Any]) -> str:
+    """In which stage and on which data set the model was trained before, or in place of, the one at hand."""
+    name = (source["data"] or "").rstrip("/").rpartition("/")[2] or "of unknown place"
+    return f"in a stage {source['stage']} on the data set {name}" if source["stage"] else f"on another data set, {name}"
 
 
 def _random_tie_sentence(guards: Mapping[str, Any]) -> list[str]:

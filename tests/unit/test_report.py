@@ -219,7 +219,11 @@ def test_the_page_tells_what_stands_beside_the_results(tmp_path, metrics, items)
         "training_windows_checked": 77,
         "windows_of": {"the towers": 70, "sasrec": 7},
         "targets_checked": {"valid": 5, "test": 6},
-    }
+        "elsewhere": [
+            {"stage": "joint", "data": "/a/boxes", "checked": True, "training_events": 2345,
+             "training_windows_checked": 78, "events_after_test_start": 0},
+        ],
+    }  # fmt: skip
     metrics["predictions"] = {
         "scorer": "mine", "users": 3, "users_missing": 4, "users_unknown": 5, "items_unknown": 6, "items_repeated": 7,
     }  # fmt: skip
@@ -235,6 +239,7 @@ def test_the_page_tells_what_stands_beside_the_results(tmp_path, metrics, items)
     for text in (
         "none of the 6 test and 5 validation targets",
         "1,234 events or in one of 77 windows of training (the towers, sasrec)",
+        "trained in a stage joint on the data set boxes; none of the 2,345 events and 78 windows there",
     ):
         assert text in html
     for text in ("of 2 runs", "0.2500 ± 0.0156", "4 users without a list", "7 repeats", "replaced by a constant"):
@@ -245,10 +250,20 @@ def test_the_page_tells_what_stands_beside_the_results(tmp_path, metrics, items)
 
 def test_warnings():
     assert warnings({}) == []
-    told = warnings({"guards": {"below_popularity": ["pixrec"]}, "provenance": {"trained_on_this_data": False}})
-    assert len(told) == 2
-    assert "pixrec" in told[0]
-    assert "may have seen" in told[1]
+    checked = {"data": "/a/boxes", "checked": True, "training_events": 1234, "training_windows_checked": 77}
+    elsewhere = [
+        {"stage": "joint", "data": None, "checked": False, "reason": "model.json does not say where it lay"},
+        {"stage": "", **checked, "events_after_test_start": 5},
+        {"stage": "joint", **checked, "events_after_test_start": 0},
+    ]
+    told = warnings({"guards": {"below_popularity": ["pixrec"], "audit": {"elsewhere": elsewhere}}})
+    assert told == [
+        "Below popularity in Recall@10: pixrec.",
+        "The model was trained in a stage joint on the data set of unknown place, which could not be audited "
+        "(model.json does not say where it lay): it may have seen events of this test there.",
+        "The model was trained on another data set, boxes, with 5 events of the test period: none of this test, but of "
+        "its time.",
+    ]
 
 
 def test_names_and_probabilities():
