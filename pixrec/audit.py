@@ -257,11 +257,13 @@ def _check_training(
 
 
 def dataset_guards(dataset: Dataset) -> dict[str, float]:
-    """The share of all users who cannot be measured, and how many items `prepare` held out of training."""
+    """The share of all users who cannot be measured, how many items `prepare` held out of training, and whether the
+    timestamps are moments rather than an order of events only."""
     lengths = np.diff(dataset.events.offsets)
     return {
         "users_with_one_event_share": float((lengths == 1).mean()) if len(lengths) else 0.0,
         "held_out_items": dataset.info.get("cold", {"items": 0})["items"],
+        "timestamps_tell_time": dataset.tells_time,
     }
 
 

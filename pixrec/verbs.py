@@ -22,7 +22,7 @@ from pixrec.artifact import (
 )
 from pixrec.artifact.sources import RECALL
 from pixrec.audit import audit, audit_elsewhere, dataset_guards, provenance
-from pixrec.config import Config
+from pixrec.config import Config, to_dict
 from pixrec.console import Console
 from pixrec.data.sequences import DATASET_MARKER, Dataset, HeldOut, load_dataset, sample_users
 from pixrec.errors import InputError
@@ -160,12 +160,13 @@ def evaluate(
         if sources.predictions:
             metrics["predictions"] = {"scorer": sources.predictions.name, **sources.predictions.counts}
         metrics["provenance"] = provenance(dataset, loaded, sources.index)
+        metrics["settings"] = {"evaluate": to_dict(config.evaluate), "sasrec": to_dict(config.sasrec)}
         if ceiling:
             metrics["ceiling"] = dict(ceiling)
         if seeds:
             metrics["seeds"] = aggregate({"this run": metrics, **seeds})
         storage.write_json(storage.join(staging, METRICS), metrics)
-        log = [row for row in read_log(model) if row["part"] == settings.model.modalities] if model else []
+        log = read_log(model) if model else []
         title = f"{storage.name(data)}: what {_author(scorers[0].name)} recommends"
         _write_page(staging, title, metrics, dataset, scorers[0], evaluation, log)
     console.say(format_table(metrics))

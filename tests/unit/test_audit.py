@@ -173,7 +173,11 @@ def test_training_after_the_temporal_cut_is_found():
 
 def test_guards_and_provenance():
     dataset = tiny_dataset(num_users=2, num_events=1)
-    assert dataset_guards(dataset) == {"users_with_one_event_share": 1.0, "held_out_items": 0}
+    assert dataset_guards(dataset) == {
+        "users_with_one_event_share": 1.0,
+        "held_out_items": 0,
+        "timestamps_tell_time": False,
+    }
     held_out = dataclasses.replace(dataset, info={**dataset.info, "cold": {"items": 3, "test_targets": 1}})
     assert dataset_guards(held_out)["held_out_items"] == 3
     model = tiny_model()
