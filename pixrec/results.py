@@ -38,7 +38,7 @@ class Outcome:
     ranks: dict[Seen, np.ndarray]
     """Pessimistic ranks (users,) int64 with seen items allowed and filtered."""
     ties: np.ndarray
-    """How many other items had the target's score (users,) int64."""
+    """How many other candidates had the target's score (users,) int64, with seen items as the config has it."""
     lists: dict[str, float]
     """`coverage@k` and `novelty@k` of the lists with seen items as the config has it."""
 
@@ -174,7 +174,7 @@ class Evaluation:
             "tie_share": {scorer: float((outcome.ties > 0).mean()) for scorer, outcome in self.outcomes.items()},
             "random_ties": {
                 scorer: self._summary(
-                    user_random_tie_metrics(outcome.ranks["allowed"], outcome.ties, ALWAYS_REPORTED_KS)
+                    user_random_tie_metrics(outcome.ranks[self.config.seen], outcome.ties, ALWAYS_REPORTED_KS)
                 )
                 for scorer, outcome in self.outcomes.items()
             },
