@@ -17,8 +17,9 @@ import numpy as np
 import pixrec
 from pixrec.artifact import Index, Model
 from pixrec.config import Config, SequenceConfig
-from pixrec.data.sequences import Dataset, HeldOut, Part
-from pixrec.errors import InputError
+from pixrec.data.joined import count_leaks
+from pixrec.data.sequences import Dataset, HeldOut, Part, load_dataset
+from pixrec.errors import InputError, PixRecError
 from pixrec.sasrec import LOSS_OF
 from pixrec.sequential import WindowSource
 from pixrec.training import BatchSource
@@ -56,8 +57,7 @@ def audit(dataset: Dataset, trained: Config, evaluated: Config) -> dict[str, Any
     validation events: a test target), when a training event or a history handed to a scorer is not earlier than what
     is held out from it, or, under a temporal split, when training has an event of a period held out from it.
     """
-    events = dataset.events
-    numbered = dataclasses.replace(dataset, events=dataclasses.replace(events, rows=np.arange(len(events.rows))))
+    events, numbered = dataset.events, _numbered(dataset)
     parts: tuple[Part, Part] = ("valid", "test")
     user_of = np.repeat(np.arange(len(events.user_ids)), np.diff(events.offsets))
     view = _View(dataset, {part: numbered.held_out(part) for part in parts}, user_of)
@@ -81,13 +81,98 @@ def audit(dataset: Dataset, trained: Config, evaluated: Config) -> dict[str, Any
     }
 
 
+def audit_elsewhere(dataset: Dataset, model: Model) -> list[dict[str, Any]]:
+    """What `model` was trained on apart from `dataset` as its last stage: the data sets of its earlier stages, and
+    that of the last one where it is another.
+
+    Of each one `stage` (empty: the last), `data` and whether it was `checked`; if so, how many training events and
+    windows, and how many of those events lie at or after a temporal split's test (`events_after_test_start`: no test
+    events, but of a time that the model is to foretell); if not, the `reason`. Raises InputError when a window of one
+    has an event that `dataset` holds out (see `count_leaks` for what is not found), or that it holds out itself.
+    """
+    return [_audited(dataset, source) for source in _sources(model, dataset.info["fingerprint"])]
+
+
+class _Source(NamedTuple):
+    """A data set that a model was trained on: in which stage, where it lay, as what, by whom."""
+
+    stage: str
+    uri: str | None
+    fingerprint: str
+    learners: list[Learner]
+
+
+def _sources(model: Model, evaluated: str) -> Iterator[_Source]:
+    info, config = model.info, model.config
+    settings = {stage.name: config.train.of_stage(stage) for stage in config.train.stages}
+    for stage in info.get("stages", []):
+        staged = dataclasses.replace(config, train=settings[stage["name"]])
+        towers = [next(_model_learners(staged))]
+        fingerprints = stage["data_fingerprints"]
+        for uri, fingerprint in zip(stage.get("data", [None] * len(fingerprints)), fingerprints, strict=True):
+            yield _Source(stage["name"], uri, fingerprint, towers)
+    if info.get("data_fingerprint") not in (None, evaluated):
+        yield _Source("", info.get("data"), info["data_fingerprint"], list(_model_learners(config)))
+
+
+def _audited(dataset: Dataset, source: _Source) -> dict[str, Any]:
+    facts = {"stage": source.stage, "data": source.uri}
+    other = _reached(dataset, source)
+    if isinstance(other, str):
+        return {**facts, "checked": False, "reason": other}
+    if other is not dataset and (leaks := count_leaks(dataset, other)):
+        raise InputError(
+            f"leak: {leaks} events held out by {dataset.uri} are training events of {other.uri}, which the model was "
+            "trained on; evaluate on that data set, or train a model on this one"
+        )
+    visible, histories = other.training_visible(), _numbered(other).training_histories()
+    windows = {learner.name: learner.windows(histories) for learner in source.learners}
+    for name, cut in windows.items():
+        events = np.concatenate([np.zeros(0, np.int64), *cut])
+        _check(visible[events], events, other, f"is held out there and also in a training window of {name}")
+    later, split = 0, dataset.info["split"]
+    if split["kind"] == "temporal" and other.tells_time:
+        later = int((other.events.timestamps[visible] >= split["test_start_ms"]).sum())
+    return {
+        **facts,
+        "checked": True,
+        "training_events": int(visible.sum()),
+        "training_windows_checked": sum(map(len, windows.values())),
+        "events_after_test_start": later,
+    }
+
+
+def _reached(dataset: Dataset, source: _Source) -> Dataset | str:
+    """The data set as it was trained on, or why it cannot be had."""
+    if source.fingerprint == dataset.info["fingerprint"]:
+        return dataset
+    if source.uri is None:
+        return "model.json does not say where it lay"
+    try:
+        found = load_dataset(source.uri)
+    except PixRecError:
+        return "it can no longer be read there"
+    return found if found.info["fingerprint"] == source.fingerprint else "it was prepared again since"
+
+
+def _numbered(dataset: Dataset) -> Dataset:
+    """The data set with the events' own numbers in place of items."""
+    events = dataset.events
+    return dataclasses.replace(dataset, events=dataclasses.replace(events, rows=np.arange(len(events.rows))))
+
+
+def _model_learners(trained: Config) -> Iterator[Learner]:
+    """The towers, and their compact user tower where there is one."""
+    yield Learner("the towers", lambda h: _batch_windows(h, trained))
+    compact, longest = trained.train.compact, trained.model.compact.max_history_items
+    if trained.model.user_tower == "compact":
+        yield Learner("the compact tower", lambda h: _sequence_windows(h, longest, compact, trained.train.seed))
+
+
 def learners(trained: Config, evaluated: Config) -> Iterator[Learner]:
     """Who trains for an evaluation: the towers, their compact user tower, the SASRec of `evaluate.scorers`."""
-    yield Learner("the towers", lambda h: _batch_windows(h, trained))
-    compact, sasrec = trained.train.compact, evaluated.sasrec
-    if trained.model.user_tower == "compact":
-        longest = trained.model.compact.max_history_items
-        yield Learner("the compact tower", lambda h: _sequence_windows(h, longest, compact, trained.train.seed))
+    yield from _model_learners(trained)
+    sasrec = evaluated.sasrec
     if LOSS_OF.keys() & {*evaluated.evaluate.scorers, *evaluated.evaluate.fused}:
         for name, on_validation in (("sasrec", False), ("the refitted sasrec", True))[: 1 + sasrec.refit]:
             yield Learner(
@@ -172,20 +257,20 @@ def _check_training(
 
 
 def dataset_guards(dataset: Dataset) -> dict[str, float]:
-    """The share of all users who cannot be measured, and how many items `prepare` held out of training."""
+    """The share of all users who cannot be measured, how many items `prepare` held out of training, and whether the
+    timestamps are moments rather than an order of events only."""
     lengths = np.diff(dataset.events.offsets)
     return {
         "users_with_one_event_share": float((lengths == 1).mean()) if len(lengths) else 0.0,
         "held_out_items": dataset.info.get("cold", {"items": 0})["items"],
+        "timestamps_tell_time": dataset.tells_time,
     }
 
 
 def provenance(dataset: Dataset, model: Model | None, index: Index | None) -> dict[str, Any]:
     """What was measured, and whether the model was trained on this very data set (None: its model.json does not say).
 
-    A model that was trained on another preparation of the same events may have seen the test. `stages`, where it was
-    trained in several: the data sets before the last one, by fingerprint. Training refuses one of which it finds test
-    events of the last; test events under other ids or times are not found, there or here.
+    `stages`, where it was trained in several: the data sets before the last one. `audit_elsewhere` looks into those.
     """
     trained_on = model.info.get("data_fingerprint") if model else None
     stages = model.info.get("stages") if model else None

@@ -53,7 +53,8 @@ Progress = Callable[[str, int, int], None]
 
 
 class Block(NamedTuple):
-    """What became of B users: ranks and ties (B,) int64 as `Ranked`, lists (B, K) of rows as `top_rows`."""
+    """What became of B users: ranks (B,) int64 as `Ranked`; ties (B,) int64 and lists (B, K) of rows as `top_rows`
+    gives them, both with seen items as the config has it."""
 
     allowed: np.ndarray
     filtered: np.ndarray
@@ -89,9 +90,10 @@ class Task:
                 f"and {self.num_items} items"
             )
         order = None if self.tie_order is None else torch.from_numpy(self.tie_order)
-        barred = users.histories if self.config.seen == "filtered" else None
-        longest = max(reported_ks(self.config))
-        return Block(*rank_targets(scores, users.targets, users.histories), top_rows(scores, longest, order, barred))
+        filtered, longest = self.config.seen == "filtered", max(reported_ks(self.config))
+        ranked = rank_targets(scores, users.targets, users.histories)
+        lists = top_rows(scores, longest, order, users.histories if filtered else None)
+        return Block(ranked.allowed, ranked.filtered, ranked.filtered_ties if filtered else ranked.ties, lists)
 
 
 class Collector:

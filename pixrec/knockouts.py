@@ -30,14 +30,17 @@ GREY, CONSTANT_TEXT = 128, "item"
 class ReplacedItems(ItemTable):
     """The items with one modality replaced; every item has it then, the other modality and all fields stay.
 
-    Noise is a function of `seed` and the row. Pictures are `size_px` wide and high.
+    Noise is a function of `seed` and the item's place among all ids, wherever it lies in the table. Pictures are
+    `size_px` wide and high.
     """
 
     def __init__(self, items: ItemTable, how: Replaced, size_px: int, seed: int = 0) -> None:
         self.__dict__.update(items.__dict__)  # the table, its columns and rows are shared
         self.__dict__.pop("with_image", None)
         self._items, self._how, self._size, self._seed = items, how, size_px, seed
-        self._other = _derangement(len(items), seed) if how == "text_noise" else None
+        by_id = np.array(sorted(range(len(items)), key=items.item_ids.__getitem__), dtype=np.int64)
+        self._place = np.argsort(by_id)
+        self._other = by_id[_derangement(len(items), seed)[self._place]] if how == "text_noise" else None
         self._grey = _png(np.full((size_px, size_px, 3), GREY, np.uint8))
 
     def text(self, row: int) -> str:
@@ -49,7 +52,7 @@ class ReplacedItems(ItemTable):
         if self._how == "image_constant":
             return self._grey
         if self._how == "image_noise":
-            rng = np.random.default_rng([self._seed, row])
+            rng = np.random.default_rng([self._seed, int(self._place[row])])
             return _png(rng.integers(0, 256, (self._size, self._size, 3), dtype=np.uint8))
         return self._items.image(row)
 

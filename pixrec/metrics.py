@@ -33,6 +33,8 @@ class Ranked(NamedTuple):
     """the same without the user's seen items; the target stays"""
     ties: np.ndarray
     """how many other items tie with the target"""
+    filtered_ties: np.ndarray
+    """how many of these are not among the user's seen items"""
 
 
 def rank_targets(scores: Any, targets: Any, seen: Sequence[np.ndarray] | None = None) -> Ranked:
@@ -44,13 +46,17 @@ def rank_targets(scores: Any, targets: Any, seen: Sequence[np.ndarray] | None = 
     """
     scores_BN, targets_B, low_B, high_B = _checked(scores, targets)
     allowed = _count(scores_BN >= low_B[:, None])  # the target itself is the one that makes ranks start at 1
-    ties = allowed - _count(scores_BN > high_B[:, None]) - 1
+    better = _count(scores_BN > high_B[:, None])
+    ties = allowed - better - 1
     if seen is None:
-        return Ranked(allowed, allowed, ties)
+        return Ranked(allowed, allowed, ties, ties)
     users, rows = _seen_but_target(seen, targets_B.cpu().numpy(), scores_BN.shape[1])
     at = torch.from_numpy(users).to(scores_BN.device)
-    ahead = scores_BN[at, torch.from_numpy(rows).to(at.device)] >= low_B[at]
-    return Ranked(allowed, allowed - np.bincount(users[ahead.cpu().numpy()], minlength=len(allowed)), ties)
+    theirs = scores_BN[at, torch.from_numpy(rows).to(at.device)]
+    ahead, above = (users[found.cpu().numpy()] for found in (theirs >= low_B[at], theirs > high_B[at]))
+    filtered = allowed - np.bincount(ahead, minlength=len(allowed))
+    still_better = better - np.bincount(above, minlength=len(allowed))
+    return Ranked(allowed, filtered, ties, filtered - still_better - 1)
 
 
 def target_ranks(scores: Any, targets: Any, exclude: Sequence[np.ndarray] | None = None) -> np.ndarray:

@@ -38,7 +38,7 @@ class Outcome:
     ranks: dict[Seen, np.ndarray]
     """Pessimistic ranks (users,) int64 with seen items allowed and filtered."""
     ties: np.ndarray
-    """How many other items had the target's score (users,) int64."""
+    """How many other candidates had the target's score (users,) int64, with seen items as the config has it."""
     lists: dict[str, float]
     """`coverage@k` and `novelty@k` of the lists with seen items as the config has it."""
 
@@ -150,6 +150,7 @@ class Evaluation:
         known = np.sort(counts[counts > 0])[::-1]
         least = int(known[max(0, round(HEAD_SHARE * len(known)) - 1)]) if len(known) else 1
         tail = (counts < least) & ~self.cold
+        up_to = f"{middle:,} item" + "s" * (middle != 1)
         head = f"target is a head item ({least:,} training events or more)"
         return {
             "target_warm": ("target occurs in training histories", ~self.cold[targets]),
@@ -158,8 +159,8 @@ class Evaluation:
             "target_tail": ("target is a tail item (fewer, but at least one)", tail[targets]),
             "target_with_picture": ("target has a picture", self.with_image[targets]),
             "target_without_picture": ("target has no picture", ~self.with_image[targets]),
-            "history_short": (f"history of at most {middle} items", lengths <= middle),
-            "history_long": (f"history of more than {middle} items", lengths > middle),
+            "history_short": (f"history of at most {up_to}", lengths <= middle),
+            "history_long": (f"history of more than {up_to}", lengths > middle),
         }  # fmt: skip
 
     def _guards(self) -> dict[str, Any]:
@@ -173,7 +174,7 @@ class Evaluation:
             "tie_share": {scorer: float((outcome.ties > 0).mean()) for scorer, outcome in self.outcomes.items()},
             "random_ties": {
                 scorer: self._summary(
-                    user_random_tie_metrics(outcome.ranks["allowed"], outcome.ties, ALWAYS_REPORTED_KS)
+                    user_random_tie_metrics(outcome.ranks[self.config.seen], outcome.ties, ALWAYS_REPORTED_KS)
                 )
                 for scorer, outcome in self.outcomes.items()
             },

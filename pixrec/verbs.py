@@ -21,8 +21,8 @@ from pixrec.artifact import (
     rollback,
 )
 from pixrec.artifact.sources import RECALL
-from pixrec.audit import audit, dataset_guards, provenance
-from pixrec.config import Config
+from pixrec.audit import audit, audit_elsewhere, dataset_guards, provenance
+from pixrec.config import Config, to_dict
 from pixrec.console import Console
 from pixrec.data.sequences import DATASET_MARKER, Dataset, HeldOut, load_dataset, sample_users
 from pixrec.errors import InputError
@@ -139,7 +139,7 @@ def evaluate(
         if not len(held_out.targets):
             raise InputError(f"{data}: no user has a test event with a history before it; choose another prepare.split")
         settings = loaded.config if loaded else config
-        audited = audit(dataset, settings, config)
+        audited = audit(dataset, settings, config) | {"elsewhere": audit_elsewhere(dataset, loaded) if loaded else []}
         sources = _sources(model, loaded, index, predictions, held_out, dataset, config)
         scorers, knockouts = build_scorers(dataset, config, sources, console.progress)
         if not scorers:
@@ -160,12 +160,13 @@ def evaluate(
         if sources.predictions:
             metrics["predictions"] = {"scorer": sources.predictions.name, **sources.predictions.counts}
         metrics["provenance"] = provenance(dataset, loaded, sources.index)
+        metrics["settings"] = {"evaluate": to_dict(config.evaluate), "sasrec": to_dict(config.sasrec)}
         if ceiling:
             metrics["ceiling"] = dict(ceiling)
         if seeds:
             metrics["seeds"] = aggregate({"this run": metrics, **seeds})
         storage.write_json(storage.join(staging, METRICS), metrics)
-        log = [row for row in read_log(model) if row["part"] == settings.model.modalities] if model else []
+        log = read_log(model) if model else []
         title = f"{storage.name(data)}: what {_author(scorers[0].name)} recommends"
         _write_page(staging, title, metrics, dataset, scorers[0], evaluation, log)
     console.say(format_table(metrics))

@@ -51,8 +51,12 @@ def vocabulary(stages: list[Stage]) -> list[str]:
 
 
 def stage_facts(stages: list[Stage]) -> list[dict[str, Any]]:
-    """`name` of every stage before the last and `data_fingerprints` of its sets."""
-    return [{"name": s.name, "data_fingerprints": [_fingerprint(uri) for uri in s.data]} for s in stages if s.name]
+    """`name` of every stage before the last, and `data` and `data_fingerprints` of its sets."""
+    return [
+        {"name": s.name, "data": s.data, "data_fingerprints": [_fingerprint(uri) for uri in s.data]}
+        for s in stages
+        if s.name
+    ]
 
 
 def check_stages(stages: list[Stage], target: Dataset) -> None:

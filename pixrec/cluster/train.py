@@ -115,7 +115,7 @@ def _check_resumable(out: str, dataset: Dataset, config: Config) -> None:
     if begun_on["fingerprint"] != found["fingerprint"]:
         raise InputError(f"--resume: {found['uri']} is not the data set {begun_on['uri']} of the unfinished run")
     for before, now in zip(begun_on.get("stages", []), found["stages"], strict=True):
-        if before != now:
+        if before["data_fingerprints"] != now["data_fingerprints"]:
             raise InputError(
                 f"--resume: the data sets of train.stages {now['name']} are not those of the unfinished run"
             )
@@ -226,6 +226,7 @@ def _publish(checkpoint: str, target: str, dataset: Dataset, config: Config) -> 
             storage.write_bytes(storage.join(target, relative), storage.read_bytes(file))
     info = storage.read_json(storage.join(checkpoint, MODEL_MARKER))
     facts = {
+        "data": storage.absolute(dataset.uri),
         "data_fingerprint": dataset.info.get("fingerprint"),
         "trained_events": int(np.sum(dataset.training_counts())),
     }

@@ -32,26 +32,26 @@ def write_report(
 ) -> None:
     """Write `index.html` below `out_uri`.
 
-    metrics is the content of metrics.json. training_log rows hold "step" beside any of "loss_nig", "loss_tt",
-    "loss_ut", "loss" and "valid_ndcg@10". ceiling gives the best possible value by metric name, and its own "name".
-    Raises OutputError when the place cannot be written.
+    metrics is the content of metrics.json. training_log rows hold "part" and "step" beside any of "loss_nig",
+    "loss_tt", "loss_ut", "loss" and "valid_ndcg@10". ceiling gives the best possible value by metric name, and its
+    own "name". Raises OutputError when the place cannot be written.
     """
     ceiling = ceiling or {}
-    results, knockouts, other = metrics["results"], metrics.get("knockouts", {}), metrics.get("results_other_seen")
+    results, other = metrics["results"], metrics.get("results_other_seen")
     page = _environment().get_template("report.html").render(
         title=title,
         metrics=metrics,
         lead=words.lead(metrics),
         metric_names=[metric_name(m) for m in HEADLINE_METRICS],
-        table=_table(results, knockouts),
-        other={"seen": other["seen"], "table": _table(other["results"], knockouts)} if other else None,
+        table=_table(results, metrics),
+        other={"seen": other["seen"], "table": _table(other["results"], metrics)} if other else None,
         every_metric=_every_metric(results),
         seeds=_seeds(metrics.get("seeds")),
         plots=[plots.interval_plot(results, metric, ceiling) for metric in PLOTTED_METRICS],
         ceiling_name=ceiling.get("name", "ceiling") if ceiling else None,
         differences=plots.difference_plot(metrics.get("differences")),
         buckets=plots.bucket_plots(metrics.get("buckets", {})),
-        curves=plots.curves(training_log or []),
+        trainings=plots.trainings(training_log or []),
         grids=[grid_view(grid, items) for grid in grids],
         examples=[example_view(example, items) for example in examples],
         protocol=words.protocol_sentences(metrics),
@@ -74,13 +74,13 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _table(results: Mapping[str, Any], knockouts: Mapping[str, str]) -> list[dict[str, Any]]:
+def _table(results: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     best = {m: max(result[m] for result in results.values()) for m in HEADLINE_METRICS}
     return [
         {
             "scorer": scorer,
             "kind": words.kind(scorer),
-            "meaning": words.meaning(scorer, knockouts),
+            "meaning": words.meaning(scorer, metrics),
             "cells": [
                 {"value": result[m], "ci": result["ci95"][m], "best": result[m] == best[m]} for m in HEADLINE_METRICS
             ],

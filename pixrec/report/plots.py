@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pixrec.report.words import MINUS, kind, metric_name, number, probability, signed
+from pixrec.report.words import MINUS, kind, metric_name, number, probability, signed, stage_name
 
 CURVES = (
     ("loss_nig", "Next-item generation", "L_NIG, training"),
@@ -104,6 +104,24 @@ def bucket_plots(buckets: Mapping[str, Any]) -> list[dict[str, Any]]:
                 row["note"] = probability(compared[row["scorer"]]["p_holm"]["recall@10"])
         panels.append({"meaning": bucket["meaning"], "users": bucket["users"], "axis": axis, "rows": rows})
     return panels
+
+
+def trainings(training_log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The curves of all parts of a training: the model's stages in their order, then those of each knockout."""
+    parts: dict[str, list[Mapping[str, Any]]] = {}
+    for row in training_log:
+        parts.setdefault(row["part"], []).append(row)
+    own = training_log[-1]["part"].partition("_")[0] if training_log else ""  # the model is trained last
+    whose: dict[str, list[dict[str, Any]]] = {own: []}
+    for part, rows in parts.items():
+        modality, _, stage = part.partition("_")
+        if drawn := curves(rows):
+            whose.setdefault(modality, []).append({"name": stage_name(stage), "curves": drawn})
+    return [
+        {"knockout": None if modality == own else modality, "stages": stages}
+        for modality, stages in whose.items()
+        if stages
+    ]
 
 
 def curves(training_log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pixrec.knockouts import MEANINGS as REPLACED_MEANINGS
 
-MINUS = "\N{MINUS SIGN}"
+MINUS, NO_BREAK_SPACE = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
 HEADLINE_METRICS = ("recall@1", "recall@10", "ndcg@10", "mrr")
 METRIC_NAMES = {"mrr": "MRR"}
 SCORER_MEANINGS = {
@@ -20,10 +20,12 @@ SCORER_MEANINGS = {
     "item_transition": "what followed the last item before",
     "content_linear": "a linear map of the history's item vectors",
     "sasrec": "learned item ids, no content",
+    "sasrec_sampled": "learned item ids, softmax over sampled items",
+    "sasrec_full": "learned item ids, softmax over all items",
+    "sasrec_gbce": "learned item ids, gBCE over sampled items",
     "generative_bm25": "generated text, looked up with BM25",
-    "rrf": "two scorers by reciprocal rank",
-    "round_robin": "two scorers taking turns",
 } | {f"pixrec_{how}": meaning for how, meaning in REPLACED_MEANINGS.items()}
+FUSION_MEANINGS = {"rrf": "by reciprocal rank", "round_robin": "taking turns"}
 KNOCKOUT_MEANINGS = {
     "trained": "the same, trained on",
     "scored": "the same model, shown",
@@ -40,7 +42,7 @@ def signed(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f}{NO_BREAK_SPACE}%"
 
 
 def probability(p: float) -> str:
@@ -59,9 +61,21 @@ def kind(scorer: str) -> str:
     return "main" if scorer == "pixrec" else "knockout" if scorer.startswith("pixrec_") else "baseline"
 
 
-def meaning(scorer: str, knockouts: Mapping[str, str]) -> str:
-    how = KNOCKOUT_MEANINGS.get(knockouts.get(scorer, ""))
+def meaning(scorer: str, metrics: Mapping[str, Any]) -> str:
+    """What a scorer is, in a few words; empty where metrics.json does not say."""
+    if scorer in FUSION_MEANINGS:
+        fused = metrics.get("settings", {}).get("evaluate", {}).get("fused", ["two scorers"])
+        return f"{' and '.join(fused)} {FUSION_MEANINGS[scorer]}"
+    if scorer == metrics.get("predictions", {}).get("scorer"):
+        return "ranked lists read from a file"
+    how = KNOCKOUT_MEANINGS.get(metrics.get("knockouts", {}).get(scorer, ""))
     return " ".join(filter(None, [how, SCORER_MEANINGS.get(scorer)]))
+
+
+def stage_name(stage: str) -> str:
+    """What a stage of training trains, by the name that the log has behind that of the modality."""
+    known = {"": "The towers", "compact": "The compact user tower", "compact_joint": "Both towers together"}
+    return known.get(stage, f"The towers, stage {stage}")
 
 
 def lead(metrics: Mapping[str, Any]) -> str:
@@ -70,7 +84,7 @@ def lead(metrics: Mapping[str, Any]) -> str:
     low, high = results[scorer]["ci95"]["recall@10"]
     text = (
         f"Of {metrics['users']:,} users, {percent(results[scorer]['recall@10'])} find their next item among the first "
-        f"ten that {scorer} recommends (95 % interval {percent(low)} to {percent(high)})."
+        f"ten that {scorer} recommends (95{NO_BREAK_SPACE}% interval {percent(low)} to {percent(high)})."
     )
     if scorer != "popularity" and "popularity" in results:
         text += f" By popularity alone it is {percent(results['popularity']['recall@10'])}."
@@ -89,8 +103,14 @@ def protocol_sentences(metrics: Mapping[str, Any]) -> list[str]:
         "filtered": "Items of the user's own history are taken out of the candidates, except the target itself.",
     }
     items = f" of {metrics['items']:,} items" if "items" in metrics else ""
+    sample = metrics.get("settings", {}).get("evaluate", {}).get("max_users")
     return [
         splits.get(protocol["split"], f"Split: {protocol['split']}."),
+        *(
+            [f"Users: {metrics['users']:,}, drawn at random where there are more (evaluate.max_users)."]
+            if sample
+            else []
+        ),
         f"Candidates: the whole catalog{items}, never a sample.",
         "Ties count against the scorer: an item with the target's score ranks before it.",
         seen[protocol["seen"]],
@@ -117,6 +137,7 @@ def guard_sentences(metrics: Mapping[str, Any]) -> list[str]:
         f"Recall@10 of a blind guess: {number(guards['chance_recall@10'])}.",
         *_floor_sentence(guards),
         *_one_event_sentence(guards),
+        *_time_sentence(metrics),
         *_held_out_sentence(guards.get("held_out_items")),
         *_predictions_sentence(metrics.get("predictions")),
     ]
@@ -125,8 +146,15 @@ def guard_sentences(metrics: Mapping[str, Any]) -> list[str]:
 def warnings(metrics: Mapping[str, Any]) -> list[str]:
     below = metrics.get("guards", {}).get("below_popularity", [])
     found = [f"Below popularity in Recall@10: {', '.join(below)}."] if below else []
-    if metrics.get("provenance", {}).get("trained_on_this_data") is False:
-        found.append("The model was trained on another prepared data set: it may have seen events of this test.")
+    if metrics.get("protocol", {}).get("split") == "temporal" and not _tells_time(metrics):
+        found.append("The split is by time, but the timestamps tell the order of each user's events and no time.")
+    for source in metrics.get("guards", {}).get("audit", {}).get("elsewhere", []):
+        trained = f"The model was trained {_where(source)}"
+        if not source["checked"]:
+            why = f"which could not be audited ({source['reason']})"
+            found.append(f"{trained}, {why}: it may have seen events of this test there.")
+        elif later := source["events_after_test_start"]:
+            found.append(f"{trained}, with {later:,} events of the test period: none of this test, but of its time.")
     return found
 
 
@@ -181,8 +209,20 @@ def _audit_sentence(audit: Mapping[str, Any] | None) -> list[str]:
     return [
         f"Audited: none of the {targets['test']:,} test and {targets['valid']:,} validation targets is among the "
         f"{audit['training_events']:,} events or in one of {audit['training_windows_checked']:,} windows of training "
-        f"({learners})."
+        f"({learners}).",
+        *(
+            f"Audited: the model was trained {_where(source)}; none of the {source['training_events']:,} events and "
+            f"{source['training_windows_checked']:,} windows there is held out here."
+            for source in audit.get("elsewhere", [])
+            if source["checked"]
+        ),
     ]
+
+
+def _where(source: Mapping[str, Any]) -> str:
+    """In which stage and on which data set the model was trained before, or in place of, the one at hand."""
+    name = (source["data"] or "").rstrip("/").rpartition("/")[2] or "of unknown place"
+    return f"in a stage {source['stage']} on the data set {name}" if source["stage"] else f"on another data set, {name}"
 
 
 def _random_tie_sentence(guards: Mapping[str, Any]) -> list[str]:
@@ -204,6 +244,16 @@ def _floor_sentence(guards: Mapping[str, Any]) -> list[str]:
 def _one_event_sentence(guards: Mapping[str, Any]) -> list[str]:
     share = guards.get("users_with_one_event_share")
     return [] if share is None else [f"{percent(share)} of all users have a single event and cannot be measured."]
+
+
+def _time_sentence(metrics: Mapping[str, Any]) -> list[str]:
+    if _tells_time(metrics) or "recent_popularity" not in metrics["results"]:
+        return []
+    return ["The timestamps tell the order of each user's events and no time, so recent_popularity has no clock."]
+
+
+def _tells_time(metrics: Mapping[str, Any]) -> bool:
+    return bool(metrics.get("guards", {}).get("timestamps_tell_time", True))
 
 
 def _held_out_sentence(items: int | None) -> list[str]:

@@ -51,6 +51,7 @@ def test_actors_give_the_figures_of_one_process(ray_session: None, place: Path, 
     here = evaluate(place, "here", capfd)
     there = evaluate(place, "there", capfd, "num_actors=1", "cpus_per_actor=0.5")
     assert {"pixrec", "pixrec_text_only", "popularity"} <= set(here["results"])
+    assert there.pop("settings") != here.pop("settings")  # num_actors
     assert there == here
 
 

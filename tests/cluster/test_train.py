@@ -235,8 +235,13 @@ def test_stages_follow_each_other_and_resume_in_the_right_one(
     rows: list[dict[str, Any]] = []
     calm = train(target.uri, str(tmp_path / "calm"), config, resume=False, on_row=rows.append)
     assert calm["stages"] == [
-        {"name": "joint", "data_fingerprints": [target.info["fingerprint"], other.info["fingerprint"]]}
+        {
+            "name": "joint",
+            "data": [target.uri, other.uri],
+            "data_fingerprints": [target.info["fingerprint"], other.info["fingerprint"]],
+        }
     ]
+    assert calm["data"] == target.uri
     assert calm["data_fingerprint"] == target.info["fingerprint"]
     assert calm["trained_events"] == target.training_counts().sum()
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from fakes import TINY, tiny_config, tiny_dataset, tiny_model, write_prepared
 
 from pixrec import cli
-from pixrec.audit import audit, dataset_guards, provenance
+from pixrec.artifact import Model
+from pixrec.audit import audit, audit_elsewhere, dataset_guards, provenance
 from pixrec.data.sequences import Dataset, HeldOut
 from pixrec.errors import InputError
 from pixrec.sequential import WindowSource
@@ -170,7 +173,11 @@ def test_training_after_the_temporal_cut_is_found():
 
 def test_guards_and_provenance():
     dataset = tiny_dataset(num_users=2, num_events=1)
-    assert dataset_guards(dataset) == {"users_with_one_event_share": 1.0, "held_out_items": 0}
+    assert dataset_guards(dataset) == {
+        "users_with_one_event_share": 1.0,
+        "held_out_items": 0,
+        "timestamps_tell_time": False,
+    }
     held_out = dataclasses.replace(dataset, info={**dataset.info, "cold": {"items": 3, "test_targets": 1}})
     assert dataset_guards(held_out)["held_out_items"] == 3
     model = tiny_model()
@@ -187,3 +194,80 @@ def test_provenance_names_the_stages_before_the_last():
     staged = dataclasses.replace(model, info={**model.info, "stages": stages})
     assert provenance(dataset, staged, None)["stages"] == stages
     assert "stages" not in provenance(dataset, model, None)
+
+
+def trained_elsewhere(other: Dataset, *, stage: str = "", **facts: Any) -> Model:
+    """A model that says it was trained on `other`, in a stage before the last or in the last one."""
+    named = {"data": other.uri, "data_fingerprint": other.info["fingerprint"]} | facts
+    config = tiny_config(train={"stages": [{"name": "joint", "max_steps": 1}]}, model={"user_tower": "compact"})
+    if stage:
+        named = {"stages": [{"name": stage, **{n: [v] for n, v in named.items() if n == "data"},
+                             "data_fingerprints": [named["data_fingerprint"]]}]}  # fmt: skip
+    return dataclasses.replace(tiny_model(config), info=named)
+
+
+@pytest.fixture
+def strangers(tmp_path: Path) -> Dataset:
+    """Another data set, none of whose users is one of `tiny_dataset`."""
+    made = tiny_dataset(num_users=6, num_events=7)
+    users = [f"other {user}" for user in made.events.user_ids]
+    return write_prepared(
+        tmp_path / "strangers", dataclasses.replace(made, events=dataclasses.replace(made.events, user_ids=users))
+    )
+
+
+@pytest.mark.parametrize("stage", ["joint", ""])
+def test_data_sets_that_were_trained_on_elsewhere_are_checked_too(strangers: Dataset, stage: str):
+    (found,) = audit_elsewhere(tiny_dataset(), trained_elsewhere(strangers, stage=stage))
+    windows = found.pop("training_windows_checked")
+    assert windows >= 6 if stage else windows > 12  # those of the compact tower beside the towers'
+    assert found == {
+        "stage": stage,
+        "data": strangers.uri,
+        "checked": True,
+        "training_events": strangers.training_counts().sum(),
+        "events_after_test_start": 0,
+    }
+
+
+@pytest.mark.parametrize("stage", ["joint", ""])
+def test_held_out_events_that_were_trained_on_elsewhere_are_a_leak(tmp_path: Path, stage: str):
+    longer = write_prepared(tmp_path / "longer", tiny_dataset(num_events=9))
+    with pytest.raises(InputError, match=r"^leak: 20 events held out by memory are training events of .*longer, which"):
+        audit_elsewhere(tiny_dataset(), trained_elsewhere(longer, stage=stage))
+
+
+def test_a_stage_on_this_very_data_set_needs_no_place():
+    dataset = tiny_dataset()
+    model = trained_elsewhere(dataset, stage="joint", data=None)
+    assert audit_elsewhere(dataset, model)[0]["checked"]
+    assert audit_elsewhere(dataset, trained_elsewhere(dataset)) == []  # the last stage: `audit` has looked
+
+
+def test_a_window_of_a_stage_that_reaches_beyond_its_training_is_found(monkeypatch, strangers: Dataset):
+    cut = BatchSource.step
+    monkeypatch.setattr(BatchSource, "step", lambda *a: [np.append(w, w[-1] + 1) for w in cut(*a)])
+    with pytest.raises(InputError, match=r"user 'other .*' is held out there and also in a training window of the to"):
+        audit_elsewhere(tiny_dataset(), trained_elsewhere(strangers, stage="joint"))
+
+
+def test_a_data_set_that_cannot_be_audited_is_named_with_the_reason(tmp_path: Path, strangers: Dataset):
+    changed = dataclasses.replace(strangers, info={**strangers.info, "fingerprint": "before"})
+    models = {
+        "model.json does not say where it lay": trained_elsewhere(strangers, data=None),
+        "it can no longer be read there": trained_elsewhere(strangers, data=str(tmp_path / "gone"), stage="joint"),
+        "it was prepared again since": trained_elsewhere(changed, stage="joint"),
+    }
+    for reason, model in models.items():
+        (found,) = audit_elsewhere(tiny_dataset(), model)
+        assert (found["checked"], found["reason"]) == (False, reason)
+
+
+def test_training_events_from_the_time_of_a_temporal_test_are_counted(strangers: Dataset):
+    """Only where both sets tell the time; those here are a second a step, an order and no more."""
+    dataset = tiny_dataset(split="temporal", num_events=9)
+    times = np.cumsum(np.arange(1, 1 + len(strangers.events.rows))) + dataset.info["split"]["test_start_ms"]
+    timed = dataclasses.replace(strangers, events=dataclasses.replace(strangers.events, timestamps=times))
+    timed = write_prepared(strangers.uri, timed)
+    (found,) = audit_elsewhere(dataset, trained_elsewhere(timed, stage="joint"))
+    assert found["events_after_test_start"] == found["training_events"] > 0

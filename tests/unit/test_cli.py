@@ -301,6 +301,7 @@ def test_evaluate_writes_metrics_and_sums_up(run: Run, made: Path, tmp_path: Pat
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
     assert metrics["results"] == summary["results"]
     assert set(metrics["knockouts"].values()) == {"scored"}
+    assert metrics["settings"]["evaluate"]["bootstrap_samples"] == 10
 
 
 @pytest.fixture

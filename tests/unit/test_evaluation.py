@@ -176,6 +176,18 @@ def test_guards():
     assert guards["below_popularity"] == []
 
 
+@pytest.mark.parametrize("seen", ["allowed", "filtered"])
+def test_ties_broken_at_random_are_never_worse_than_against_the_scorer(seen):
+    """In the setting of `results`: of a filtered list the seen items that tie with the target are no rivals."""
+    measured = evaluate(seen=seen)
+    metrics = measured.metrics_json("leave_one_out")
+    assert measured.outcomes["popularity"].ties.tolist() == ([5] * 4 if seen == "allowed" else [3, 4, 3, 4])
+    flat = metrics["guards"]["random_ties"]["popularity"]
+    candidates = np.array([6] * 4 if seen == "allowed" else [4, 5, 4, 5])
+    assert flat["recall@1"] == pytest.approx((1 / candidates).mean())
+    assert flat["recall@1"] >= metrics["results"]["popularity"]["recall@1"]
+
+
 def test_guard_names_the_scorer_below_popularity():
     held_out = HeldOut(["u"], [np.array([0])], np.array([20]))
     mask = np.zeros(21, bool)

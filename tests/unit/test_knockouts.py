@@ -3,6 +3,7 @@ import pytest
 from fakes import tiny_items
 
 from pixrec.data.images import decode_image
+from pixrec.data.items import ItemTable
 from pixrec.knockouts import REPLACED, ReplacedItems
 
 ITEMS = tiny_items(with_pictures={0, 1, 2})
@@ -39,3 +40,14 @@ def test_every_item_gets_the_text_of_another_one():
     assert sorted(others) == list(range(12))
     assert (others != np.arange(12)).all()
     assert [items.text(row) for row in range(12)] == [ITEMS.text(int(other)) for other in others]
+
+
+@pytest.mark.parametrize("how", ["image_noise", "text_noise"])
+def test_noise_follows_the_item_wherever_it_lies(how):
+    order = np.random.default_rng(0).permutation(12)
+    straight, shuffled = (
+        ReplacedItems(items, how, 16) for items in (tiny_items(), ItemTable(tiny_items()._table.take(order)))
+    )
+    for row, before in enumerate(order.tolist()):
+        assert shuffled.image(row) == straight.image(before)
+        assert shuffled.text(row) == straight.text(before)

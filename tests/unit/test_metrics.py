@@ -222,3 +222,4 @@ def test_filtered_ranks_need_no_second_pass():
         rivals = [i for i in range(25) if i != target and i not in set(seen[user])]
         assert ranked.filtered[user] == 1 + sum(scores[user, i] >= scores[user, target] for i in rivals)
         assert ranked.ties[user] == sum(scores[user] == scores[user, target]) - 1
+        assert ranked.filtered_ties[user] == sum(scores[user, i] == scores[user, target] for i in rivals)

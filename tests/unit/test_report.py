@@ -15,8 +15,8 @@ from pixrec.data.items import ItemTable
 from pixrec.data.sequences import HeldOut
 from pixrec.evaluation import evaluate_scorers
 from pixrec.report import Example, choose_examples, choose_grids, format_table, notes, write_report
-from pixrec.report.plots import curves, round_ticks
-from pixrec.report.words import metric_name, probability, warnings
+from pixrec.report.plots import curves, round_ticks, trainings
+from pixrec.report.words import guard_sentences, meaning, metric_name, probability, protocol_sentences, warnings
 
 MALICIOUS = '"><script src="https://evil.example/x.js"></script><img src=https://evil.example onerror=alert(1)>'
 
@@ -110,8 +110,13 @@ def full_page(tmp_path, metrics, items) -> str:
             *choose_examples(Rising("pixrec"), HELD_OUT, EvaluateConfig(), k=2),
             Example("u2", [1, 2], 0, [1, 2]),
         ],
-        training_log=[{"step": s, "loss": 1.0, "loss_nig": 2.0, "loss_tt": 1.0, "loss_ut": 3 / s} for s in (1, 2)]
-        + [{"step": 2, "valid_ndcg@10": 0.25}, {"step": 3, "loss_nig": float("nan")}],
+        training_log=[
+            {"part": "text", "step": 1, "loss": 1.0},
+            *({"part": "both", "step": s, "loss": 1.0, "loss_nig": 2.0, "loss_ut": 3 / s} for s in (1, 2)),
+            {"part": "both", "step": 2, "valid_ndcg@10": 0.25},
+            {"part": "both", "step": 3, "loss_nig": float("nan")},
+            {"part": "both_compact", "step": 1, "loss": 2.0},
+        ],
         grids=choose_grids(Rising("pixrec"), evaluation()),
         notes=["A <b>note</b>."],
         ceiling={"name": "oracle", "recall@10": 0.9},
@@ -137,7 +142,16 @@ def test_the_page_says_what_the_numbers_say(tmp_path, metrics, items):
     html = full_page(tmp_path, metrics, items)
     for text in ("Lamps &amp; chairs", "Hit at rank 2", "Hit at rank 1", "Miss: not in the first 2", "oracle 0.9000"):
         assert text in html
-    for text in ("User against item", "0.25", "Split: leave one out", "of 4 items", "Ties count against", "100.0 %"):
+    for text in (
+        "The compact user tower",
+        "The knockout trained on text alone",
+        "User against item",
+        "0.25",
+        "Split: leave one out",
+        "of 4 items",
+        "Ties count against",
+        "100.0\N{NO-BREAK SPACE}%",
+    ):
         assert text in html
     assert f"{metrics['results']['pixrec']['mrr']:.4f}" in html
     assert html.count("data:image/jpeg;base64,")
@@ -219,7 +233,11 @@ def test_the_page_tells_what_stands_beside_the_results(tmp_path, metrics, items)
         "training_windows_checked": 77,
         "windows_of": {"the towers": 70, "sasrec": 7},
         "targets_checked": {"valid": 5, "test": 6},
-    }
+        "elsewhere": [
+            {"stage": "joint", "data": "/a/boxes", "checked": True, "training_events": 2345,
+             "training_windows_checked": 78, "events_after_test_start": 0},
+        ],
+    }  # fmt: skip
     metrics["predictions"] = {
         "scorer": "mine", "users": 3, "users_missing": 4, "users_unknown": 5, "items_unknown": 6, "items_repeated": 7,
     }  # fmt: skip
@@ -235,6 +253,7 @@ def test_the_page_tells_what_stands_beside_the_results(tmp_path, metrics, items)
     for text in (
         "none of the 6 test and 5 validation targets",
         "1,234 events or in one of 77 windows of training (the towers, sasrec)",
+        "trained in a stage joint on the data set boxes; none of the 2,345 events and 78 windows there",
     ):
         assert text in html
     for text in ("of 2 runs", "0.2500 ± 0.0156", "4 users without a list", "7 repeats", "replaced by a constant"):
@@ -245,10 +264,20 @@ def test_the_page_tells_what_stands_beside_the_results(tmp_path, metrics, items)
 
 def test_warnings():
     assert warnings({}) == []
-    told = warnings({"guards": {"below_popularity": ["pixrec"]}, "provenance": {"trained_on_this_data": False}})
-    assert len(told) == 2
-    assert "pixrec" in told[0]
-    assert "may have seen" in told[1]
+    checked = {"data": "/a/boxes", "checked": True, "training_events": 1234, "training_windows_checked": 77}
+    elsewhere = [
+        {"stage": "joint", "data": None, "checked": False, "reason": "model.json does not say where it lay"},
+        {"stage": "", **checked, "events_after_test_start": 5},
+        {"stage": "joint", **checked, "events_after_test_start": 0},
+    ]
+    told = warnings({"guards": {"below_popularity": ["pixrec"], "audit": {"elsewhere": elsewhere}}})
+    assert told == [
+        "Below popularity in Recall@10: pixrec.",
+        "The model was trained in a stage joint on the data set of unknown place, which could not be audited "
+        "(model.json does not say where it lay): it may have seen events of this test there.",
+        "The model was trained on another data set, boxes, with 5 events of the test period: none of this test, but of "
+        "its time.",
+    ]
 
 
 def test_names_and_probabilities():
@@ -261,3 +290,40 @@ def test_a_loss_without_parts_is_drawn():
     log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
     assert [curve["name"] for curve in curves(log)] == ["Training loss"]
     assert [curve["name"] for curve in curves([{**row, "loss_ut": 1.0} for row in log])] == ["User against item"]
+
+
+def test_every_part_of_a_training_is_drawn_the_models_own_first():
+    parts = ["text_joint", "text", "text_compact", "both_joint", "both", "both_compact", "both_compact_joint"]
+    log = [{"part": part, "step": step, "loss": 1.0} for part in parts for step in (1, 2)]
+    own, text = trainings([*log, {"part": "text_empty", "step": 1}, log[-1]])
+    assert (own["knockout"], text["knockout"]) == (None, "text")
+    names = ["The towers, stage joint", "The towers", "The compact user tower", "Both towers together"]
+    assert [stage["name"] for stage in own["stages"]] == names
+    assert [stage["name"] for stage in text["stages"]] == names[:3]
+    assert trainings([]) == []
+
+
+def test_a_scorer_is_told_by_what_it_is_made_of():
+    settings = {"evaluate": {"fused": ["sasrec", "popularity"], "max_users": 5}}
+    metrics = {"knockouts": {"pixrec_text_only": "trained"}, "predictions": {"scorer": "mine"}, "settings": settings}
+    told = {name: meaning(name, metrics) for name in ("pixrec_text_only", "mine", "rrf", "round_robin", "unheard")}
+    assert told == {
+        "pixrec_text_only": "the same, trained on text alone",
+        "mine": "ranked lists read from a file",
+        "rrf": "sasrec and popularity by reciprocal rank",
+        "round_robin": "sasrec and popularity taking turns",
+        "unheard": "",
+    }
+    assert meaning("rrf", {}) == "two scorers by reciprocal rank"
+
+
+def test_a_sample_and_timestamps_without_time_are_told(metrics):
+    plain = [*protocol_sentences(metrics), *guard_sentences(metrics)]
+    assert not any("max_users" in sentence or "no clock" in sentence for sentence in plain)
+    metrics["settings"] = {"evaluate": {"max_users": 2}}
+    metrics["guards"]["timestamps_tell_time"] = False
+    metrics["results"]["recent_popularity"] = metrics["results"]["popularity"]
+    metrics["protocol"]["split"] = "temporal"
+    assert "Users: 2, drawn at random where there are more (evaluate.max_users)." in protocol_sentences(metrics)
+    assert any("no clock" in sentence for sentence in guard_sentences(metrics))
+    assert any("The split is by time, but" in sentence for sentence in warnings(metrics))
