@@ -37,6 +37,7 @@ def compact_trainer(base: Model, catalog: Catalog, dataset: Dataset, config: Con
     trained = [dataset.items.item_ids[row] for row in np.flatnonzero(counts > 0)]
     model = with_compact(base, trained)
     assert model.tower.compact is not None
+    model.tower.compact.whiten(content.to(model.tower.log_temperature.device))
     trainer = SequenceTrainer(
         model.tower.compact,
         dataset.training_histories(),

@@ -23,7 +23,11 @@ from torch import Tensor, nn
 
 from pixrec.config import CompactConfig
 
-INITIAL_TEMPERATURE, MIN_TEMPERATURE = 0.05, 0.01
+INITIAL_TEMPERATURE, MIN_TEMPERATURE = 0.2, 0.01
+IDENTITY_STD = 0.02
+"""Of each number of a learned vector in the beginning; whitened content begins with the same."""
+WHITENING_RIDGE = 0.1
+"""Added to the variance of each direction of the content, in mean variances: the weakest directions are noise."""
 
 UNKNOWN_TIME = torch.iinfo(torch.int64).min
 """The timestamp of an event whose moment nobody knows."""
@@ -173,14 +177,33 @@ class CompactTower(nn.Module):
         if content_width is None and not identities:
             raise ValueError("item vectors are made of content, identities or both: neither was given")
         self.unit = unit
-        self.content = None if content_width is None else nn.Linear(content_width, width, bias=False)
+        self.content = None if content_width is None else nn.Linear(content_width, width)
         self.identity = nn.Embedding(identities, width) if identities else None
         self.user = CompactUserTower(width, config)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(INITIAL_TEMPERATURE)), requires_grad=unit)
         if self.content is not None:
             nn.init.orthogonal_(self.content.weight)
+            nn.init.zeros_(self.content.bias)
         if self.identity is not None:
-            nn.init.normal_(self.identity.weight, std=0.02)
+            nn.init.normal_(self.identity.weight, std=IDENTITY_STD)
+
+    @torch.no_grad()
+    def whiten(self, content: Tensor) -> None:
+        """Have the projection of content begin as the whitening of these vectors (N, C), seen along random directions.
+
+        What a language model makes of texts lies in a narrow cone: most of each vector is common to all and says
+        nothing of the item (Su et al., arXiv 2103.15316; in recommenders Hou et al., UniSRec, KDD 2022).
+        """
+        if self.content is None:
+            return
+        mean = content.double().mean(0)
+        centred = content.double() - mean
+        variances, directions = torch.linalg.eigh(centred.T @ centred / len(content))
+        ridge = WHITENING_RIDGE * variances.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        scale = IDENTITY_STD / (variances.clamp(min=0) + ridge).sqrt()
+        weight = self.content.weight.double() @ (directions * scale) @ directions.T
+        self.content.weight.copy_(weight)
+        self.content.bias.copy_(-weight @ mean)
 
     @property
     def temperature(self) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pixrec.config import CompactConfig
-from pixrec.model.compact import TIME_BUCKETS, UNKNOWN_TIME, CompactTower, time_buckets
+from pixrec.model.compact import IDENTITY_STD, TIME_BUCKETS, UNKNOWN_TIME, CompactTower, time_buckets
 
 WIDTH = 16
 
@@ -152,3 +152,18 @@ def test_a_tower_without_time_has_no_weights_for_it(tower, vectors):
     assert not [name for name in tower.state_dict() if "age" in name or "gap" in name]
     moments = MOMENTS.expand(3, -1)
     torch.testing.assert_close(tower.user_vectors(vectors, moments), tower.user_vectors(vectors), rtol=0, atol=0)
+
+
+def test_content_begins_whitened():
+    """What all items have in common goes, and each direction begins as wide as a learned vector's, noise narrower."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([3.0, 1.0, 0.3, 1e-6])
+    content = torch.randn(4000, 4, generator=generator) * spread + 5
+    tower = CompactTower(4, CompactConfig(), 4, 0)
+    tower.whiten(content)
+    assert tower.content is not None
+    made = tower.content(content).detach()
+    assert made.mean(0).abs().max() < 1e-6
+    widths = torch.linalg.eigvalsh(torch.cov(made.T)).clamp(min=0).sqrt()
+    assert widths[-1] == pytest.approx(IDENTITY_STD, rel=0.05)
+    assert widths[0] < 1e-3 * IDENTITY_STD
