@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 import pixrec
 from pixrec.config import ServeConfig
-from pixrec.serving.backend import Backend, BackendError, NewItem, Overloaded, Ranking, Refusal
+from pixrec.serving.backend import Backend, BackendError, NewItem, Overloaded, Ranking, RecommendRequest, Refusal
 from pixrec.serving.gate import Gate, JsonResponse, unavailable
 
 MAX_REPORTED_ERRORS = 20
@@ -154,8 +154,10 @@ def _ranking_routes(backend: Backend, config: ServeConfig) -> APIRouter:
         if body.timestamps is not None:
             _check_length("timestamps", len(body.timestamps), config.max_request_items, "values")
         new_items = _new_items(body, config)
-        asked = (body.history, k, body.exclude, body.exclude_history, body.filters, new_items, body.timestamps)
-        return _ranked(await backend.recommend(*asked))
+        request = RecommendRequest(
+            body.history, k, body.exclude, body.exclude_history, body.filters, new_items, body.timestamps
+        )
+        return _ranked(await backend.recommend(request))
 
     @router.post("/similar", response_model=RankingAnswer, responses=UNKNOWN)
     async def similar(body: SimilarBody) -> Response:

@@ -47,16 +47,16 @@ def test_new_items_reach_the_backend_with_their_pictures(client: Any, backend: A
     answer = client("POST", "/v1/recommend", json=body)
     assert answer.status_code == 200, answer.text
     assert (answer.json()["unknown_items"], answer.json()["fallback"]) == ([], False)
-    assert backend.new_items == {"n": NewItem({"title": "A lamp", "price": 3.5}, backend.images["a"])}
+    assert backend.request.new_items == {"n": NewItem({"title": "A lamp", "price": 3.5}, backend.images["a"])}
 
 
 def test_timestamps_reach_the_backend_where_there_are_any(client: Any, backend: Any) -> None:
     for timestamps in ([0, 1_700_000_000_000], None):
         body = {"history": ["a", "c"], "timestamps": timestamps}
         assert client("POST", "/v1/recommend", json=body).status_code == 200
-        assert backend.timestamps == timestamps
+        assert backend.request.timestamps == timestamps
     assert client("POST", "/v1/recommend", json={"history": ["a"]}).status_code == 200
-    assert backend.timestamps is None
+    assert backend.request.timestamps is None
 
 
 def test_similar_and_search_answer_the_same_shape(client: Any) -> None:
