@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from pixrec import __version__, storage
 from pixrec.config import Config, load_config
-from pixrec.errors import PixRecError
+from pixrec.errors import ConfigError, PixRecError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,7 +55,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     transformers_logging.disable_progress_bar()  # "Loading weights" on stderr, also before a one-line error
     a = arguments
     base = verbs.demo_config(Config()) if a.verb == "demo" else Config()
-    config = load_config(storage.read_text(a.config) if a.config else "", a.set, base=base)
+    config = load_config(overrides=a.set, base=_from_file(a.config, base) if a.config else base)
     with Console() as console:
         match a.verb:
             case "prepare":
@@ -77,6 +77,13 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
                 return verbs.serve(a.model, a.index, a.data, config, a.host, a.port, console)
             case _:
                 return verbs.demo(a.out, config, console)
+
+
+def _from_file(place: str, base: Config) -> Config:
+    try:
+        return load_config(storage.read_text(place), base=base)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -131,7 +131,7 @@ def evaluate(
     """
     if index and not model:
         raise InputError("--index holds the vectors of a model's items; name the model with --model")
-    seeds = {place: storage.read_json(place) for place in also}
+    seeds = {place: storage.read_json(place, ("results", "protocol")) for place in also}
     with storage.staged_folder(out, METRICS, "evaluation") as staging, contextlib.ExitStack() as stack:
         loaded = load_model(model, _device(config.evaluate.device)) if model else None
         dataset = load_dataset(data)

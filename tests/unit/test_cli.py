@@ -191,10 +191,10 @@ def test_arguments_that_make_no_sense(run: Run, tables: Path, options: list[str]
     assert not (tables / "out").exists()
 
 
-@pytest.mark.parametrize("content", [b"train: [", b"\xff\xfe\x00t", b"just words"])
+@pytest.mark.parametrize("content", [b"train: [", b"\xff\xfe\x00t", b"just words", b"train: {lerning_rate: 1}"])
 def test_a_config_file_that_is_none(run: Run, tables: Path, content: bytes):
     (tables / "config.yaml").write_bytes(content)
-    refused(prepare(run, tables, "--config", tables / "config.yaml"), "config")
+    refused(prepare(run, tables, "--config", tables / "config.yaml"), str(tables / "config.yaml"))
 
 
 @pytest.mark.parametrize("arguments", [[], ["dance"], ["train"], ["recommend", "--model", "m", "-k", "ten"]])
@@ -359,6 +359,8 @@ def test_evaluate_refuses(run: Run, made: Path, tmp_path: Path, monkeypatch: pyt
     refused(run("evaluate", *options, "--index", made / "index"), "--index", "--model")
     refused(run("evaluate", *options, "--predictions", tmp_path / "none.parquet"), "none.parquet", "no such file")
     refused(run("evaluate", *options, "--also", tmp_path / "none.json"), "none.json", "no such file")
+    (tmp_path / "list.json").write_text("[]")
+    refused(run("evaluate", *options, "--also", tmp_path / "list.json"), "list.json", "nothing of results")
     refused(run("evaluate", *options, "--set", "evaluate.scorers=[populrity]"), "'populrity'", "'popularity'")
 
     def leaking(self: Dataset) -> list[np.ndarray]:
