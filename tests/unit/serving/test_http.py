@@ -199,11 +199,12 @@ def test_state_version_page_and_documentation(client: Any) -> None:
     assert client("GET", "/healthz").json()["status"] == "ok"
     versions = client("GET", "/version").json()
     assert set(versions) == {"model_version", "index_version", "pixrec", "ray", "torch", "transformers"}
-    assert client("GET", "/docs").status_code == 200
-    page = client("GET", "/")
-    assert page.headers["content-type"].startswith("text/html")
-    assert "default-src 'none'" in page.headers["content-security-policy"]
-    assert "://" not in page.text.replace("http://www.w3.org/2000/svg", "")  # nothing from another host
+    for path in ("/", "/docs"):
+        page = client("GET", path)
+        assert page.status_code == 200
+        assert page.headers["content-type"].startswith("text/html")
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        assert "://" not in page.text.replace("http://www.w3.org/2000/svg", "")  # nothing from another host
     described = client("GET", "/openapi.json").json()["paths"]
     assert set(described) == {
         "/v1/recommend",
