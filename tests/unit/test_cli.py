@@ -230,6 +230,15 @@ def test_recommend_wants_at_least_one(run: Run, made: Path, k: int):
     refused(recommend(run, made, "--history", "i01", "-k", k), f"k is {k}", "at least 1")
 
 
+def test_recommend_takes_the_moments_of_the_history(run: Run, made: Path):
+    history = ("--history", "i01,i03", "-k", 3)
+    told = recommend(run, made, *history, "--timestamps", "0,1700000000000")
+    assert json.loads(told.out[-1])["items"] == json.loads(recommend(run, made, *history).out[-1])["items"]
+    refused(recommend(run, made, *history, "--timestamps", "5"), "timestamps holds 1 values for 2 items")
+    refused(recommend(run, made, *history, "--timestamps", "5,4"), "oldest first")
+    refused(recommend(run, made, *history, "--timestamps", "now,5"), "--timestamps", "whole milliseconds")
+
+
 def test_parts_that_are_not_there(run: Run, made: Path, tmp_path: Path):
     history = ("--history", "i01")
     refused(
