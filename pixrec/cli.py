@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from pixrec import __version__, storage
 from pixrec.config import Config, load_config
-from pixrec.errors import PixRecError
+from pixrec.errors import ConfigError, PixRecError
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,7 +55,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     transformers_logging.disable_progress_bar()  # "Loading weights" on stderr, also before a one-line error
     a = arguments
     base = verbs.demo_config(Config()) if a.verb == "demo" else Config()
-    config = load_config(storage.read_text(a.config) if a.config else "", a.set, base=base)
+    config = load_config(overrides=a.set, base=_from_file(a.config, base) if a.config else base)
     with Console() as console:
         match a.verb:
             case "prepare":
@@ -72,11 +72,27 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
                 )
             case "recommend":
                 history = [i for i in a.history.split(",") if i]
-                return verbs.recommend(a.model, a.index, a.data, history, a.k, a.include_history, console)
+                return verbs.recommend(a.model, a.index, a.data, history, a.k, a.include_history, a.timestamps, console)
             case "serve":
                 return verbs.serve(a.model, a.index, a.data, config, a.host, a.port, console)
             case _:
                 return verbs.demo(a.out, config, console)
+
+
+def _moments(text: str) -> list[int]:
+    try:
+        return [int(moment) for moment in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be whole milliseconds since the epoch, as 0,86400000"
+        ) from None
+
+
+def _from_file(place: str, base: Config) -> Config:
+    try:
+        return load_config(storage.read_text(place), base=base)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,6 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("recommend", "Recommend the next items of a history.", model, index)
     sub.add_argument("--data", metavar="URI", help="prepared data set, where it has moved since embed")
     sub.add_argument("--history", required=True, metavar="ID,ID,...", help="item ids, oldest first")
+    sub.add_argument(
+        "--timestamps", type=_moments, metavar="MS,MS,...", help="when each was met, for a model that reads times"
+    )
     sub.add_argument("-k", type=int, default=10, metavar="N", help="how many (default 10)")
     sub.add_argument("--include-history", action="store_true", help="may recommend items of the history again")
     sub = verb("serve", "Answer requests over HTTP.", model, index, data)

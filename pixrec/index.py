@@ -49,9 +49,8 @@ def top_k(queries: Any, items: Any, k: int) -> tuple[Any, Any]:
 def _tensor(array: Any) -> torch.Tensor:
     if isinstance(array, torch.Tensor):
         return array.detach()
-    array = np.asarray(array)
-    # torch shares memory with numpy only where it may write; vectors read from Arrow are read-only
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    # torch shares memory with numpy only where it may write, unlike in vectors read from Arrow, and steps forward
+    return torch.from_numpy(np.require(np.asarray(array), requirements=("C", "W")))
 
 
 def _search(queries_BD: torch.Tensor, items_ND: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -35,6 +35,8 @@ def is_remote(uri: str) -> bool:
 
 
 def _locate(uri: str) -> tuple[Any, str]:
+    if not uri:
+        raise InputError("a place is empty: name a file or a folder")
     if "://" in uri and not is_remote(uri):
         raise InputError(f"{uri}: only local paths and s3:// URIs are known")
     if not is_remote(uri):
@@ -132,11 +134,17 @@ def read_text(uri: str) -> str:
         raise _failed(uri, error) from None
 
 
-def read_json(uri: str) -> Any:
+def read_json(uri: str, keys: Sequence[str] = ()) -> Any:
+    """The value in a JSON file. Raises ArtifactError when there is none, or, where `keys` are named, no object with
+    them; InputError when the file cannot be read."""
     try:
-        return json.loads(read_text(uri))
+        value = json.loads(read_text(uri))
     except ValueError:
         raise ArtifactError(f"{uri} is not valid JSON; make the artifact again") from None
+    missing = [key for key in keys if not isinstance(value, dict) or key not in value]
+    if missing:
+        raise ArtifactError(f"{uri} is damaged: it says nothing of {', '.join(missing)}; make the artifact again")
+    return value
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -180,14 +188,18 @@ def read_schema(uri: str) -> pa.Schema:
 
 
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """A whole table in memory, files in name order. Raises InputError when it is absent or not Parquet."""
+    """A whole table in memory, files in name order. Raises InputError when it is absent, is not Parquet or lacks one
+    of the `columns`."""
     tables = []
     for file in table_files(uri):
         fs, path = arrow_location(file)
         try:
-            tables.append(pq.ParquetFile(path, filesystem=fs).read(columns))
+            table = pq.ParquetFile(path, filesystem=fs).read(columns)  # passes over columns that are not there
         except (pa.ArrowException, KeyError, *_TROUBLE) as error:
             raise _failed(file, error) from None
+        if missing := set(columns or ()).difference(table.column_names):
+            raise InputError(f"{file}: no column {min(missing)!r}")
+        tables.append(table)
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:

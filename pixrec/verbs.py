@@ -131,7 +131,7 @@ def evaluate(
     """
     if index and not model:
         raise InputError("--index holds the vectors of a model's items; name the model with --model")
-    seeds = {place: storage.read_json(place) for place in also}
+    seeds = {place: storage.read_json(place, ("results", "protocol")) for place in also}
     with storage.staged_folder(out, METRICS, "evaluation") as staging, contextlib.ExitStack() as stack:
         loaded = load_model(model, _device(config.evaluate.device)) if model else None
         dataset = load_dataset(data)
@@ -241,12 +241,20 @@ def _author(scorer: str) -> str:
 
 
 def recommend(
-    model: str, index: str, data: str | None, history: list[str], k: int, include_history: bool, console: Console
+    model: str,
+    index: str,
+    data: str | None,
+    history: list[str],
+    k: int,
+    include_history: bool,
+    timestamps: list[int] | None,
+    console: Console,
 ) -> Summary:
     recommender = pixrec.load_recommender(model, index, data)
     from pixrec.recommender import Query
 
-    answer = recommender.answer([Query(history, k, exclude_history=not include_history)])[0]
+    query = Query(history, k, exclude_history=not include_history, timestamps=timestamps)
+    answer = recommender.answer([query])[0]
     return {
         "items": [{"item_id": item_id, "score": score} for item_id, score in answer.items],
         "model_version": recommender.model_version,

@@ -22,6 +22,7 @@ from pixrec.errors import ArtifactError
 from pixrec.schema import EMBEDDING, HAS_IMAGE, ITEM_ID, SCALE, index_schema
 
 MANIFEST, CURRENT, VERSIONS = "manifest.json", "CURRENT", "versions"
+_FACTS = ("version", "model_fingerprint", "width", "dtype", "rows")  # what a manifest always says
 _ROWS_PER_PART = 20_000
 
 
@@ -131,7 +132,7 @@ def index_manifest(uri: str) -> dict[str, Any]:
     manifest = storage.join(uri, VERSIONS, storage.read_text(current).strip(), MANIFEST)
     if not storage.exists(manifest):
         raise ArtifactError(f"{uri}: {CURRENT} names a version that is not there; run pixrec embed again")
-    return dict(storage.read_json(manifest))
+    return dict(storage.read_json(manifest, _FACTS))
 
 
 def load_index(uri: str, model_fingerprint: str | None = None) -> Index:
@@ -149,4 +150,7 @@ def load_index(uri: str, model_fingerprint: str | None = None) -> Index:
         raise ArtifactError(
             f"{uri}: version {version} holds {table.num_rows} rows, its manifest says {manifest['rows']}"
         )
-    return Index(version, table.column(ITEM_ID).to_pylist(), to_vectors(table), manifest)
+    vectors = to_vectors(table)
+    if not np.isfinite(vectors).all():
+        raise ArtifactError(f"{uri}: version {version} holds a vector that is not finite; run pixrec embed again")
+    return Index(version, table.column(ITEM_ID).to_pylist(), vectors, manifest)

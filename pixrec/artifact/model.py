@@ -37,6 +37,10 @@ MODEL_MARKER = "model.json"
 _KNOCKOUTS = "knockouts"
 _IDENTITIES = "identities.json"
 
+# What reading damaged files raises. RuntimeError: a tensor of another shape; KeyError: a file that lacks a key;
+# TypeError: a tokenizer without its settings.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ConfigError)
+
 
 @dataclass(frozen=True)
 class Model:
@@ -127,8 +131,7 @@ def load_model(uri: str, device: str = "cpu") -> Model:
     with storage.local_folder(uri) as folder:
         try:
             model = _read_model(Path(folder))
-        # RuntimeError: a tensor of another shape; KeyError: a file that lacks a key
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ConfigError) as error:
+        except _DAMAGE as error:
             raise ArtifactError(f"{uri} is damaged: {' '.join(str(error).split())[:200]}; train it again") from None
     model.tower.to(device).eval()
     if fingerprint(model) != model.info.get("fingerprint"):
@@ -163,7 +166,7 @@ def fingerprint(model: Model) -> str:
 
 
 def _read_model(path: Path) -> Model:
-    info = json.loads((path / MODEL_MARKER).read_text())
+    info = dict(json.loads((path / MODEL_MARKER).read_text()))
     config = load_config((path / "config.yaml").read_text())
     tokenizer = AutoTokenizer.from_pretrained(path / "processor", trust_remote_code=False)
     if config.model.lora.enabled:

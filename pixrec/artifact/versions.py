@@ -51,4 +51,4 @@ def _current(uri: str) -> str | None:
 def _manifest(uri: str, name: str) -> dict[str, Any] | None:
     manifest = storage.join(uri, VERSIONS, name, MANIFEST)
     hidden = name.startswith(".")
-    return None if hidden or not storage.exists(manifest) else dict(storage.read_json(manifest))
+    return None if hidden or not storage.exists(manifest) else dict(storage.read_json(manifest, ("version",)))

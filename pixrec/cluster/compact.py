@@ -51,13 +51,13 @@ def report_validations(
     held_out = sample_users(dataset.held_out("valid"), config.train.compact.max_validation_users, config.train.seed)
     log = NewsLog(mailbox, {})
     for figures in trainer.validations(held_out, watch, log.add):
-        facts = {**figures, "step": trainer.step, "epoch": trainer.epoch}
-        log.add(facts, now=True)
+        at = {"step": trainer.step, "epoch": trainer.epoch}
+        log.add({**figures, **at}, now=True)
         score = figures.get("valid_ndcg@10", float(trainer.epoch))
         with tempfile.TemporaryDirectory(prefix="pixrec-") as folder:
             saved = None
             if ray.train.get_context().get_world_rank() == 0:
-                save_model(folder, dataclasses.replace(model, config=config), facts)
+                save_model(folder, dataclasses.replace(model, config=config), {**at, "metrics": figures})
                 _save_state(trainer, watch, Path(folder))
                 saved = Checkpoint.from_directory(folder)
             ray.train.report({"score": score, "epoch": trainer.epoch}, checkpoint=saved)

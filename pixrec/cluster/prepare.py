@@ -161,8 +161,11 @@ def _counts(
 
 def _item_files(items_uri: str | None) -> list[str]:
     files = [storage.absolute(file) for file in storage.table_files(items_uri)] if items_uri is not None else []
-    for file in files:
-        tables.check_items_schema(storage.read_schema(file), file)
+    schemas = {file: storage.read_schema(file) for file in files}
+    for file, schema in schemas.items():
+        tables.check_items_schema(schema, file)
+    if items_uri is not None:
+        tables.check_items_agree(schemas.values(), items_uri)
     return files
 
 

@@ -194,7 +194,7 @@ def _checkpoint(trainer: Trainer, saved: Model, figures: dict[str, float]) -> Ch
     if trainer.rank != 0:
         return None
     folder = tempfile.mkdtemp(prefix="pixrec-")
-    save_model(folder, saved, {"step": trainer.step, **figures})
+    save_model(folder, saved, {"step": trainer.step, "metrics": figures})
     safetensors.torch.save_file(optimizer, Path(folder) / _OPTIMIZER)
     (Path(folder) / _STATE).write_text(json.dumps({"step": trainer.step}))
     return Checkpoint.from_directory(folder)

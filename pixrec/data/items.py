@@ -108,7 +108,7 @@ def load_items(data_uri: str) -> ItemTable:
     folder = storage.join(data_uri, ITEMS)
     try:
         return ItemTable(storage.read_table(folder))
-    except InputError as error:
+    except (InputError, KeyError) as error:  # KeyError: no item_id
         raise ArtifactError(f"{data_uri} is no complete data set ({error}); make it with pixrec prepare") from None
 
 

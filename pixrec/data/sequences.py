@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pixrec import storage
 from pixrec.data.items import ItemTable, load_items
 from pixrec.errors import ArtifactError, InputError
-from pixrec.schema import ITEM_IDS, TIMESTAMPS, USER_ID
+from pixrec.schema import ITEM_IDS, SEQUENCES, TIMESTAMPS, USER_ID
 
 ONE_STEP_SHARE = 0.9
 """Where so many of the steps between events are of one length, timestamps tell the order and nothing else."""
@@ -169,10 +169,10 @@ def load_dataset(uri: str) -> Dataset:
     marker = storage.join(uri, DATASET_MARKER)
     if not storage.exists(marker):
         raise ArtifactError(f"{uri} holds no {DATASET_MARKER}: no complete data set; make it with pixrec prepare")
-    info = storage.read_json(marker)
+    info = storage.read_json(marker, ("split",))
     items = load_items(uri)
     try:
-        table = storage.read_table(storage.join(uri, SEQUENCES_FOLDER))
+        table = storage.read_table(storage.join(uri, SEQUENCES_FOLDER), SEQUENCES.names)
     except InputError as error:
         raise ArtifactError(f"{uri} is no complete data set ({error}); make it with pixrec prepare") from None
     return Dataset(uri, items, info, _events(uri, items, table))

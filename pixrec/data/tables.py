@@ -92,6 +92,16 @@ def check_items_schema(schema: pa.Schema, where: str) -> None:
     _check_schema(schema, where, "an items table", _ITEM_COLUMNS, (ITEM_ID, TITLE))
 
 
+def check_items_agree(schemas: Iterable[pa.Schema], where: str) -> None:
+    """Raise InputError when the further columns of an items table's files cannot stand in one table."""
+    stored = [prepared_items(schema.empty_table(), [], []) for schema in schemas]
+    try:
+        pa.concat_tables(stored, promote_options="permissive")
+    except pa.ArrowException as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{where}: its files disagree about a column: {reason}; give it one type in all") from None
+
+
 def check_interactions_schema(schema: pa.Schema, where: str, *, min_rating: float | None = None) -> None:
     """Raise InputError unless `schema` is that of an interactions table; `min_rating` makes `rating` necessary."""
     _check_schema(schema, where, "an interactions table", _INTERACTION_COLUMNS, (USER_ID, ITEM_ID, TIMESTAMP))
@@ -107,10 +117,10 @@ def _check_schema(schema: pa.Schema, where: str, what: str, columns: dict[str, _
             hint = f"did you mean {near[0]!r}? Rename it" if near else f"it has {', '.join(schema.names) or 'none'}"
             raise InputError(f"{where}: no column {name!r}, which {what} needs; {hint}")
     for field in schema:
-        if field.name not in columns or pa.types.is_null(field.type):
-            continue
         if schema.names.count(field.name) > 1:
             raise InputError(f"{where}: column {field.name!r} occurs more than once; keep one")
+        if field.name not in columns or pa.types.is_null(field.type):
+            continue
         kind = columns[field.name]
         if not kind.fits(field.type):
             raise InputError(f"{where}: column {field.name!r} is {field.type}, must be {kind.words}; {kind.cure}")
@@ -366,12 +376,15 @@ def as_text(column: pa.ChunkedArray) -> pa.Array:
 
 
 def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The same values in the plainest type: no dictionaries, no views, no large variants of string and binary."""
+    """The same values in the plainest type: no dictionaries, no views, no large variants of string, list of
+    strings and binary."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         return plain(column.cast(kind.value_type))
     if _is_text(kind):
         return column.cast(pa.string())
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_text(kind.value_type):
+        return column.cast(pa.list_(pa.string()))
     return column.cast(pa.binary()) if _is_bytes(kind) else column
 
 

@@ -28,6 +28,19 @@ class NewItem:
 
 
 @dataclass(frozen=True)
+class RecommendRequest:
+    """A history and what is asked about it; the fields are those of the HTTP body."""
+
+    history: list[str]
+    k: int
+    exclude: list[str] = field(default_factory=list)
+    exclude_history: bool = True
+    filters: Filters = field(default_factory=dict)
+    new_items: dict[str, NewItem] = field(default_factory=dict)
+    timestamps: list[int] | None = None
+
+
+@dataclass(frozen=True)
 class Ranking:
     """Ranked (item_id, score), best first, and where they came from."""
 
@@ -65,16 +78,7 @@ class Unavailable(BackendError):
 class Backend(Protocol):
     """None stands for an item that is unknown, or has no picture. Every method may raise a BackendError."""
 
-    async def recommend(
-        self,
-        history: list[str],
-        k: int,
-        exclude: list[str],
-        exclude_history: bool,
-        filters: Filters,
-        new_items: dict[str, NewItem],
-        timestamps: list[int] | None,
-    ) -> Ranking | Refusal: ...
+    async def recommend(self, request: RecommendRequest) -> Ranking | Refusal: ...
 
     async def similar(self, item_id: str, k: int, filters: Filters) -> Ranking | Refusal | None: ...
 

@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 
 from pixrec.config import ServeConfig
 from pixrec.errors import InputError, UnreadableImage
-from pixrec.serving.backend import Filters, NewItem, Overloaded, Ranking, Refusal, Unavailable, Versions
+from pixrec.serving.backend import Filters, Overloaded, Ranking, RecommendRequest, Refusal, Unavailable, Versions
 from pixrec.serving.http import create_api
 
 if TYPE_CHECKING:
@@ -47,34 +47,26 @@ class RecommenderReplica:
         batched = serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_seconds)
         self._answer_together = batched(self.answer_all)
 
-    async def recommend(
-        self,
-        history: list[str],
-        k: int,
-        exclude: list[str],
-        exclude_history: bool,
-        filters: Filters,
-        new_items: dict[str, NewItem],
-        timestamps: list[int] | None = None,
-    ) -> Ranking | Refusal:
+    async def recommend(self, request: RecommendRequest) -> Ranking | Refusal:
         from pixrec import recommender
 
         # Refused before it joins a batch, where it would fail its neighbours.
-        refusal = self._refusal(filters)
+        refusal = self._refusal(request.filters)
         if refusal is not None:
             return refusal
         try:
-            recommender.check_timestamps(history, timestamps)
+            recommender.check_timestamps(request.history, request.timestamps)
         except InputError as error:
             return Refusal("timestamps", str(error))
         vectors = {}
-        if new_items:
-            given = {i: recommender.NewItem(item.fields, item.image) for i, item in new_items.items()}
+        if request.new_items:
+            given = {i: recommender.NewItem(item.fields, item.image) for i, item in request.new_items.items()}
             try:
                 vectors = await self._compute(self._recommender.encode_new, given)
             except InputError as error:
                 return Refusal("new_items", str(error))
-        query = recommender.Query(history, k, exclude, exclude_history, filters, vectors, timestamps)
+        r = request
+        query = recommender.Query(r.history, r.k, r.exclude, r.exclude_history, r.filters, vectors, r.timestamps)
         return self._ranking(await self._answer_together(query))
 
     async def answer_all(self, queries: list[Query]) -> list[Answer]:
@@ -127,17 +119,8 @@ class ServeBackend:
         self._recommender = recommender
         self._timeout_seconds = timeout_seconds
 
-    async def recommend(
-        self,
-        history: list[str],
-        k: int,
-        exclude: list[str],
-        exclude_history: bool,
-        filters: Filters,
-        new_items: dict[str, NewItem],
-        timestamps: list[int] | None,
-    ) -> Ranking | Refusal:
-        return await self._ask("recommend", history, k, exclude, exclude_history, filters, new_items, timestamps)
+    async def recommend(self, request: RecommendRequest) -> Ranking | Refusal:
+        return await self._ask("recommend", request)
 
     async def similar(self, item_id: str, k: int, filters: Filters) -> Ranking | Refusal | None:
         return await self._ask("similar", item_id, k, filters)

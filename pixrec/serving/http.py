@@ -21,14 +21,14 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 import pixrec
 from pixrec.config import ServeConfig
-from pixrec.serving.backend import Backend, BackendError, NewItem, Overloaded, Ranking, Refusal
+from pixrec.serving.backend import Backend, BackendError, NewItem, Overloaded, Ranking, RecommendRequest, Refusal
 from pixrec.serving.gate import Gate, JsonResponse, unavailable
 
 MAX_REPORTED_ERRORS = 20
 IMAGE_MAX_AGE_SECONDS = 3600
 SOFTWARE = ("ray", "torch", "transformers")
 
-# The page needs no other host, and a picture or a title must not be able to reach one.
+# The pages need no other host, and a picture or a title must not be able to reach one.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -124,6 +124,7 @@ def create_api(backend: Backend, config: ServeConfig) -> FastAPI:
         title="PixRec",
         version=pixrec.__version__,
         description="Recommends the next product from what products look like and say.",
+        docs_url=None,  # FastAPI's own loads its scripts from another host
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -154,8 +155,10 @@ def _ranking_routes(backend: Backend, config: ServeConfig) -> APIRouter:
         if body.timestamps is not None:
             _check_length("timestamps", len(body.timestamps), config.max_request_items, "values")
         new_items = _new_items(body, config)
-        asked = (body.history, k, body.exclude, body.exclude_history, body.filters, new_items, body.timestamps)
-        return _ranked(await backend.recommend(*asked))
+        request = RecommendRequest(
+            body.history, k, body.exclude, body.exclude_history, body.filters, new_items, body.timestamps
+        )
+        return _ranked(await backend.recommend(request))
 
     @router.post("/similar", response_model=RankingAnswer, responses=UNKNOWN)
     async def similar(body: SimilarBody) -> Response:
@@ -215,7 +218,8 @@ def _item_routes(backend: Backend) -> APIRouter:
 
 def _state_routes(backend: Backend) -> APIRouter:
     router = APIRouter()
-    page = files("pixrec.serving").joinpath("static/index.html").read_text("utf-8")
+    static = files("pixrec.serving").joinpath("static")
+    pages = {name: static.joinpath(f"{name}.html").read_text("utf-8") for name in ("index", "docs")}
 
     @router.get("/healthz", responses={503: PROBLEMS[503]})
     async def healthz() -> Response:
@@ -233,9 +237,17 @@ def _state_routes(backend: Backend) -> APIRouter:
 
     @router.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def try_it() -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"})
+        return _page(pages["index"])
+
+    @router.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def interface() -> Response:
+        return _page(pages["docs"])
 
     return router
+
+
+def _page(html: str) -> Response:
+    return HTMLResponse(html, headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"})
 
 
 def software() -> dict[str, str | None]:

@@ -69,7 +69,7 @@ def test_two_workers_of_which_one_dies_end_where_one_process_does(
     alone, reference, _ = _begin(str(tmp_path / "base"), dataset, CONFIG, "cpu", None)
     figures = alone.fit(dataset.held_out("valid"))
     assert model.info["epoch"] == figures["epoch"]
-    assert model.info["valid_ndcg@10"] == pytest.approx(figures["valid_ndcg@10"])
+    assert model.info["metrics"]["valid_ndcg@10"] == pytest.approx(figures["valid_ndcg@10"])
     assert model.identities == reference.identities
     for name, weight in reference.tower.compact.state_dict().items():
         torch.testing.assert_close(model.tower.compact.state_dict()[name], weight, rtol=1e-3, atol=1e-4)

@@ -86,7 +86,7 @@ def test_train_ends_with_both_towers_together_where_one_process_does(
     figures = alone.fit(dataset.held_out("valid"))
     assert figures["epoch"] > 0, "the towers learned nothing together: this test shows nothing"
     assert info["epoch"] == figures["epoch"]
-    assert info["valid_ndcg@10"] == pytest.approx(figures["valid_ndcg@10"])
+    assert info["metrics"]["valid_ndcg@10"] == pytest.approx(figures["valid_ndcg@10"])
     before = load_model(str(begun)).tower.state_dict()
     after = model.tower.state_dict()
     assert not torch.allclose(after["item_proj.weight"], before["item_proj.weight"], atol=1e-4)

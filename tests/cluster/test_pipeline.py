@@ -133,7 +133,7 @@ def test_train(verb: Callable[..., dict[str, Any]], place: Path):
             assert drawn == [(row["step"], pytest.approx(row[name])) for row in losses]
         best = max(event.value for event in events.Scalars("valid_ndcg@10"))
         made = model if part == "both" else knockout
-        assert best == pytest.approx(made.info["valid_ndcg@10"]), "the best checkpoint is the one published"
+        assert best == pytest.approx(made.info["metrics"]["valid_ndcg@10"]), "the best checkpoint is the one published"
 
 
 def test_embed(verb: Callable[..., dict[str, Any]], place: Path):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import safetensors.torch
 import torch
@@ -26,7 +27,7 @@ from pixrec.artifact import (
 from pixrec.config import Config, load_config
 from pixrec.data.images import decode_image
 from pixrec.data.items import ItemTable
-from pixrec.errors import ArtifactError, ConfigError, OutputError
+from pixrec.errors import ArtifactError, ConfigError, InputError, OutputError
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoding import Content
 
@@ -176,6 +177,9 @@ def cut(folder: Path, name: str) -> None:
         (lambda folder: alter_config(folder, user_tower="sideways"), "is damaged"),
         (lambda folder: alter_json(folder, "model.json"), "is not the model its model.json names"),
         (lambda folder: cut(folder, "model.json"), "is damaged"),
+        (lambda folder: (folder / "model.json").write_text("[]"), "is not the model its model.json names"),
+        (lambda folder: (folder / "model.json").write_text("7"), "is damaged"),
+        (lambda folder: (folder / "processor" / "tokenizer_config.json").unlink(), "is damaged"),
         (lambda folder: cut(folder, "heads.safetensors"), "is damaged"),
         (lambda folder: cut(folder, "backbone/model.safetensors"), "is damaged"),
         (lambda folder: cut(folder, "processor/tokenizer.json"), "is damaged"),
@@ -354,9 +358,27 @@ def test_indexes_that_cannot_be_used(tmp_path: Path):
     manifest.write_text(json.dumps({**whole, "rows": 5}))
     with pytest.raises(ArtifactError, match="holds 4 rows, its manifest says 5"):
         load_index(uri)
+    for content in ("[]", "{}"):
+        manifest.write_text(content)
+        with pytest.raises(ArtifactError, match=r"manifest\.json is damaged: it says nothing of version"):
+            load_index(uri)
     manifest.unlink()
     with pytest.raises(ArtifactError, match="CURRENT names a version that is not there"):
         index_manifest(uri)
+
+
+def test_vectors_that_were_damaged_are_not_searched(tmp_path: Path):
+    publish(tmp_path)
+    (file,) = storage.list_files(str(tmp_path), ".parquet")
+    table = storage.read_table(file)
+    broken = [[float("nan")] * table.schema.field("embedding").type.list_size] * len(table)
+    column = pa.array(broken, table.schema.field("embedding").type)
+    storage.write_table(file, table.set_column(1, "embedding", column))
+    with pytest.raises(ArtifactError, match="holds a vector that is not finite; run pixrec embed again"):
+        load_index(str(tmp_path))
+    storage.write_table(file, table.drop_columns(["embedding"]))
+    with pytest.raises(InputError, match=r"part-00000\.parquet: no column 'embedding'"):
+        load_index(str(tmp_path))
 
 
 def test_an_index_is_not_put_among_other_things(tmp_path: Path):

@@ -191,10 +191,10 @@ def test_arguments_that_make_no_sense(run: Run, tables: Path, options: list[str]
     assert not (tables / "out").exists()
 
 
-@pytest.mark.parametrize("content", [b"train: [", b"\xff\xfe\x00t", b"just words"])
+@pytest.mark.parametrize("content", [b"train: [", b"\xff\xfe\x00t", b"just words", b"train: {lerning_rate: 1}"])
 def test_a_config_file_that_is_none(run: Run, tables: Path, content: bytes):
     (tables / "config.yaml").write_bytes(content)
-    refused(prepare(run, tables, "--config", tables / "config.yaml"), "config")
+    refused(prepare(run, tables, "--config", tables / "config.yaml"), str(tables / "config.yaml"))
 
 
 @pytest.mark.parametrize("arguments", [[], ["dance"], ["train"], ["recommend", "--model", "m", "-k", "ten"]])
@@ -228,6 +228,15 @@ def test_text_that_is_no_text_does_not_break_the_json(run: Run, made: Path):
 @pytest.mark.parametrize("k", [0, -1])
 def test_recommend_wants_at_least_one(run: Run, made: Path, k: int):
     refused(recommend(run, made, "--history", "i01", "-k", k), f"k is {k}", "at least 1")
+
+
+def test_recommend_takes_the_moments_of_the_history(run: Run, made: Path):
+    history = ("--history", "i01,i03", "-k", 3)
+    told = recommend(run, made, *history, "--timestamps", "0,1700000000000")
+    assert json.loads(told.out[-1])["items"] == json.loads(recommend(run, made, *history).out[-1])["items"]
+    refused(recommend(run, made, *history, "--timestamps", "5"), "timestamps holds 1 values for 2 items")
+    refused(recommend(run, made, *history, "--timestamps", "5,4"), "oldest first")
+    refused(recommend(run, made, *history, "--timestamps", "now,5"), "--timestamps", "whole milliseconds")
 
 
 def test_parts_that_are_not_there(run: Run, made: Path, tmp_path: Path):
@@ -360,6 +369,8 @@ def test_evaluate_refuses(run: Run, made: Path, tmp_path: Path, monkeypatch: pyt
     refused(run("evaluate", *options, "--index", made / "index"), "--index", "--model")
     refused(run("evaluate", *options, "--predictions", tmp_path / "none.parquet"), "none.parquet", "no such file")
     refused(run("evaluate", *options, "--also", tmp_path / "none.json"), "none.json", "no such file")
+    (tmp_path / "list.json").write_text("[]")
+    refused(run("evaluate", *options, "--also", tmp_path / "list.json"), "list.json", "nothing of results")
     refused(run("evaluate", *options, "--set", "evaluate.scorers=[populrity]"), "'populrity'", "'popularity'")
 
     def leaking(self: Dataset) -> list[np.ndarray]:

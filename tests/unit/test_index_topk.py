@@ -58,6 +58,13 @@ def test_takes_tensors_of_any_float_type(dtype):
     np.testing.assert_array_equal(rows, top_k(queries.numpy(), items.numpy(), 4)[1])
 
 
+def test_takes_arrays_read_backwards():
+    items = whole_numbers(5, 3, 5)
+    expected = top_k(items[::-1].copy(), items[::-1].copy(), 2)
+    for ours, theirs in zip(top_k(items[::-1], items[::-1], 2), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_takes_read_only_arrays():
     items = whole_numbers(5, 3, 5)
     items.flags.writeable = False

@@ -40,6 +40,10 @@ def test_json(tmp_path: Path):
     storage.write_bytes(uri, b"{")
     with pytest.raises(ArtifactError, match=r"a\.json is not valid JSON"):
         storage.read_json(uri)
+    for content, missing in ((b'{"name": 1}', "n, m"), (b"[]", "name, n, m"), (b"null", "name, n, m")):
+        storage.write_bytes(uri, content)
+        with pytest.raises(ArtifactError, match=rf"a\.json is damaged: it says nothing of {missing};"):
+            storage.read_json(uri, ("name", "n", "m"))
 
 
 def test_paths():
@@ -51,6 +55,12 @@ def test_paths():
     assert storage.resolve("/abs/1.jpg", "s3://bucket/data") == "/abs/1.jpg"
     assert storage.resolve("s3://other/1.jpg", "/data") == "s3://other/1.jpg"
     assert storage.resolve("http://host/1.jpg", "/data") == "http://host/1.jpg"
+
+
+def test_an_empty_place_is_none_and_not_the_current_folder():
+    for use in (storage.exists, storage.table_files, storage.read_text):
+        with pytest.raises(InputError, match="a place is empty"):
+            use("")
 
 
 def test_other_schemes_are_refused():
@@ -95,6 +105,8 @@ def test_tables_that_cannot_be_read(tmp_path: Path):
             read(str(tmp_path / "empty"))
     with pytest.raises(InputError, match=r"two: its files disagree about a column"):
         storage.read_table(str(tmp_path / "two"))
+    with pytest.raises(InputError, match=r"two/a\.parquet: no column 'y'"):
+        storage.read_table(str(tmp_path / "two"), ["x", "y"])
     with pytest.raises(InputError, match=r"text\.parquet: cannot be read"):
         storage.row_groups(str(tmp_path / "text.parquet"))
 

@@ -114,6 +114,18 @@ def test_an_incomplete_folder_is_no_data_set(tmp_path: Path):
     storage.write_json(str(tmp_path / "dataset.json"), {"split": LEAVE_ONE_OUT})
     with pytest.raises(ArtifactError, match="no complete data set"):
         load_dataset(str(tmp_path))
+    storage.write_bytes(str(tmp_path / "dataset.json"), b"[]")
+    with pytest.raises(ArtifactError, match=r"dataset\.json is damaged: it says nothing of split"):
+        load_dataset(str(tmp_path))
+
+
+def test_a_table_that_lost_a_column_is_no_data_set(tmp_path: Path):
+    dataset(tmp_path, {"u": at("abc")}, LEAVE_ONE_OUT)
+    for folder, column in (("sequences", "timestamps"), ("items", "item_id")):
+        file = storage.list_files(str(tmp_path / folder), ".parquet")[0]
+        storage.write_table(file, storage.read_table(file).drop_columns([column]))
+        with pytest.raises(ArtifactError, match=f"no complete data set .*{column}.* pixrec prepare"):
+            load_dataset(str(tmp_path))
 
 
 def test_sequences_and_items_must_agree(tmp_path: Path):

@@ -57,6 +57,10 @@ def test_every_kind_of_string_is_text(kind: pa.DataType):
         (ITEMS.append(pa.field("image_uri", pa.binary())), r"column 'image_uri' is binary, must be string"),
         (ITEMS.append(pa.field("category", pa.list_(pa.string()))), r"column 'category' is list<.*>, must be string"),
         (ITEMS.append(ITEMS.field(1)), r"column 'title' occurs more than once"),
+        (
+            pa.schema([*ITEMS, ("shelf", pa.int64()), ("shelf", pa.string())]),
+            r"items.parquet: column 'shelf' occurs more than once; keep one",
+        ),
     ],
 )
 def test_an_items_table_of_another_make(schema: pa.Schema, message: str):
@@ -112,6 +116,20 @@ def test_items_without_id_are_rejected_and_the_others_kept():
 def test_ids_that_name_no_catalog(ids: list, message: str):
     with pytest.raises(InputError, match=message):
         tables.check_item_ids(pa.chunked_array([pa.array(ids, pa.string())]), "items")
+
+
+def test_further_columns_have_one_type_in_all_files_of_a_table():
+    with_shelf = [ITEMS.append(pa.field("shelf", kind)) for kind in (pa.string(), pa.large_string(), pa.null())]
+    tables.check_items_agree([ITEMS, *with_shelf], "items")
+    with pytest.raises(InputError, match=r"items: its files disagree about a column: .*shelf.*one type"):
+        tables.check_items_agree([*with_shelf, ITEMS.append(pa.field("shelf", pa.int64()))], "items")
+
+
+@pytest.mark.parametrize("kind", [pa.large_list(pa.large_string()), pa.list_(pa.dictionary(pa.int32(), pa.string()))])
+def test_every_kind_of_list_of_strings_is_one(kind: pa.DataType):
+    raw = pa.table({"item_id": ["a", "b"], "tags": pa.array([["new", None], None], kind)})
+    made = tables.prepared_items(raw, [None, None], ["missing", "missing"]).column("tags")
+    assert (made.type, made.to_pylist()) == (pa.list_(pa.string()), [["new", None], None])
 
 
 def test_prepared_items_have_known_types_and_the_catalogs_own_columns():

@@ -13,7 +13,7 @@ import pytest
 from fastapi import FastAPI
 
 from pixrec.config import ServeConfig
-from pixrec.serving.backend import Filters, NewItem, Ranking, Refusal, Versions
+from pixrec.serving.backend import Filters, Ranking, RecommendRequest, Refusal, Versions
 from pixrec.serving.http import create_api
 
 JPEG = b"\xff\xd8\xff and so on"
@@ -27,23 +27,14 @@ class FakeBackend:
         self.trouble: Exception | None = None
         self.asked: list[tuple[Any, ...]] = []
 
-    async def recommend(
-        self,
-        history: list[str],
-        k: int,
-        exclude: list[str],
-        exclude_history: bool,
-        filters: Filters,
-        new_items: dict[str, NewItem],
-        timestamps: list[int] | None,
-    ) -> Ranking | Refusal:
-        self.new_items, self.timestamps = new_items, timestamps
-        known = [item_id for item_id in history if item_id in self.catalog or item_id in new_items]
-        left_out = {*exclude, *(history if exclude_history else ())}
-        ranking = self._rank("recommend", k, filters, left_out, history, exclude_history)
+    async def recommend(self, request: RecommendRequest) -> Ranking | Refusal:
+        self.request = request
+        known = [item_id for item_id in request.history if item_id in self.catalog or item_id in request.new_items]
+        left_out = {*request.exclude, *(request.history if request.exclude_history else ())}
+        ranking = self._rank("recommend", request.k, request.filters, left_out)
         if isinstance(ranking, Refusal):
             return ranking
-        unknown = [item_id for item_id in history if item_id not in known]
+        unknown = [item_id for item_id in request.history if item_id not in known]
         return dataclasses.replace(ranking, unknown_items=unknown, fallback=not known)
 
     async def similar(self, item_id: str, k: int, filters: Filters) -> Ranking | Refusal | None:

@@ -16,7 +16,7 @@ from pixrec.config import ServeConfig
 from pixrec.data.items import ItemTable
 from pixrec.errors import InputError, UnreadableImage
 from pixrec.recommender import Answer, Query
-from pixrec.serving.backend import NewItem, Overloaded, Ranking, Refusal, Unavailable, Versions
+from pixrec.serving.backend import NewItem, Overloaded, Ranking, RecommendRequest, Refusal, Unavailable, Versions
 from pixrec.serving.deployments import RecommenderReplica, ServeBackend, bind
 
 
@@ -73,7 +73,7 @@ def test_a_bad_filter_is_refused_before_it_joins_a_batch(
 ) -> None:
     colour = {"colour": ["red"]}
     for refusal in (
-        asyncio.run(replica.recommend([], 3, [], True, colour, {})),
+        asyncio.run(replica.recommend(RecommendRequest([], 3, filters=colour))),
         asyncio.run(replica.similar("a", 3, colour)),
         asyncio.run(replica.search("x", None, 3, colour)),
     ):
@@ -85,7 +85,7 @@ def test_timestamps_that_do_not_fit_are_refused_before_they_join_a_batch(
     replica: RecommenderReplica, recommender: FakeRecommender
 ) -> None:
     for timestamps in ([1], [2, 1]):
-        refusal = asyncio.run(replica.recommend(["a", "b"], 3, [], True, {}, {}, timestamps))
+        refusal = asyncio.run(replica.recommend(RecommendRequest(["a", "b"], 3, timestamps=timestamps)))
         assert isinstance(refusal, Refusal)
         assert refusal.field == "timestamps"
     assert recommender.batches == []
@@ -96,10 +96,10 @@ def test_new_items_are_encoded_before_the_batch(replica: RecommenderReplica, rec
         return (await replica.answer_all([query]))[0]
 
     replica._answer_together = alone
-    ranking = asyncio.run(replica.recommend(["n"], 3, [], True, {}, {"n": NewItem({"title": "lamp"})}))
+    ranking = asyncio.run(replica.recommend(RecommendRequest(["n"], 3, new_items={"n": NewItem({"title": "lamp"})})))
     assert isinstance(ranking, Ranking)
     assert recommender.encoded == [("n", {"title": "lamp"}, None)]
-    refusal = asyncio.run(replica.recommend(["n"], 3, [], True, {}, {"n": NewItem({}, b"no picture")}))
+    refusal = asyncio.run(replica.recommend(RecommendRequest(["n"], 3, new_items={"n": NewItem({}, b"no picture")})))
     assert refusal == Refusal("new_items", "item 'n': not a picture")
     assert recommender.batches == [1]
 

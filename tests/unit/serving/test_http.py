@@ -47,16 +47,16 @@ def test_new_items_reach_the_backend_with_their_pictures(client: Any, backend: A
     answer = client("POST", "/v1/recommend", json=body)
     assert answer.status_code == 200, answer.text
     assert (answer.json()["unknown_items"], answer.json()["fallback"]) == ([], False)
-    assert backend.new_items == {"n": NewItem({"title": "A lamp", "price": 3.5}, backend.images["a"])}
+    assert backend.request.new_items == {"n": NewItem({"title": "A lamp", "price": 3.5}, backend.images["a"])}
 
 
 def test_timestamps_reach_the_backend_where_there_are_any(client: Any, backend: Any) -> None:
     for timestamps in ([0, 1_700_000_000_000], None):
         body = {"history": ["a", "c"], "timestamps": timestamps}
         assert client("POST", "/v1/recommend", json=body).status_code == 200
-        assert backend.timestamps == timestamps
+        assert backend.request.timestamps == timestamps
     assert client("POST", "/v1/recommend", json={"history": ["a"]}).status_code == 200
-    assert backend.timestamps is None
+    assert backend.request.timestamps is None
 
 
 def test_similar_and_search_answer_the_same_shape(client: Any) -> None:
@@ -199,11 +199,12 @@ def test_state_version_page_and_documentation(client: Any) -> None:
     assert client("GET", "/healthz").json()["status"] == "ok"
     versions = client("GET", "/version").json()
     assert set(versions) == {"model_version", "index_version", "pixrec", "ray", "torch", "transformers"}
-    assert client("GET", "/docs").status_code == 200
-    page = client("GET", "/")
-    assert page.headers["content-type"].startswith("text/html")
-    assert "default-src 'none'" in page.headers["content-security-policy"]
-    assert "://" not in page.text.replace("http://www.w3.org/2000/svg", "")  # nothing from another host
+    for path in ("/", "/docs"):
+        page = client("GET", path)
+        assert page.status_code == 200
+        assert page.headers["content-type"].startswith("text/html")
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        assert "://" not in page.text.replace("http://www.w3.org/2000/svg", "")  # nothing from another host
     described = client("GET", "/openapi.json").json()["paths"]
     assert set(described) == {
         "/v1/recommend",
