@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from fakes import tiny_config, tiny_dataset, tiny_items, write_prepared
+from fakes import tiny_config, tiny_dataset, tiny_items, write_prepared, write_tokens
 
 from pixrec import storage
 from pixrec.artifact import untrained_model
@@ -43,11 +43,9 @@ def test_a_store_grows_with_its_catalog(ray_session: None, tmp_path: Path, monke
     config = tiny_config(
         model={"freeze_vision": True}, train={"picture_tokens": place}, embed={"batch_size": 4, "threads_per_actor": 1}
     )
-    vision_once(first, config)
-    backbone = untrained_model(config, [first]).tower.backbone
-    folder = fitting_store(place, backbone)
-    assert folder is not None
-    assert len(stored_pictures(folder)) == 9
+    model = untrained_model(config, [first])
+    backbone = model.tower.backbone
+    folder = write_tokens(place, model, load_items(first))
     files = storage.list_files(folder)
 
     write_prepared(first, tiny_dataset(tiny_items()))

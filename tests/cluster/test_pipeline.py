@@ -1,6 +1,7 @@
 """The verbs one after the other, as people type them, on a synthetic catalog; and what they refuse without Ray.
 
-The first tests build on each other, in the order of the file.
+The first tests build on each other, in the order of the file. Training is sharded (FSDP2) and elastic, on as many
+workers as there is room for from 1 to 2: what it leaves is a whole model like any other.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ CONFIG = dataclasses.replace(
     TINY,
     train=dataclasses.replace(
         TINY.train,
-        num_workers=2,
+        parallel="fsdp2",
+        num_workers=1,
+        max_workers=2,
+        micro_batch_histories=2,
         histories_per_step=8,
         epochs=10,
         max_steps=STEPS,
@@ -129,8 +133,8 @@ def test_train(verb: Callable[..., dict[str, Any]], place: Path):
         events = EventAccumulator(str(place / "model" / "tensorboard" / part))
         events.Reload()
         for name in ("loss_nig", "loss_tt", "loss_ut"):
-            drawn = [(event.step, event.value) for event in events.Scalars(name)]
-            assert drawn == [(row["step"], pytest.approx(row[name])) for row in losses]
+            drawn = {event.step: event.value for event in events.Scalars(name)}
+            assert drawn == pytest.approx({row["step"]: row[name] for row in losses})
         best = max(event.value for event in events.Scalars("valid_ndcg@10"))
         made = model if part == "both" else knockout
         assert best == pytest.approx(made.info["valid_ndcg@10"]), "the best checkpoint is the one published"
@@ -231,14 +235,6 @@ def in_order(index: Index, items: ItemTable) -> np.ndarray:
     """Vectors (N, D) in the order of the items, every item exactly once."""
     assert sorted(index.item_ids) == sorted(items.item_ids)
     return index.vectors[[index.item_ids.index(item_id) for item_id in items.item_ids]]
-
-
-@pytest.fixture
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> None:
-        raise AssertionError("Ray was started")
-
-    monkeypatch.setattr("pixrec.cluster.session.connect", refuse)
 
 
 @pytest.fixture

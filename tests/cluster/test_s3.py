@@ -1,14 +1,12 @@
 """The whole pipeline from s3:// to s3://, with credentials and endpoint from the usual variables only.
 
-The tests build on each other, in the order of the file.
+The tests build on each other, in the order of the file. Serving from s3:// is in test_serving.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import socket
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import TINY
-from ray import serve
 
 import pixrec
 from pixrec import cli, storage
 from pixrec.artifact import list_versions, load_index, load_model
-from pixrec.config import Config, EmbedConfig, ServeConfig, SyntheticConfig, dump_config
+from pixrec.config import EmbedConfig, SyntheticConfig, dump_config
 from pixrec.data.sequences import load_dataset
 from pixrec.data.synthetic import build_world, write_catalog
 from pixrec.model.catalog import Catalog
-from pixrec.serving.app import APP_NAME, build_app
 
 WORLD = SyntheticConfig(num_items=20, num_users=16, image_size_px=32)
 CONFIG = dataclasses.replace(
@@ -109,20 +105,3 @@ def test_recommend_and_what_a_server_holds(verb: Verb, shop: str):
     expected = recommender.recommend(items.item_ids[:3], 10)
     assert [item["item_id"] for item in answer["items"]] == [item_id for item_id, _ in expected]
     assert len(expected) == 10
-
-
-def test_serve(ray_session: None, shop: str):
-    small = ServeConfig(cpus_per_replica=0.1, threads_per_replica=1)
-    app = build_app(f"{shop}/model", f"{shop}/index", f"{shop}/data", Config(serve=small))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
-    try:
-        serve.run(app, name=APP_NAME, route_prefix="/")
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/version", timeout=60) as answer:
-            served = json.load(answer)
-    finally:
-        serve.shutdown()
-    assert served["model_version"] == load_model(f"{shop}/model").fingerprint
-    assert served["index_version"] == load_index(f"{shop}/index").version
