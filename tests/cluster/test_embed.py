@@ -117,8 +117,13 @@ def changed(items: ItemTable, rows: list[int], *, removed: tuple[int, ...], brok
     return ItemTable(table.take([row for row in range(len(table)) if row not in removed]))
 
 
-def test_only_what_changed_is_computed(place: Place):
-    assert counts(place.embed()) == (12, 0, 12, 0, 0)
+def test_only_what_changed_is_computed(place: Place, monkeypatch: pytest.MonkeyPatch):
+    runs, plain = [], embedding.pipeline
+    monkeypatch.setattr(embedding, "pipeline", lambda *args: runs.append(plain(*args)) or runs[-1])
+    assert counts(place.embed(cpus_per_decode=SMALL_PARTS.cpus_per_actor)) == (12, 0, 12, 0, 0)
+    operators = [line for line in runs[0].stats().splitlines() if line.startswith("Operator")]
+    assert len([line for line in operators if "decode_items" in line and "ItemEmbedder" not in line]) == 1
+    assert len([line for line in operators if "ItemEmbedder" in line and "decode_items" not in line]) == 1
     place.check()
     first = place.index
 
@@ -141,16 +146,6 @@ def test_only_what_changed_is_computed(place: Place):
     assert counts(place.embed()) == (11, 0, 11, 0, 0), "another model embeds everything anew"
     place.check()
     assert len(list_versions(str(place.folder / "index"))) == 5
-
-
-def test_decoding_and_the_model_are_stages_of_their_own(place: Place):
-    facts = embedding._model_facts(str(place.folder / "model"))
-    files = storage.table_files(str(place.folder / "data" / "items"))
-    settings = dataclasses.replace(SMALL_PARTS, cpus_per_decode=SMALL_PARTS.cpus_per_actor)
-    done = embedding.pipeline(embedding._whole(files), facts, settings, place.work).materialize()
-    operators = [line for line in done.stats().splitlines() if line.startswith("Operator")]
-    assert len([line for line in operators if "decode_items" in line and "ItemEmbedder" not in line]) == 1
-    assert len([line for line in operators if "ItemEmbedder" in line and "decode_items" not in line]) == 1
 
 
 def test_stored_picture_tokens_are_used_and_not_for_a_changed_picture(place: Place, bucket: str):
@@ -251,3 +246,10 @@ def test_a_damaged_model_is_the_users_to_cure(place: Place, capfd: pytest.Captur
     (place.folder / "model" / "config.yaml").unlink()
     assert cli.main(["embed", *arguments, f"--out={place.folder / 'index'}"]) == 2
     assert "config.yaml" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_an_index_names_its_data_set_from_where_it_lies():
+    assert embedding._relative("/shop/data", "/shop/index") == "../data"
+    assert embedding._relative("s3://shop/a/data", "s3://shop/index") == "../a/data"
+    assert embedding._relative("s3://shop/data", "s3://other/index") is None
+    assert embedding._relative("s3://shop/data", "/shop/index") is None
