@@ -287,9 +287,18 @@ def open_stream(uri: str) -> Iterator[io.BufferedReader]:
 
 
 def remove(uri: str) -> None:
+    """Remove a file or a folder with all below it; what is gone already is no error."""
     fs, path = _locate(uri)
-    if fs.exists(path):
+    with contextlib.suppress(FileNotFoundError):
         fs.rm(path, recursive=True)
+
+
+def remove_empty(uri: str) -> None:
+    """Remove a folder unless something lies in it; on s3:// an empty one is none."""
+    _, path = _locate(uri)
+    if not is_remote(uri):
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
 
 
 @contextlib.contextmanager

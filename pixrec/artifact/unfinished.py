@@ -2,12 +2,12 @@
 
 They lie in a hidden folder among the versions, one for each model, as part files that are written whole. A row is
 named by model, item id and content: whoever needs it may take it, whichever run made it. Before a part is begun a
-marker says how many rows it will have, so that what a killed run lost can be told.
+marker says how many rows it will have, so that what a killed run lost can be told. A file's name says which run
+writes it, so that a run can clear up what its own killed workers left half written.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import re
 import uuid
@@ -30,14 +30,15 @@ class Vanished(Exception):
 
 
 class Unfinished:
-    """The work folder of one model in the index at `uri`."""
+    """The work folder of one model in the index at `uri`, as one run sees it: the driver and copies in its workers."""
 
     def __init__(self, uri: str, model_fingerprint: str) -> None:
         self.uri = storage.join(uri, VERSIONS, f"{_PREFIX}{model_fingerprint}")
+        self._run = f"-run{uuid.uuid4().hex[:8]}-"
 
     def start(self, rows: int) -> str:
         """Say that a part of `rows` rows is begun; returns its name."""
-        name = f"{_moment()}-{uuid.uuid4().hex[:8]}"
+        name = f"{_moment()}{self._run}{uuid.uuid4().hex[:8]}"
         storage.write_bytes(storage.join(self.uri, f"{name}.started-{rows}"), b"")
         return name
 
@@ -59,13 +60,15 @@ class Unfinished:
         return sum(int(found["rows"]) for found in begun if found["name"] not in finished)
 
     def clear(self, left_behind: Sequence[str]) -> None:
-        """Remove everything, whoever wrote it, but what somebody may be writing: half files not in `left_behind`."""
-        kept = [file for file in self.files() if _HALF in storage.name(file) and file not in left_behind]
-        for file in set(self.files()).difference(kept):
-            storage.remove(file)
-        if not kept:
-            with contextlib.suppress(OSError):  # somebody has just begun another file there
-                storage.remove(self.uri)
+        """Remove everything, whoever wrote it, but what another run may be writing: its half files that are not in
+        `left_behind`. The workers of this run must have ended."""
+        for file in self.files():
+            if file in left_behind or not self._is_anothers_half(storage.name(file)):
+                storage.remove(file)
+        storage.remove_empty(self.uri)
+
+    def _is_anothers_half(self, name: str) -> bool:
+        return _HALF in name and self._run not in name
 
 
 def read_part(uri: str, columns: list[str] | None = None) -> pa.Table:

@@ -56,13 +56,13 @@ def run_workers(
             ),
         )
         result = trainer.fit()
-    if storage.exists(diverged):
-        raise InputError(str(storage.read_json(diverged)["message"]))
-    best = result.get_best_checkpoint("score", "max")
-    if best is None:
-        raise RuntimeError("training ended without a checkpoint")
-    best_uri = f"s3://{best.path}" if remote else best.path
-    storage.write_json(done, {"best": best_uri})
+        if storage.exists(diverged):
+            raise InputError(str(storage.read_json(diverged)["message"]))
+        best = result.get_best_checkpoint("score", "max")
+        if best is None:
+            raise RuntimeError("training ended without a checkpoint")
+        best_uri = f"s3://{best.path}" if remote else best.path
+        storage.write_json(done, {"best": best_uri})  # also where `on_row` fails: that is raised behind this block
     return best_uri
 
 

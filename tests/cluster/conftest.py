@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from raw_shop import write_raw
 
 from pixrec import storage
+from pixrec.cluster import prepare
 
 HERE = Path(__file__).parent
 BUCKET = "s3://warehouse"
@@ -46,8 +49,36 @@ def bucket() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def ray_session(bucket: str) -> Iterator[None]:
-    """The one Ray instance of the test run; its workers know the bucket's server."""
+    """The one Ray instance of the test run; its workers know the bucket's server and what tests import."""
     from pixrec.cluster.session import connect
 
-    with connect(progress=False):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HERE.parent), prepend=os.pathsep)
+        # A process less in every Train run (each takes seconds), and no waiting for Train to hear what is reported.
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+        with connect(progress=False):
+            yield
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """A folder with tables for `prepare` and their pictures."""
+    return write_raw(tmp_path / "raw")
+
+
+@pytest.fixture
+def slices_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`prepare` does its slices one after the other in this process: what they do is the same."""
+    monkeypatch.setattr(prepare, "_on_ray", lambda work, slices, config: [work(vars(piece)) for piece in slices])
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever wants Ray fails."""
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(prepare, "_on_ray", refuse)
+    monkeypatch.setattr("pixrec.cluster.session.connect", refuse)

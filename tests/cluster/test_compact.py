@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fakes import tiny_config, tiny_dataset, tiny_model, write_model, write_prepared
+from processes import die_once, disturbed
 
 from pixrec.artifact import load_model
 from pixrec.cluster import compact as module
@@ -32,25 +30,6 @@ CONFIG = tiny_config(
 )
 
 
-def killed_once(note: Path) -> Callable[[dict[str, Any]], None]:
-    """The work of a worker that dies at the third epoch while the file `note` is there."""
-
-    def work(job: dict[str, Any]) -> None:  # defined in here, so that it reaches the workers whole
-        from pixrec.cluster import compact
-
-        class Mortal(compact.SequenceTrainer):
-            def train_epoch(self, *args: Any) -> None:
-                if self.epoch == 2 and self.rank == 1 and note.exists():
-                    note.unlink()
-                    os.kill(os.getpid(), signal.SIGKILL)
-                super().train_epoch(*args)
-
-        compact.SequenceTrainer = Mortal
-        compact._worker(job)
-
-    return work
-
-
 def test_two_workers_of_which_one_dies_end_where_one_process_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
 ):
@@ -58,7 +37,12 @@ def test_two_workers_of_which_one_dies_end_where_one_process_does(
     write_model(tmp_path / "base", tiny_model(tiny_config(model={"compact": SHAPE})))
     note = tmp_path / "note"
     note.touch()
-    monkeypatch.setattr(module, "_worker", killed_once(note))
+
+    def kill(trainer: Any) -> None:
+        if (trainer.epoch, trainer.rank) == (2, 1):
+            die_once(note)
+
+    monkeypatch.setattr(module, "_worker", disturbed(module, "SequenceTrainer", "train_epoch", kill))
     rows: list[dict[str, Any]] = []
     best = fit_compact(str(tmp_path / "base"), str(tmp_path / "data"), str(tmp_path / "work"), CONFIG, rows.append)
     assert not note.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from fakes import (
     TINY,
     square,
@@ -25,15 +27,19 @@ from fakes import (
     write_prepared,
     write_tokens,
 )
+from processes import die_once, wait_for_the_end_of
 
 from pixrec import cli, storage
 from pixrec.artifact import Index, list_versions, load_index
 from pixrec.artifact.unfinished import Unfinished
 from pixrec.cluster import embed as embedding
 from pixrec.cluster.embed import embed
-from pixrec.config import Config, EmbedConfig, dump_config
+from pixrec.config import EmbedConfig, dump_config
+from pixrec.data.images import decode_image
 from pixrec.data.items import ItemTable
-from pixrec.model.vision import open_store
+from pixrec.errors import UnreadableImage
+from pixrec.model.catalog import Catalog
+from pixrec.model.encoding import Content
 from pixrec.schema import IMAGE
 
 MANY = 600
@@ -47,11 +53,10 @@ def quiet(*news: Any) -> None:
 class Place:
     """A model and a catalog in a folder, and the index to be made there."""
 
-    def __init__(self, folder: Path, num_items: int = 12, *, seed: int = 0) -> None:
+    def __init__(self, folder: Path, num_items: int = 12) -> None:
         self.folder = folder
         self.items = tiny_items(num_items, with_pictures=range(0, num_items, 2))
-        config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, seed=seed))
-        self.model = write_model(folder / "model", tiny_model(config, self.items))
+        self.model = write_model(folder / "model", tiny_model(items=self.items))
         self.write(self.items)
 
     def write(self, items: ItemTable) -> None:
@@ -82,13 +87,15 @@ class Place:
         assert not [name for name in os.listdir(self.folder / "index" / "versions") if name.startswith(".")]
 
 
-def embedding_contents(items: ItemTable, rows: list[int], size: int) -> list[Any]:
-    from pixrec.data.images import decode_image
-    from pixrec.model.encoding import Content
+def embedding_contents(items: ItemTable, rows: list[int], size: int) -> list[Content]:
+    def seen(row: int) -> np.ndarray | None:
+        picture = items.image(row)
+        try:
+            return None if picture is None else decode_image(picture, size)
+        except UnreadableImage:
+            return None
 
-    pictures = [items.image(row) for row in rows]
-    pixels = [None if picture is None else decode_image(picture, size) for picture in pictures]
-    return [Content(items.text(row), picture) for row, picture in zip(rows, pixels, strict=True)]
+    return [Content(items.text(row), seen(row)) for row in rows]
 
 
 @pytest.fixture
@@ -100,24 +107,33 @@ def counts(manifest: dict[str, Any]) -> tuple[int, ...]:
     return tuple(manifest[name] for name in ("rows", "reused", "computed", "resumed", "redone"))
 
 
-def changed(items: ItemTable, rows: list[int], *, removed: tuple[int, ...] = (), title: str = "New") -> ItemTable:
+def changed(items: ItemTable, rows: list[int], *, removed: tuple[int, ...], broken: int) -> ItemTable:
+    """New titles for `rows`, none of `removed`, and a picture that is none for `broken`."""
     table = items._table
-    titles = [title if row in rows else text for row, text in enumerate(table.column("title").to_pylist())]
-    table = table.set_column(table.column_names.index("title"), "title", pa.array(titles, pa.string()))
+    titles = ["New" if row in rows else text for row, text in enumerate(table.column("title").to_pylist())]
+    pictures = [b"text" if row == broken else data for row, data in enumerate(table.column(IMAGE).to_pylist())]
+    for name, values in (("title", pa.array(titles, pa.string())), (IMAGE, pa.array(pictures, pa.binary()))):
+        table = table.set_column(table.column_names.index(name), name, values)
     return ItemTable(table.take([row for row in range(len(table)) if row not in removed]))
 
 
-def test_only_what_changed_is_computed(place: Place):
-    assert counts(place.embed()) == (12, 0, 12, 0, 0)
+def test_only_what_changed_is_computed(place: Place, monkeypatch: pytest.MonkeyPatch):
+    runs, plain = [], embedding.pipeline
+    monkeypatch.setattr(embedding, "pipeline", lambda *args: runs.append(plain(*args)) or runs[-1])
+    assert counts(place.embed(cpus_per_decode=SMALL_PARTS.cpus_per_actor)) == (12, 0, 12, 0, 0)
+    operators = [line for line in runs[0].stats().splitlines() if line.startswith("Operator")]
+    assert len([line for line in operators if "decode_items" in line and "ItemEmbedder" not in line]) == 1
+    assert len([line for line in operators if "ItemEmbedder" in line and "decode_items" not in line]) == 1
     place.check()
     first = place.index
 
-    more = changed(place.items, [1, 4], removed=(7, 8))
+    more = changed(place.items, [1, 4], removed=(7, 8), broken=2)
     new = tiny_items(13)._table.slice(12)
     place.write(ItemTable(pa.concat_tables([more._table, new])))
     manifest = place.embed()
-    assert counts(manifest) == (11, 8, 3, 0, 0)
-    assert (manifest["with_image"], manifest["text_alone"]) == (6, 5)
+    assert counts(manifest) == (11, 7, 4, 0, 0)
+    assert (manifest["with_image"], manifest["text_alone"]) == (5, 6)
+    assert manifest["pictures_rejected"] == 1, "an unreadable picture costs no item"
     place.check()
     assert (first.item_ids[0], len(first.item_ids)) == ("i00", 12)
     kept = storage.read_table(str(place.folder / "index" / "versions" / first.version))
@@ -125,159 +141,82 @@ def test_only_what_changed_is_computed(place: Place):
 
     assert counts(place.embed()) == (11, 11, 0, 0, 0)
     assert counts(place.embed(dtype="int8")) == (11, 11, 0, 0, 0)
-    assert counts(place.embed()) == (11, 0, 11, 0, 0), "what int8 lost must be computed anew"
+    place.model = write_model(place.folder / "model", tiny_model(tiny_config(train={"seed": 1}), place.items))
+    assert place.model.fingerprint != manifest["model_fingerprint"]
+    assert counts(place.embed()) == (11, 0, 11, 0, 0), "another model embeds everything anew"
     place.check()
     assert len(list_versions(str(place.folder / "index"))) == 5
 
 
-def test_another_model_embeds_everything_anew(place: Place):
-    place.embed()
-    before = place.index
-    place.model = write_model(place.folder / "model", tiny_model(with_seed(1), place.items))
-    assert place.model.fingerprint != before.manifest["model_fingerprint"]
-    assert counts(place.embed()) == (12, 0, 12, 0, 0)
-    place.check()
-
-
-def with_seed(seed: int) -> Config:
-    return dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, seed=seed))
-
-
-def test_an_unreadable_picture_costs_no_item(place: Place):
-    table = place.items._table
-    pictures = [b"text" if row == 2 else data for row, data in enumerate(table.column(IMAGE).to_pylist())]
-    place.write(ItemTable(table.set_column(table.column_names.index(IMAGE), IMAGE, pa.array(pictures, pa.binary()))))
-    manifest = place.embed()
-    assert (manifest["rows"], manifest["with_image"], manifest["text_alone"]) == (12, 5, 7)
-    assert manifest["pictures_rejected"] == 1
-
-
-def test_decoding_and_the_model_are_stages_of_their_own(place: Place):
-    facts = embedding._model_facts(str(place.folder / "model"))
-    files = storage.table_files(str(place.folder / "data" / "items"))
-    settings = dataclasses.replace(SMALL_PARTS, cpus_per_decode=SMALL_PARTS.cpus_per_actor)
-    done = embedding.pipeline(embedding._whole(files), facts, settings, place.work).materialize()
-    operators = [line for line in done.stats().splitlines() if line.startswith("Operator")]
-    assert len([line for line in operators if "decode_items" in line and "ItemEmbedder" not in line]) == 1
-    assert len([line for line in operators if "ItemEmbedder" in line and "decode_items" not in line]) == 1
-
-
-def frozen(seed: int = 0) -> Config:
-    return tiny_config(model={"freeze_vision": True}, train={"seed": seed})
-
-
-def test_stored_picture_tokens_are_used_where_they_fit(place: Place):
-    """Not those of other weights, not for a changed picture, and not where the config says no."""
-    place.model = write_model(place.folder / "model", tiny_model(frozen(), place.items))
-    write_tokens(place.folder / "data.tokens", tiny_model(frozen(1)), place.items)
-    assert place.embed(picture_tokens=None)["pictures_from_tokens"] == 0
-    fresh = place.index
-    storage.remove(str(place.folder / "index"))
-    assert place.embed()["pictures_from_tokens"] == 0, "they are of other weights"
-    storage.remove(str(place.folder / "index"))
-
-    write_tokens(place.folder / "data.tokens", place.model, place.items)
-    manifest = place.embed()
+def test_stored_picture_tokens_are_used_and_not_for_a_changed_picture(place: Place, bucket: str):
+    place.model = write_model(place.folder / "model", tiny_model(tiny_config(model={"freeze_vision": True})))
+    tokens, rows = f"{bucket}/embed.tokens", np.arange(12)
+    fresh = place.model.embedder().items(Catalog(place.items, place.model.encoder), rows)
+    write_tokens(tokens, place.model, place.items)
+    manifest = place.embed(picture_tokens=tokens)
     assert (manifest["pictures_from_tokens"], manifest["with_image"]) == (6, 6)
-    index, rows = place.index, [fresh.item_ids.index(item) for item in place.index.item_ids]
-    assert np.sum(index.vectors * fresh.vectors[rows], axis=1) == pytest.approx(1, abs=1e-3)
-    assert np.abs(index.vectors - fresh.vectors[rows]).max() > 0, "they were not used at all"
+    index = place.index
+    fresh = fresh[[place.items.row_of[item] for item in index.item_ids]]
+    assert np.sum(index.vectors * fresh, axis=1) == pytest.approx(1, abs=1e-3)
+    assert np.abs(index.vectors - fresh).max() > 1e-6, "they were not used at all"
 
-    pictures = [square(0.77) if row == 2 else place.items.image(row) for row in range(12)]
+    pictures = [square(0.77) if row == 2 else place.items.image(row) for row in rows]
     table, at = place.items._table, place.items._table.column_names.index(IMAGE)
     place.write(ItemTable(table.set_column(at, IMAGE, pa.array(pictures, pa.binary()))))
-    manifest = place.embed()
+    manifest = place.embed(picture_tokens=tokens)
     assert (manifest["computed"], manifest["pictures_from_tokens"]) == (1, 0)
     content = embedding_contents(place.items, [2], place.model.encoder.image_size_px)
     vector = place.index.vectors[place.index.item_ids.index("i02")]
     np.testing.assert_allclose(vector, place.model.embedder().contents(content)[0], atol=1e-6)
 
-
-def test_picture_tokens_on_s3(place: Place, bucket: str):
-    place.model = write_model(place.folder / "model", tiny_model(frozen(), place.items))
-    folder = write_tokens(f"{bucket}/embed.tokens", place.model, place.items)
-    manifest = place.embed(picture_tokens=f"{bucket}/embed.tokens")
-    assert manifest["pictures_from_tokens"] == 6
-    tokens = open_store(f"{bucket}/embed.tokens", place.model.tower.backbone)
-    storage.remove(folder)
-    assert tokens is not None
-    assert tokens.hold(place.items), "they stay while they are in use"
+    facts, data = embedding._model_facts(str(place.folder / "model")), str(place.folder / "data")
+    assert embedding._store(facts, data, EmbedConfig(picture_tokens=None)) is None
 
 
-class Killed(BaseException):
-    """In place of a signal: nothing of ours catches it."""
+def test_a_killed_worker_is_replaced_and_its_half_part_cleared_up(place: Place, monkeypatch: pytest.MonkeyPatch):
+    note = place.folder / "note"
+    note.touch()
+
+    class Mortal(embedding.ItemEmbedder):
+        """Dies as it writes its second part."""
+
+        def _stored(self, block: pa.Table) -> dict[str, object]:
+            if note.exists() and self._unfinished.files():
+                part = self._unfinished.start(len(block))
+                storage.write_bytes(f"{self._unfinished.uri}/{part}.parquet.partial-0a1b2c3d", b"half")
+                die_once(note)
+            return super()._stored(block)
+
+    monkeypatch.setattr(embedding, "ItemEmbedder", Mortal)
+    manifest = place.embed()
+    assert not note.exists()
+    assert counts(manifest) == (12, 0, 12, 0, 4)
+    place.check()
 
 
 def test_what_a_killed_driver_had_is_not_done_again(tmp_path: Path, ray_session: None):
-    place = Place(tmp_path, MANY)
-
-    def die(stage: str, done: int, total: int, note: str) -> None:
-        if done >= MANY // 3:
-            raise Killed
-
-    with pytest.raises(Killed):
-        place.embed(die)
-    assert not (tmp_path / "index" / "CURRENT").exists()
-    stored = len([file for file in place.work.files() if file.endswith(".parquet")])
-    assert stored >= MANY // 3 // SMALL_PARTS.max_part_items
-    manifest = place.embed()
-    assert manifest["rows"] == manifest["computed"] == MANY
-    assert manifest["resumed"] >= MANY // 3
-    place.check()
-
-
-def test_a_killed_worker_is_replaced(tmp_path: Path, ray_session: None):
-    place, killed = Place(tmp_path, MANY), []
-
-    def kill(stage: str, done: int, total: int, note: str) -> None:
-        if done and not killed:
-            killed.extend(workers("ItemEmbedder"))
-            for process in killed:
-                os.kill(process, signal.SIGKILL)
-
-    manifest = place.embed(kill)
-    assert len(killed) == 1
-    assert counts(manifest)[:4] == (MANY, 0, MANY, 0)
-    place.check()
-
-
-def workers(name: str) -> list[int]:
-    """Processes below this one whose command line holds `name`."""
-    parents, found = {}, []
-    for entry in Path("/proc").iterdir():
-        try:
-            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if name in (entry / "cmdline").read_text():
-                found.append(int(entry.name))
-        except (ValueError, OSError):
-            continue
-
-    def is_ours(process: int) -> bool:
-        return process == os.getpid() or (process in parents and is_ours(parents[process]))
-
-    return [process for process in found if is_ours(process)]
-
-
-def test_a_driver_killed_by_signal(tmp_path: Path, ray_session: None):
+    """Killed by a signal: nothing of ours catches it."""
     place = Place(tmp_path, MANY)
     (tmp_path / "config.yaml").write_text(dump_config(dataclasses.replace(TINY, embed=SMALL_PARTS)))
     options = [f"--{name}={tmp_path / folder}" for name, folder in (("model", "model"), ("data", "data"))]
     options += [f"--out={tmp_path / 'index'}", f"--config={tmp_path / 'config.yaml'}"]
     code = "import sys; from pixrec.cli import main; sys.exit(main(sys.argv[1:]))"
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    wanted = MANY // 3 // SMALL_PARTS.max_part_items
     with subprocess.Popen(
         [sys.executable, "-c", code, "embed", *options], stderr=subprocess.PIPE, text=True, env=environment
     ) as run:
-        while not place.work.files() and run.poll() is None:
-            try:
+        while len(place.work.files()) < 2 * wanted and run.poll() is None:  # a marker and a part each
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 run.wait(0.05)
-            except subprocess.TimeoutExpired:
-                continue
         run.kill()
-        run.communicate()
+        said = run.communicate()[1]
+    assert run.returncode == -signal.SIGKILL, said
+    wait_for_the_end_of("ItemEmbedder")  # Ray ends the workers of a driver that is gone
+    assert not (tmp_path / "index" / "CURRENT").exists()
     manifest = place.embed()
-    assert manifest["rows"] == manifest["computed"] + manifest["reused"] == MANY
-    assert (run.returncode, manifest["reused"]) in ((-signal.SIGKILL, 0), (0, MANY))
+    assert manifest["rows"] == manifest["computed"] == MANY
+    assert manifest["resumed"] >= (wanted - 1) * SMALL_PARTS.max_part_items
     place.check()
 
 
@@ -307,3 +246,10 @@ def test_a_damaged_model_is_the_users_to_cure(place: Place, capfd: pytest.Captur
     (place.folder / "model" / "config.yaml").unlink()
     assert cli.main(["embed", *arguments, f"--out={place.folder / 'index'}"]) == 2
     assert "config.yaml" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_an_index_names_its_data_set_from_where_it_lies():
+    assert embedding._relative("/shop/data", "/shop/index") == "../data"
+    assert embedding._relative("s3://shop/a/data", "s3://shop/index") == "../a/data"
+    assert embedding._relative("s3://shop/data", "s3://other/index") is None
+    assert embedding._relative("s3://shop/data", "/shop/index") is None

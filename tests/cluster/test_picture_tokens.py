@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from fakes import tiny_config, tiny_dataset, tiny_items, write_prepared
+from fakes import tiny_config, tiny_dataset, tiny_items, write_prepared, write_tokens
 
 from pixrec import storage
 from pixrec.artifact import untrained_model
@@ -34,32 +34,25 @@ def test_an_actor_passes_over_what_is_stored(tmp_path: Path):
     assert again(pa.table({IMAGE: [*pictures, more]})).num_rows == 1
 
 
-def test_a_store_grows_with_its_catalog(ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """New pictures, and those of a second data set that shares the place, are added to what is there."""
-    first, second = str(tmp_path / "first"), str(tmp_path / "second")
-    write_prepared(first, tiny_dataset(tiny_items(with_pictures=range(9))))
+def test_a_store_grows(ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The pictures of a second data set that shares the place are added to what is there."""
+    first, second, place = (str(tmp_path / name) for name in ("first", "second", "tokens"))
+    write_prepared(first, tiny_dataset())
     write_prepared(second, tiny_dataset(tiny_items(5)))
-    place = str(tmp_path / "tokens")
     config = tiny_config(
         model={"freeze_vision": True}, train={"picture_tokens": place}, embed={"batch_size": 4, "threads_per_actor": 1}
     )
-    vision_once(first, config)
-    backbone = untrained_model(config, [first]).tower.backbone
-    folder = fitting_store(place, backbone)
-    assert folder is not None
-    assert len(stored_pictures(folder)) == 9
+    model = untrained_model(config, [first])
+    folder, backbone = write_tokens(place, model, load_items(first)), model.tower.backbone
     files = storage.list_files(folder)
-
-    write_prepared(first, tiny_dataset(tiny_items()))
     storage.remove(storage.join(folder, "tokens.json"))  # as a killed run leaves it
-    vision_once(first, config)
     vision_once(second, config, [first])
     assert fitting_store(place, backbone) == folder
     assert set(files) <= set(storage.list_files(folder))
     assert len(stored_pictures(folder)) == 12 + 4  # a picture of the second set is one of the first's
+    monkeypatch.setattr(vision, "PictureEncoder", None)
     for data in (first, second):
         tokens = find_tokens(data, config, backbone)
         assert tokens is not None
         assert tokens.hold(load_items(data))
-    monkeypatch.setattr(vision, "PictureEncoder", None)
-    vision_once(first, config)  # nothing left to do
+        vision_once(data, config, [first])  # nothing left to do

@@ -1,16 +1,17 @@
 """The verbs one after the other, as people type them, on a synthetic catalog; and what they refuse without Ray.
 
-The first tests build on each other, in the order of the file.
+The first tests build on each other, in the order of the file. They go from s3:// to s3://, with credentials and
+endpoint from the usual variables only; local folders are what all other tests use. Training is sharded (FSDP2) and
+elastic, on as many workers as there is room for from 1 to 2: what it leaves is a whole model like any other.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import pixrec
 from pixrec import cli, storage
-from pixrec.artifact import Index, knockout_uri, load_index, load_model
+from pixrec.artifact import Index, knockout_uri, list_versions, load_index, load_model
 from pixrec.cluster.embed import embed
 from pixrec.config import EmbedConfig, SyntheticConfig, dump_config
 from pixrec.data.items import ItemTable
@@ -29,6 +30,7 @@ from pixrec.data.sequences import load_dataset
 from pixrec.data.synthetic import build_world, write_catalog
 from pixrec.model.catalog import Catalog
 from pixrec.schema import EMBEDDING, ITEM_ID, PREPARED_ITEM_FIELDS
+from pixrec.tracking import read_log
 
 WORLD = SyntheticConfig(num_items=24, num_users=30, image_size_px=32)
 STEPS = 8
@@ -36,7 +38,10 @@ CONFIG = dataclasses.replace(
     TINY,
     train=dataclasses.replace(
         TINY.train,
-        num_workers=2,
+        parallel="fsdp2",
+        num_workers=1,
+        max_workers=2,
+        micro_batch_histories=2,
         histories_per_step=8,
         epochs=10,
         max_steps=STEPS,
@@ -47,6 +52,8 @@ CONFIG = dataclasses.replace(
 )
 MODEL_FILES = {"config.yaml", "heads.safetensors", "model.json", "backbone", "processor"}
 CI_METRICS = {"recall@1", "recall@10", "ndcg@10", "mrr"}
+
+Verb = Callable[..., dict[str, Any]]
 
 
 class Ran(NamedTuple):
@@ -68,18 +75,20 @@ def run(capture: pytest.CaptureFixture[str], *arguments: object) -> Ran:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with catalog/ and config.yaml, to which the verbs add data/, model/, index/ and report/."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    write_catalog(build_world(WORLD), str(folder / "catalog"))
-    (folder / "config.yaml").write_text(dump_config(CONFIG))
-    return folder
+def place(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A prefix with catalog/ and config.yaml, to which the verbs add data/, model/, index/ and report/."""
+    local, uri = tmp_path_factory.mktemp("catalog"), f"{bucket}/pipeline"
+    write_catalog(build_world(WORLD), str(local))
+    storage.copy_folder(str(local), f"{uri}/catalog")
+    storage.write_bytes(f"{uri}/config.yaml", dump_config(CONFIG).encode())
+    return uri
 
 
 @pytest.fixture
-def verb(ray_session: None, place: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
-    def verb(name: str, *arguments: object) -> dict[str, Any]:
-        ran = run(capfd, name, *arguments, "--config", place / "config.yaml")
+def verb(ray_session: None, place: str, capfd: pytest.CaptureFixture[str]) -> Verb:
+    def verb(name: str, *flags: str, **places: str) -> dict[str, Any]:
+        arguments = [*flags, *(f"--{option}={value}" for option, value in places.items())]
+        ran = run(capfd, name, *arguments, "--config", f"{place}/config.yaml")
         assert ran.code == 0, ran.err
         assert len(ran.out) == 1
         return ran.summary
@@ -87,79 +96,81 @@ def verb(ray_session: None, place: Path, capfd: pytest.CaptureFixture[str]) -> C
     return verb
 
 
-def names(folder: Path) -> set[str]:
-    return set(os.listdir(folder))
+def names(uri: str) -> set[str]:
+    """What lies directly below, hidden things too."""
+    fs, path = storage._locate(uri)
+    return {PurePosixPath(entry).name for entry in fs.ls(path, detail=False)}
 
 
-def read_rows(model: Path, part: str) -> list[dict[str, Any]]:
-    """The rows of one part of the training log."""
-    rows = [json.loads(line) for line in (model / "training.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["part"] == part]
+def without_out(summary: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in summary.items() if key != "out"}
 
 
-def test_prepare(verb: Callable[..., dict[str, Any]], place: Path):
-    tables = (place / "catalog" / "items.parquet", place / "catalog" / "interactions.parquet")
-    summary = verb("prepare", "--items", tables[0], "--interactions", tables[1], "--out", place / "data")
+def test_prepare(verb: Verb, place: str):
+    tables = {name: f"{place}/catalog/{name}.parquet" for name in ("items", "interactions")}
+    summary = verb("prepare", **tables, out=f"{place}/data")
     assert summary["images"] == {"ok": WORLD.num_items, "missing": 0, "rejected": 0}
     assert summary["users"] == WORLD.num_users
-    assert names(place / "data") == {"items", "sequences", "rejects", "dataset.json"}
+    assert names(f"{place}/data") == {"items", "sequences", "rejects", "dataset.json"}
 
 
-def test_train(verb: Callable[..., dict[str, Any]], place: Path):
-    summary = verb("train", "--data", place / "data", "--out", place / "model")
+def test_train(verb: Verb, place: str):
+    uri = f"{place}/model"
+    summary = verb("train", data=f"{place}/data", out=uri)
     assert names(place) == {"catalog", "config.yaml", "data", "model"}, "nothing hidden is left beside the model"
-    assert names(place / "model") == {*MODEL_FILES, "knockouts", "training.jsonl", "tensorboard"}
-    assert names(place / "model" / "knockouts") == {"text_only"}
-    assert names(place / "model" / "knockouts" / "text_only") == MODEL_FILES
-    assert json.loads((place / "model" / "model.json").read_text()) == {
-        key: value for key, value in summary.items() if key != "out"
-    }
+    assert names(uri) == {*MODEL_FILES, "knockouts", "training.jsonl", "tensorboard"}
+    assert names(f"{uri}/knockouts") == {"text_only"}
+    assert names(f"{uri}/knockouts/text_only") == MODEL_FILES
+    assert storage.read_json(f"{uri}/model.json") == without_out(summary)
 
-    model, knockout = load_model(str(place / "model")), load_model(knockout_uri(str(place / "model"), "text"))
+    model, knockout = load_model(uri), load_model(knockout_uri(uri, "text"))
     assert model.config == CONFIG
     assert (model.config.model.modalities, knockout.config.model.modalities) == ("both", "text")
     assert model.fingerprint == summary["fingerprint"] != knockout.fingerprint
-    assert summary["data_fingerprint"] == load_dataset(str(place / "data")).info["fingerprint"]
+    assert summary["data_fingerprint"] == load_dataset(f"{place}/data").info["fingerprint"]
 
+    logged = read_log(uri)
     for part in ("both", "text"):
-        rows = read_rows(place / "model", part)
+        rows = [row for row in logged if row["part"] == part]
         losses, checks = [r for r in rows if "loss" in r], [r for r in rows if "valid_ndcg@10" in r]
         assert [row["step"] for row in losses] == list(range(1, STEPS + 1))
         assert [row["step"] for row in checks] == list(range(2, STEPS + 1, 2))
-        events = EventAccumulator(str(place / "model" / "tensorboard" / part))
-        events.Reload()
+        with storage.local_folder(f"{uri}/tensorboard/{part}") as folder:
+            events = EventAccumulator(folder)
+            events.Reload()
         for name in ("loss_nig", "loss_tt", "loss_ut"):
-            drawn = [(event.step, event.value) for event in events.Scalars(name)]
-            assert drawn == [(row["step"], pytest.approx(row[name])) for row in losses]
+            drawn = {event.step: event.value for event in events.Scalars(name)}
+            assert drawn == pytest.approx({row["step"]: row[name] for row in losses})
         best = max(event.value for event in events.Scalars("valid_ndcg@10"))
         made = model if part == "both" else knockout
         assert best == pytest.approx(made.info["metrics"]["valid_ndcg@10"]), "the best checkpoint is the one published"
 
 
-def test_embed(verb: Callable[..., dict[str, Any]], place: Path):
-    summary = verb("embed", "--model", place / "model", "--data", place / "data", "--out", place / "index")
-    version = (place / "index" / "CURRENT").read_text()
-    folder = place / "index" / "versions" / version
-    assert names(place / "index") == {"CURRENT", "versions"}
-    assert names(place / "index" / "versions") == {version}
+def test_embed(verb: Verb, place: str):
+    summary = verb("embed", model=f"{place}/model", data=f"{place}/data", out=f"{place}/index")
+    assert (summary["rows"], summary["computed"]) == (WORLD.num_items, WORLD.num_items)
+    version = storage.read_text(f"{place}/index/CURRENT")
+    folder = f"{place}/index/versions/{version}"
+    assert names(f"{place}/index") == {"CURRENT", "versions"}
+    assert names(f"{place}/index/versions") == {version}
     assert names(folder) == {"manifest.json", "part-00000.parquet"}
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest == {key: value for key, value in summary.items() if key != "out"}
+    manifest = storage.read_json(f"{folder}/manifest.json")
+    assert manifest == without_out(summary)
     assert (manifest["version"], manifest["rows"], manifest["width"]) == (version, WORLD.num_items, 16)
-    assert manifest["model_fingerprint"] == load_model(str(place / "model")).fingerprint
+    assert manifest["model_fingerprint"] == load_model(f"{place}/model").fingerprint
     width = CONFIG.model.embedding_width
-    assert storage.read_schema(str(folder)).field(EMBEDDING).type == pa.list_(pa.float32(), width)
+    assert storage.read_schema(folder).field(EMBEDDING).type == pa.list_(pa.float32(), width)
 
 
-def test_a_vector_is_the_same_in_batch_library_and_server(place: Path, ray_session: None):
-    model, items = load_model(str(place / "model")), load_dataset(str(place / "data")).items
-    index = load_index(str(place / "index"), model.fingerprint)
+def test_a_vector_is_the_same_in_batch_library_and_server(place: str, ray_session: None):
+    model, items = load_model(f"{place}/model"), load_dataset(f"{place}/data").items
+    index = load_index(f"{place}/index", model.fingerprint)
     vectors = in_order(index, items)
     rows = np.arange(len(items))
     np.testing.assert_allclose(model.embedder().items(Catalog(items, model.encoder), rows), vectors, atol=1e-5)
     assert np.abs(vectors - vectors.mean(0)).max() > 1e-3, "equal vectors would prove nothing"
 
-    recommender = pixrec.load_recommender(str(place / "model"), str(place / "index"))  # what a replica holds
+    recommender = pixrec.load_recommender(f"{place}/model", f"{place}/index")  # what a replica holds
     for row in (0, 7, 23):
         found = recommender.search(items.text(row), items.image(row), k=len(items)).items
         np.testing.assert_allclose(
@@ -169,12 +180,12 @@ def test_a_vector_is_the_same_in_batch_library_and_server(place: Path, ray_sessi
         )
 
 
-def test_evaluate(verb: Callable[..., dict[str, Any]], place: Path):
-    options = ("--model", place / "model", "--data", place / "data", "--index", place / "index")
-    summary = verb("evaluate", *options, "--out", place / "report")
-    assert {"index.html", "metrics.json"} <= names(place / "report")
+def test_evaluate(verb: Verb, place: str):
+    given = {name: f"{place}/{name}" for name in ("model", "data", "index")}
+    summary = verb("evaluate", **given, out=f"{place}/report")
+    assert {"index.html", "metrics.json"} <= names(f"{place}/report")
     assert not [name for name in names(place) if name.startswith(".")]
-    metrics = json.loads((place / "report" / "metrics.json").read_text())
+    metrics = storage.read_json(f"{place}/report/metrics.json")
     assert metrics["results"] == summary["results"]
     assert metrics["users"] == WORLD.num_users
     assert metrics["protocol"] == {
@@ -184,7 +195,7 @@ def test_evaluate(verb: Callable[..., dict[str, Any]], place: Path):
         "seen": "allowed",
     }
     assert metrics["knockouts"] == {"pixrec_text_only": "trained", "pixrec_image_only": "scored"}
-    assert metrics["provenance"]["index_version"] == (place / "index" / "CURRENT").read_text()
+    assert metrics["provenance"]["index_version"] == storage.read_text(f"{place}/index/CURRENT")
     scorers = {"pixrec", "pixrec_text_only", "pixrec_image_only", "popularity", "repeat_last"}
     assert scorers <= set(metrics["results"])
     for result in metrics["results"].values():
@@ -193,33 +204,31 @@ def test_evaluate(verb: Callable[..., dict[str, Any]], place: Path):
             assert 0 <= low <= result[name] <= high <= 1
 
 
-def test_recommend(verb: Callable[..., dict[str, Any]], place: Path):
-    items = load_dataset(str(place / "data")).items
+def test_recommend(verb: Verb, place: str):
+    items = load_dataset(f"{place}/data").items
     history = [*items.item_ids[:3], "ghost"]
-    options = ("--model", place / "model", "--index", place / "index", "--history", ",".join(history))
-    answer = verb("recommend", *options, "-k", 5)
-    expected = pixrec.load_recommender(str(place / "model"), str(place / "index")).recommend(history, 5)
+    answer = verb("recommend", "-k5", model=f"{place}/model", index=f"{place}/index", history=",".join(history))
+    expected = pixrec.load_recommender(f"{place}/model", f"{place}/index").recommend(history, 5)
     assert [(item["item_id"], item["score"]) for item in answer["items"]] == [
         (item_id, pytest.approx(score)) for item_id, score in expected
     ]
     assert (answer["unknown_items"], answer["fallback"]) == (["ghost"], False)
 
 
-def test_embed_again_adds_a_version(place: Path, ray_session: None):
-    first, items = load_index(str(place / "index")), load_dataset(str(place / "data")).items
+def test_embed_again_adds_a_version(place: str, ray_session: None):
+    uri, items = f"{place}/index", load_dataset(f"{place}/data").items
+    first = load_index(uri)
     half = dataclasses.replace(CONFIG, embed=dataclasses.replace(CONFIG.embed, dtype="float16"))
     seen: list[tuple[str, int, int | None, str]] = []
-    manifest = embed(
-        str(place / "model"), str(place / "data"), str(place / "index"), half, progress=lambda *a: seen.append(a)
-    )
+    manifest = embed(f"{place}/model", f"{place}/data", uri, half, progress=lambda *a: seen.append(a))
     assert seen[-1] == ("embed", WORLD.num_items, WORLD.num_items, "nothing new")
     assert (manifest["reused"], manifest["computed"]) == (WORLD.num_items, 0)
-    second = load_index(str(place / "index"), manifest["model_fingerprint"])
-    assert names(place / "index" / "versions") == {first.version, second.version}
+    second = load_index(uri, manifest["model_fingerprint"])
+    assert names(f"{uri}/versions") == {first.version, second.version}
     assert first.version < second.version == manifest["version"]
     np.testing.assert_allclose(in_order(second, items), in_order(first, items), atol=1e-3)
 
-    parts = [storage.join(str(place / "index"), "versions", index.version) for index in (first, second)]
+    parts = [f"{uri}/versions/{index.version}" for index in (first, second)]
     types = [storage.read_schema(part).field(EMBEDDING).type.value_type for part in parts]
     assert types == [pa.float32(), pa.float16()]
     again = storage.read_table(parts[0])
@@ -233,12 +242,14 @@ def in_order(index: Index, items: ItemTable) -> np.ndarray:
     return index.vectors[[index.item_ids.index(item_id) for item_id in items.item_ids]]
 
 
-@pytest.fixture
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> None:
-        raise AssertionError("Ray was started")
-
-    monkeypatch.setattr("pixrec.cluster.session.connect", refuse)
+def test_versions(verb: Verb, place: str):
+    uri = f"{place}/index"
+    first, second = (version["version"] for version in verb("embed", "--list", out=uri)["versions"])
+    assert load_index(uri).version == second
+    storage.write_bytes(f"{uri}/CURRENT", first.encode())
+    verb("embed", f"--rollback={second}", "--keep=1", out=uri)
+    assert [v["version"] for v in list_versions(uri)] == [second]
+    assert load_index(uri).version == second
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The Serve application over a real, untrained model: the same answers as the library, in batches, over HTTP."""
+"""The Serve application over a real, untrained model on s3://: the library's answers, in batches, over HTTP."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ class Artifacts(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    folder = str(tmp_path_factory.mktemp("serving"))
-    made = Artifacts(*(storage.join(folder, name) for name in Artifacts._fields))
+def artifacts(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    local = str(tmp_path_factory.mktemp("serving"))
+    made = Artifacts(*(storage.join(bucket, "serving", name) for name in Artifacts._fields))
     config = Config(model=ModelConfig(embedding_width=16, tiny=TINY))
     items = write_data(made.data, config)
     model = new_model(config, [items.text(row) for row in range(len(items))])
-    facts = save_model(made.model, model, {})
+    facts = save_model(local, model, {})
+    storage.copy_folder(local, made.model)
     vectors = model.embedder().items(Catalog(items, model.encoder), np.arange(len(items)))
     with index_version(made.index, facts["fingerprint"], vectors.shape[1], "float32", {"data": made.data}) as writer:
         writer.add(items.item_ids, vectors, [items.content_hash(row) for row in range(len(items))])

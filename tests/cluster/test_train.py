@@ -1,20 +1,21 @@
-"""Runs that are disturbed end as the undisturbed run would have: killed workers, errors, --resume; and stages."""
+"""Runs that are disturbed end where one undisturbed process does: killed workers, errors, --resume; and stages."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
-import signal
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from fakes import TINY, tiny_dataset, tiny_items, write_prepared
-from ray.train import TrainingFailedError
+from processes import die_once, disturbed
 
 from pixrec import cli
 from pixrec.artifact import Model, load_model, new_model
@@ -29,14 +30,20 @@ from pixrec.data.sequences import Dataset
 from pixrec.errors import InputError
 from pixrec.model.catalog import Catalog
 from pixrec.model.vision import find_tokens
+from pixrec.tracking import read_log
 from pixrec.training import BatchSource, Collator, Trainer
 
-STEPS, SURVIVED = 8, 1
-TIMINGS = {"seconds", "samples_per_second", "tokens_per_second", "data_wait_share", "peak_memory_bytes"}
+STEPS = 8
 CONFIG = dataclasses.replace(
     TINY,
     train=dataclasses.replace(
-        TINY.train, num_workers=2, epochs=10, max_steps=STEPS, validate_every_steps=2, max_failures=SURVIVED
+        TINY.train,
+        num_workers=2,
+        epochs=10,
+        max_steps=STEPS,
+        validate_every_steps=2,
+        max_failures=2,
+        modality_dropout=0.0,  # each worker draws its own
     ),
 )
 
@@ -47,69 +54,58 @@ def sabotaged(notes: Path) -> Callable[[dict[str, Any]], None]:
     `kill` ends the process as a lost machine would, `raise` is an error of its own, `nan` spoils the weights.
     """
 
-    def work(job: dict[str, Any]) -> None:  # defined in here, so that it reaches the workers whole
-        from pixrec.cluster import train
-        from pixrec.errors import InputError
+    def disturb(trainer: Any) -> None:
+        with open(notes / f"steps-{trainer.rank}", "a") as file:
+            file.write(f"{trainer.step}\n")
+        kill, error, spoilt = (notes / f"{fault}-{trainer.step}-{trainer.rank}" for fault in ("kill", "raise", "nan"))
+        die_once(kill)
+        if error.exists():
+            error.unlink()
+            raise InputError(f"a fault at step {trainer.step}")
+        if spoilt.exists():
+            spoilt.unlink()
+            trainer.tower.item_proj.weight.data.fill_(float("nan"))
 
-        class Saboteur(train.Trainer):
-            def train_step(self) -> dict[str, float]:
-                with open(notes / f"steps-{self.rank}", "a") as file:
-                    file.write(f"{self.step}\n")
-                faults = ("kill", "raise", "nan")
-                kill, error, spoilt = (notes / f"{fault}-{self.step}-{self.rank}" for fault in faults)
-                if kill.exists():
-                    kill.unlink()
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if error.exists():
-                    error.unlink()
-                    raise InputError(f"a fault at step {self.step}")
-                if spoilt.exists():
-                    self.tower.item_proj.weight.data.fill_(float("nan"))
-                return super().train_step()
-
-        train.Trainer = Saboteur
-        train._worker(job)
-
-    return work
+    return disturbed(module, "Trainer", "train_step", disturb)
 
 
-def figures(folder: Path) -> list[dict[str, Any]]:
-    """The training log without what differs from run to run."""
-    rows = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+def in_words(code: int, capfd: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines on stderr of a run that failed by a fault of the user, the summary of one that did not."""
+    captured = capfd.readouterr()
+    assert (code, bool(captured.out)) in ((0, True), (2, False)), captured.err
+    return [captured.out] if code == 0 else captured.err.splitlines()
 
 
-def test_a_disturbed_run_ends_as_the_undisturbed(
+def test_a_disturbed_run_ends_where_one_process_does(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     data, out, hidden = tmp_path / "data", tmp_path / "model", tmp_path / ".model.training"
-    write_prepared(data, tiny_dataset(num_users=20))
+    dataset = write_prepared(data, tiny_dataset(num_users=20))
     (tmp_path / "config.yaml").write_text(dump_config(CONFIG))
 
     def run(*more: str) -> list[str]:
-        """The lines on stderr of a run that fails, the summary of one that does not."""
         options = ("--data", str(data), "--out", str(out), "--config", str(tmp_path / "config.yaml"), *more)
-        code = cli.main(["train", *options])
-        captured = capfd.readouterr()
-        assert (code, bool(captured.out)) in ((0, True), (2, False)), captured.err
-        return [captured.out] if code == 0 else captured.err.splitlines()
+        return in_words(cli.main(["train", *options]), capfd)
 
-    calm = train(str(data), str(tmp_path / "calm"), CONFIG, resume=False, on_row=lambda row: None)
-
-    # One worker is killed, which the run survives; then all raise, which it does not.
+    # One worker is killed, which the run survives; then the loss is no number any more, which would come again.
     notes = tmp_path / "notes"
     notes.mkdir()
-    for fault in ("kill-5-1", "raise-7-0", "raise-7-1"):
+    for fault in ("kill-5-1", "nan-7-0", "nan-7-1"):
         (notes / fault).touch()
     with monkeypatch.context() as patch:
         patch.setattr(module, "_worker", sabotaged(notes))
-        assert run()[-1] == "pixrec train: a fault at step 7"
+        message = run()[-1]
+        assert re.match(r"pixrec train: the loss is nan at step 8.*learning_rate.*is kept at", message)
         assert sorted(os.listdir(notes)) == ["steps-0", "steps-1"], "all faults have struck"
         steps = [int(line) for line in (notes / "steps-1").read_text().split()]
         again = steps[6]
-        assert steps == [*range(6), *range(again, STEPS)]
+        assert steps == [*range(6), *range(again, STEPS)], "it is not tried again"
         assert again in (2, 4), "the run went on from a checkpoint"
-        assert sorted(os.listdir(tmp_path)) == [".model.training", "calm", "config.yaml", "data", "notes"]
+        assert sorted(os.listdir(tmp_path)) == [".model.training", "config.yaml", "data", "notes"]
+        kept = json.loads(Path(message.rsplit(" ", 1)[1]).read_text())
+        assert kept["step"] == STEPS
+        assert kept["histories"]
+        assert {item for history in kept["histories"] for item in history} <= set(dataset.items.item_ids)
 
         # The log fails while the last steps are taken: no model yet, but nothing of the training is lost.
         def full(row: dict[str, Any]) -> None:
@@ -126,67 +122,24 @@ def test_a_disturbed_run_ends_as_the_undisturbed(
     assert "is not the data set" in run("--resume", "--data", str(tmp_path / "other"))[0]
     assert hidden.exists()
 
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", None)  # nothing is trained any more
     summary = json.loads(run("--resume")[0])
     assert not hidden.exists()
-    assert summary["fingerprint"] == calm["fingerprint"] == load_model(str(out)).fingerprint
-    assert {key: value for key, value in summary.items() if key != "out"} == calm
-    assert figures(out) == figures(tmp_path / "calm")
+    model, rows = load_model(str(out)), read_log(str(out))
+    assert summary["fingerprint"] == model.fingerprint
 
-
-def test_divergence_ends_the_run_with_the_batch_kept_and_is_not_tried_again(
-    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    data, notes = tmp_path / "data", tmp_path / "notes"
-    dataset = write_prepared(data, tiny_dataset(num_users=20))
-    notes.mkdir()
-    for rank in (0, 1):
-        (notes / f"nan-3-{rank}").touch()
-    monkeypatch.setattr(module, "_worker", sabotaged(notes))
-    with pytest.raises(InputError, match=r"the loss is nan at step 4.*learning_rate.*is kept at") as error:
-        train(str(data), str(tmp_path / "model"), CONFIG, resume=False, on_row=lambda row: None)
-    assert (notes / "steps-0").read_text().split() == ["0", "1", "2", "3"]
-    kept = json.loads(Path(str(error.value).rsplit(" ", 1)[1]).read_text())
-    assert kept["step"] == 4
-    assert kept["histories"]
-    assert {item for history in kept["histories"] for item in history} <= set(dataset.items.item_ids)
-    assert not (tmp_path / "model").exists()
-
-
-def test_a_sharded_elastic_run_leaves_a_whole_model(ray_session: None, tmp_path: Path):
-    """FSDP2 on as many workers as there is room for, from 1 to 2; what is saved needs neither."""
-    write_prepared(tmp_path / "data", tiny_dataset(num_users=20))
-    settings = dataclasses.replace(
-        CONFIG.train, parallel="fsdp2", num_workers=1, max_workers=2, micro_batch_histories=2, max_steps=3
-    )
-    config = dataclasses.replace(CONFIG, train=settings)
-    rows: list[dict[str, Any]] = []
-    info = train(str(tmp_path / "data"), str(tmp_path / "model"), config, resume=False, on_row=rows.append)
-    model = load_model(str(tmp_path / "model"))
-    assert info["fingerprint"] == model.fingerprint
-    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
-    assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
-
-
-def test_a_frozen_vision_part_works_once_for_each_picture(
-    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Ray Data fills the store, a second run finds it, and the model is near the one trained without it."""
-    dataset = write_prepared(tmp_path / "data", tiny_dataset())
-    settings = dataclasses.replace(CONFIG.train, num_workers=1, max_steps=2)
-    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, freeze_vision=True), train=settings)
-    rows: list[dict[str, Any]] = []
-    train(str(tmp_path / "data"), str(tmp_path / "model"), config, resume=False, on_row=rows.append)
-    model = load_model(str(tmp_path / "model"))
-    tokens = find_tokens(str(tmp_path / "data"), config, model.tower.backbone)
-    assert tokens is not None
-    assert tokens.hold(dataset.items)
-    monkeypatch.setattr(vision, "PictureEncoder", None)
-    vision.vision_once(str(tmp_path / "data"), config)  # nothing left to do
-
-    trainer, catalog = plain_trainer(dataset, config)
-    assert catalog.tokens is None
-    losses = [trainer.train_step()["loss"] for _ in range(2)]
-    assert [row["loss"] for row in rows if "loss" in row] == pytest.approx(losses, rel=1e-3)
+    alone, catalog = plain_trainer(dataset, CONFIG)
+    losses, scores, weights = [], {}, {}
+    for step in range(1, STEPS + 1):
+        losses.append(alone.train_step()["loss"])
+        if step % CONFIG.train.validate_every_steps == 0:
+            scores[step] = alone.validate(catalog, dataset.held_out("valid"))["valid_ndcg@10"]
+            weights[step] = copy.deepcopy(alone.tower.state_dict())
+    assert losses_of(rows, "both") == pytest.approx(losses, rel=1e-3)
+    assert {row["step"]: row["valid_ndcg@10"] for row in rows if "valid_ndcg@10" in row} == pytest.approx(scores)
+    assert summary["step"] == max(scores, key=lambda step: (scores[step], step)), "the best is published"
+    for name, weight in weights[summary["step"]].items():
+        torch.testing.assert_close(model.tower.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
 
 
 def plain_trainer(
@@ -216,7 +169,7 @@ def staged(target: Dataset, other: Dataset, **settings: Any) -> Config:
     """A joint stage at a rate of its own, then the target."""
     joint = StageConfig(name="joint", data=(target.uri, other.uri), max_steps=JOINT_STEPS, learning_rate=5e-3)
     train = dataclasses.replace(CONFIG.train, num_workers=1, max_steps=4, stages=(joint,), **settings)
-    return dataclasses.replace(CONFIG, train=train)
+    return dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, freeze_vision=True), train=train)
 
 
 def losses_of(rows: list[dict[str, Any]], part: str) -> list[float]:
@@ -228,53 +181,57 @@ def test_stages_follow_each_other_and_resume_in_the_right_one(
     tmp_path: Path,
     two_sets: tuple[Dataset, Dataset],
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ):
+    """And a frozen vision part works once for each picture: Ray Data fills a store for each set."""
     target, other = two_sets
-    config, out = staged(target, other), tmp_path / "model"
-    rows: list[dict[str, Any]] = []
-    calm = train(target.uri, str(tmp_path / "calm"), config, resume=False, on_row=rows.append)
-    assert calm["stages"] == [
+    config, out, notes = staged(target, other, max_failures=0), tmp_path / "model", tmp_path / "notes"
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    notes.mkdir()
+    (notes / "raise-3-0").touch()  # in the last stage, behind its first checkpoint
+    monkeypatch.setattr(module, "_worker", sabotaged(notes))
+
+    def run(*more: str) -> list[str]:
+        places = ("--data", target.uri, "--out", str(out), "--config", str(tmp_path / "config.yaml"))
+        return in_words(cli.main(["train", *places, *more]), capfd)
+
+    assert run()[-1] == "pixrec train: a fault at step 3"
+    assert (notes / "steps-0").read_text().split() == ["0", "1", "0", "1", "2", "3"]
+    monkeypatch.setattr(vision, "PictureEncoder", None)  # all pictures are stored
+    info = json.loads(run("--resume")[0])
+    again = (notes / "steps-0").read_text().split()[6:]
+    assert again in (["0", "1", "2", "3"], ["2", "3"])  # with or without the upload that was under way; no joint stage
+
+    assert info["stages"] == [
         {
             "name": "joint",
             "data": [target.uri, other.uri],
             "data_fingerprints": [target.info["fingerprint"], other.info["fingerprint"]],
         }
     ]
-    assert calm["data"] == target.uri
-    assert calm["data_fingerprint"] == target.info["fingerprint"]
-    assert calm["trained_events"] == target.training_counts().sum()
+    assert info["data"] == target.uri
+    assert info["data_fingerprint"] == target.info["fingerprint"]
+    assert info["trained_events"] == target.training_counts().sum()
 
-    # The same by hand: one model, whose tokenizer has read both sets; two optimisers.
+    # The same by hand: one model, whose tokenizer has read both sets; two optimisers; no stored pictures.
+    rows = read_log(str(out))
     model = new_model(config, load_texts(target.uri) + load_texts(other.uri))
-    first, _ = plain_trainer(target, in_stage(config), model, other)
-    assert losses_of(rows, "both_joint") == pytest.approx([first.train_step()["loss"] for _ in range(2)], rel=1e-4)
+    first, catalog = plain_trainer(target, in_stage(config), model, other)
+    assert catalog.tokens is None
+    assert losses_of(rows, "both_joint") == pytest.approx(
+        [first.train_step()["loss"] for _ in range(JOINT_STEPS)], rel=1e-3
+    )
     second, _ = plain_trainer(target, config, model)
-    assert losses_of(rows, "both") == pytest.approx([second.train_step()["loss"] for _ in range(4)], rel=1e-4)
+    assert losses_of(rows, "both") == pytest.approx([second.train_step()["loss"] for _ in range(4)], rel=1e-3)
     validated = [(row["part"], row["step"]) for row in rows if "valid_ndcg@10" in row]
     assert validated == [("both_joint", 2), ("both", 2), ("both", 4)]
-
-    # A fault in the last stage, behind its first checkpoint; what follows leaves the joint stage alone.
-    notes = tmp_path / "notes"
-    notes.mkdir()
-    (notes / "raise-3-0").touch()
-    broken = staged(target, other, max_failures=0)
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_worker", sabotaged(notes))
-        with pytest.raises(TrainingFailedError, match="a fault at step 3"):
-            train(target.uri, str(out), broken, resume=False, on_row=lambda row: None)
-        assert (notes / "steps-0").read_text().split() == ["0", "1", "0", "1", "2", "3"]
-        rows.clear()
-        info = train(target.uri, str(out), broken, resume=True, on_row=rows.append)
-        again = (notes / "steps-0").read_text().split()[6:]
-        assert again in (["0", "1", "2", "3"], ["2", "3"])  # with or without the upload that was under way
-    assert {row["part"] for row in rows} == {"both"}
-    assert info["fingerprint"] == calm["fingerprint"]
-    kept = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
-    assert len(losses_of(kept, "both_joint")) == JOINT_STEPS
+    for dataset in two_sets:
+        tokens = find_tokens(dataset.uri, config, model.tower.backbone)
+        assert tokens is not None
+        assert tokens.hold(dataset.items)
     with Console() as console:
-        console.training(kept[0] | {"total_steps": 1})
-    assert "train both_joint 1/1" in capsys.readouterr().err
+        console.training(rows[0] | {"total_steps": 1})
+    assert "train both_joint 1/1" in capfd.readouterr().err
 
 
 def in_stage(config: Config) -> Config:

@@ -1,14 +1,11 @@
 """Both towers trained together by two gloo processes and by one: gradients, figures, the table of item vectors."""
 
-import os
-import socket
-
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from fakes import tiny_config, tiny_dataset, tiny_items, tiny_model
+from processes import run_ranks
 
 from pixrec.joint import JointTrainer
 from pixrec.model.catalog import Catalog
@@ -42,29 +39,21 @@ def steps(loss: str) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in found.items()}
 
 
-def _rank(rank: int, size: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size)
-    try:
-        for loss in LOSSES:
-            np.savez(f"{folder}/{loss}-{rank}.npz", **steps(loss))
-    finally:
-        dist.destroy_process_group()
+def save_steps(folder: str) -> None:
+    """The work of a rank."""
+    for loss in LOSSES:
+        np.savez(f"{folder}/{loss}-{dist.get_rank()}.npz", **steps(loss))
 
 
 @pytest.fixture(scope="module")
-def joined(tmp_path_factory):
+def joined(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("ranks"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, (2, port, folder), nprocs=2)
+    run_ranks(folder, (2, save_steps))
     return folder
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_two_ranks_equal_one(joined, loss):
+def test_two_ranks_equal_one(joined: str, loss: str):
     torch.set_num_threads(1)
     single = steps(loss)
     assert np.abs(single["item_proj.weight"]).any()

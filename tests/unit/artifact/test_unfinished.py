@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +36,31 @@ def test_models_do_not_mix(tmp_path: Path):
     assert other.files() == []
 
 
-def test_clearing_spares_what_somebody_is_writing(tmp_path: Path):
+def half_written(work: Unfinished, rows: int) -> str:
+    """What a worker of the run leaves that dies as it writes a part."""
+    part = storage.join(work.uri, f"{work.start(rows)}.parquet.partial-0a1b2c3d")
+    storage.write_bytes(part, b"half")
+    return part
+
+
+def test_clearing_spares_what_another_run_is_writing(tmp_path: Path):
+    other, mine = (Unfinished(str(tmp_path), "m") for _ in range(2))
+    half_written(other, 4)
+    left_behind = mine.files()
+    mine.finish(mine.start(2), TABLE)
+    half_written(copy.copy(mine), 5)  # as a worker has it
+    being_written = half_written(other, 3)
+    mine.clear(left_behind)
+    assert mine.files() == [being_written]
+    mine.clear(mine.files())
+    assert not Path(mine.uri).exists()
+
+
+def test_a_run_clears_up_what_its_own_killed_worker_was_writing(tmp_path: Path):
     work = Unfinished(str(tmp_path), "m")
-    work.finish(work.start(2), TABLE)
-    storage.write_bytes(storage.join(work.uri, "1.parquet.partial-killed"), b"half")
     left_behind = work.files()
-    work.start(3)
-    being_written = storage.join(work.uri, "2.parquet.partial-alive")
-    storage.write_bytes(being_written, b"half")
+    half_written(work, 3)
     work.clear(left_behind)
-    assert work.files() == [being_written]
-    work.clear(work.files())
     assert not Path(work.uri).exists()
 
 

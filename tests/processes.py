@@ -1,0 +1,99 @@
+"""Processes that tests start or disturb: gloo ranks, workers that die on the way, those that must have ended."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import select
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+Ranked = tuple[int, Callable[[str], None]]
+
+
+def run_ranks(folder: str, *jobs: Ranked) -> None:
+    """Every `(size, work)` in its turn: `work(folder)` on as many gloo ranks; the processes are the same.
+
+    They are forked from one that has imported the library: a process that imports it takes 6 s of CPU time.
+    """
+    mp.set_forkserver_preload(["pixrec.training", "pixrec.joint", "pixrec.artifact"])
+    mp.start_processes(_rank, (folder, jobs), max(size for size, _ in jobs), start_method="forkserver")
+
+
+def _rank(rank: int, folder: str, jobs: Sequence[Ranked]) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    for number, (size, work) in enumerate(jobs):
+        if rank < size:
+            dist.init_process_group("gloo", f"file://{folder}/meeting-{number}", rank=rank, world_size=size)
+            try:
+                work(folder)
+            finally:
+                dist.destroy_process_group()
+
+
+def disturbed(
+    module: ModuleType, trainer: str, method: str, disturb: Callable[[Any], None]
+) -> Callable[[dict[str, Any]], None]:
+    """The `_worker` of `module` with `disturb(trainer)` before every call of a method of its class `trainer`.
+
+    For Ray Train: it reaches the processes whole, and changes the class there alone.
+    """
+    place = module.__name__
+
+    def work(job: dict[str, Any]) -> None:
+        module = importlib.import_module(place)
+        plain = getattr(module, trainer)
+
+        def disturbed_method(self: Any, *args: Any) -> Any:
+            disturb(self)
+            return getattr(plain, method)(self, *args)
+
+        setattr(module, trainer, type(trainer, (plain,), {method: disturbed_method}))
+        module._worker(job)
+
+    return work
+
+
+def die_once(note: Path) -> None:
+    """End this process as a lost machine would, while the file `note` is there."""
+    if note.exists():
+        note.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for_the_end_of(name: str, seconds: float = 60) -> None:
+    """Return when no process below this one has `name` in its command line."""
+    while found := _processes(name):
+        try:
+            process = os.pidfd_open(found[0])
+        except ProcessLookupError:
+            continue
+        ended = select.select([process], [], [], seconds)[0]
+        os.close(process)
+        assert ended, f"{name}, process {found[0]}, goes on"
+
+
+def _processes(name: str) -> list[int]:
+    parents: dict[int, int] = {}
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            state, parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:2]
+            parents[int(entry.name)] = int(parent)
+            if state != "Z" and name in (entry / "cmdline").read_text():
+                found.append(int(entry.name))
+        except (ValueError, OSError):
+            continue
+
+    def is_ours(process: int) -> bool:
+        return process == os.getpid() or (process in parents and is_ours(parents[process]))
+
+    return [process for process in found if is_ours(process)]
