@@ -128,13 +128,13 @@ def train_item_tower(run: Run, cell: Cell) -> None:
             _say(f"item tower, {cell.modalities}", cell.seed, trainer.step, started, {**row, **found})
             if found["valid_ndcg@10"] > best:
                 best = found["valid_ndcg@10"]
-                save_model(str(folder), model, {"step": trainer.step, **found})
+                save_model(str(folder), model, {"step": trainer.step, "metrics": found})
 
 
 def train_compact(run: Run, cell: Cell) -> tuple[CompactScorer, dict[str, float]]:
     """The compact phase and the joint one, on the cell's item tower; the model is saved whole."""
     config, dataset, started = run.of(cell), load_dataset(run.data), time.monotonic()
-    base = load_model(str(run.item_tower(cell)), run.device)
+    base = dataclasses.replace(load_model(str(run.item_tower(cell)), run.device), config=config)
     catalog = Catalog(dataset.items, base.encoder)
     valid = sample_users(dataset.held_out("valid"), config.train.compact.max_validation_users, cell.seed)
     trainer, model = compact_trainer(base, catalog, dataset, config)
@@ -144,7 +144,7 @@ def train_compact(run: Run, cell: Cell) -> tuple[CompactScorer, dict[str, float]
         found = {**found, **{f"joint_{k}": v for k, v in trainer.fit(valid, _saying(cell, started)).items()}}
         trainer.refresh()
     name = f"{cell.name}-{cell.seed}".replace(", ", "-").replace(" ", "-")
-    save_model(str(run.out / "models" / name), dataclasses.replace(model, config=config), found)
+    save_model(str(run.out / "models" / name), dataclasses.replace(model, config=config), {"metrics": found})
     return CompactScorer(trainer), found
 
 
