@@ -225,11 +225,8 @@ def table(out: Path, dataset: Dataset, part: str, against: str) -> str:
     for bucket, users in (("all", np.ones_like(cold)), ("cold", cold)):
         if not users.sum():
             continue
-        lines += [
-            f"\n{bucket} targets, {users.sum()} users\n",
-            "| model | seen | seeds | R@10 | NDCG@10 | minus SASRec |",
-        ]
-        lines += ["|---|---|---|---|---|---|"]
+        lines.append(f"\n{bucket} targets, {users.sum()} users\n")
+        lines += [f"| model | seen | seeds | R@10 | NDCG@10 | minus {against} |", "|---|---|---|---|---|---|"]
         for name, seen in itertools.product(dict.fromkeys(row["cell"] for row in rows), ("filtered", "allowed")):
             seeds = sorted(row["seed"] for row in rows if row["cell"] == name)
             cells = [_summary(out, name, seeds, seen, metric, users) for metric in SHOWN]
