@@ -1,21 +1,23 @@
-"""The compact tower under Ray Train: two workers, one of them killed on the way, end where one process ends."""
+"""The compact tower under Ray Train: two workers end where one process ends, from the beginning or a checkpoint."""
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fakes import tiny_config, tiny_dataset, tiny_model, write_model, write_prepared
-from processes import die_once, disturbed
+from ray.train import Checkpoint
 
 from pixrec.artifact import load_model
-from pixrec.cluster import compact as module
-from pixrec.cluster.compact import _begin, fit_compact
+from pixrec.cluster.compact import _begin, fit_compact, report_validations
 from pixrec.cluster.train import check_ready
+from pixrec.data.sequences import Dataset
 from pixrec.errors import InputError
 from pixrec.model.catalog import Catalog
 
@@ -24,28 +26,21 @@ CONFIG = tiny_config(
     model={"user_tower": "compact", "compact": SHAPE},
     train={
         "num_workers": 2,
-        "max_failures": 1,
         "compact": {"epochs": 4, "validate_every_epochs": 1, "learning_rate": 0.01, "histories_per_step": 4},
     },
 )
 
 
-def test_two_workers_of_which_one_dies_end_where_one_process_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
-):
-    dataset = write_prepared(tmp_path / "data", tiny_dataset(num_events=7))
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    """With a model beside it whose item tower is trained, so to say, in `base`."""
     write_model(tmp_path / "base", tiny_model(tiny_config(model={"compact": SHAPE})))
-    note = tmp_path / "note"
-    note.touch()
+    return write_prepared(tmp_path / "data", tiny_dataset(num_events=7))
 
-    def kill(trainer: Any) -> None:
-        if (trainer.epoch, trainer.rank) == (2, 1):
-            die_once(note)
 
-    monkeypatch.setattr(module, "_worker", disturbed(module, "SequenceTrainer", "train_epoch", kill))
+def test_two_workers_end_where_one_process_does(tmp_path: Path, dataset: Dataset, ray_session: None):
     rows: list[dict[str, Any]] = []
-    best = fit_compact(str(tmp_path / "base"), str(tmp_path / "data"), str(tmp_path / "work"), CONFIG, rows.append)
-    assert not note.exists()
+    best = fit_compact(str(tmp_path / "base"), dataset.uri, str(tmp_path / "work"), CONFIG, rows.append)
     model = load_model(best)
     assert model.tower.compact is not None
     assert model.config.model.user_tower == "compact"
@@ -64,11 +59,36 @@ def test_two_workers_of_which_one_dies_end_where_one_process_does(
     assert {row["step"] for row in rows if "loss" in row} >= set(range(1, model.info["step"] + 1))
 
 
+def test_from_a_checkpoint_it_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+):
+    """Whoever dies, the workers begin again at the last checkpoint (tests of `train` and `joint` kill one)."""
+    kept: list[Checkpoint] = []
+
+    def report(metrics: dict[str, Any], checkpoint: Checkpoint) -> None:
+        kept.append(Checkpoint(str(shutil.copytree(checkpoint.path, tmp_path / f"checkpoint-{len(kept)}"))))
+
+    monkeypatch.setattr("ray.train.report", report)
+    monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
+    mailbox = SimpleNamespace(put=SimpleNamespace(remote=lambda rows: None))
+    monkeypatch.setattr("ray.get", lambda arrived: None)
+
+    def run(checkpoint: Checkpoint | None) -> dict[str, torch.Tensor]:
+        trainer, model, watch = _begin(str(tmp_path / "base"), dataset, CONFIG, "cpu", checkpoint)
+        report_validations(trainer, model, watch, dataset, CONFIG, mailbox)
+        return model.tower.compact.state_dict()
+
+    whole = run(None)
+    assert len(kept) == CONFIG.train.compact.epochs
+    resumed = run(kept[1])
+    assert len(kept) == 2 * CONFIG.train.compact.epochs - 2
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+
+
 TIMED = tiny_config(model={"user_tower": "compact", "compact": {"time": "both", **SHAPE}})
 
 
-def test_time_is_refused_before_ray_where_timestamps_are_an_order_only(tmp_path: Path):
-    dataset = write_prepared(tmp_path / "data", tiny_dataset(num_events=7))
+def test_time_is_refused_before_ray_where_timestamps_are_an_order_only(tmp_path: Path, dataset: Dataset):
     with pytest.raises(InputError, match=r"order of the events.*model\.compact\.time to none"):
         check_ready(dataset.uri, str(tmp_path / "out"), TIMED, resume=False)
     check_ready(dataset.uri, str(tmp_path / "out"), CONFIG, resume=False)

@@ -42,7 +42,7 @@ from pixrec.model.catalog import Catalog
 from pixrec.model.encoding import Content
 from pixrec.schema import IMAGE
 
-MANY = 600
+MANY = 300
 SMALL_PARTS = EmbedConfig(batch_size=4, max_part_items=4, threads_per_actor=1)
 
 
