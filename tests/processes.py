@@ -42,22 +42,23 @@ def _rank(rank: int, folder: str, jobs: Sequence[Ranked]) -> None:
 def disturbed(
     module: ModuleType, trainer: str, method: str, disturb: Callable[[Any], None]
 ) -> Callable[[dict[str, Any]], None]:
-    """The `_worker` of `module` with `disturb(trainer)` before every call of a method of its class `trainer`.
+    """The `_worker` of `module` with `disturb(trainer)` before every call of a method of the class `trainer` of
+    `pixrec.phases`.
 
     For Ray Train: it reaches the processes whole, and changes the class there alone.
     """
     place = module.__name__
 
     def work(job: dict[str, Any]) -> None:
-        module = importlib.import_module(place)
-        plain = getattr(module, trainer)
+        phases = importlib.import_module("pixrec.phases")
+        plain = getattr(phases, trainer)
 
         def disturbed_method(self: Any, *args: Any) -> Any:
             disturb(self)
             return getattr(plain, method)(self, *args)
 
-        setattr(module, trainer, type(trainer, (plain,), {method: disturbed_method}))
-        module._worker(job)
+        setattr(phases, trainer, type(trainer, (plain,), {method: disturbed_method}))
+        importlib.import_module(place)._worker(job)
 
     return work
 

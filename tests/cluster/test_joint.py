@@ -26,8 +26,8 @@ CONFIG = tiny_config(
         "compact": {"histories_per_step": 4},
         "joint": {
             "epochs": 2,
-            "learning_rate": 0.0002,  # the second epoch brings something too
-            "item_learning_rate": 0.0002,
+            "learning_rate": 0.00005,  # the second epoch brings something too
+            "item_learning_rate": 0.00005,
             "warmup_steps": 0,
             "fresh_items_per_step": 5,
             "micro_batch_items": 2,
