@@ -28,7 +28,8 @@ def interleaved_trainer(model: Model, catalog: Catalog, data: TrainingData, conf
 
 
 def compact_trainer(base: Model, catalog: Catalog, dataset: Dataset, config: Config) -> tuple[SequenceTrainer, Model]:
-    """A fresh compact tower on the item vectors of `base`, which stand still, and the model that it belongs to.
+    """A fresh compact tower on the item vectors of `base`, which stand still, and the model that it belongs to; its
+    projection of content begins as their whitening.
 
     The workers, where torch.distributed is initialised, compute the vectors between them.
     """

@@ -54,7 +54,8 @@ def train_sasrec(
 ) -> Sasrec:
     """Train the SASRec that `evaluate.scorers` calls `name` on the training events of `dataset`.
 
-    `epochs`: how many, where validation has told it before, as of another seed.
+    `epochs`: how many, where validation has told it before, as of another seed. `device`: where it is trained and
+    scores.
     """
     loss = LOSS_OF[name]
     training = config.training if loss is None else dataclasses.replace(config.training, loss=loss)
