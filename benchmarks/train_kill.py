@@ -165,16 +165,17 @@ def noting(file: Path) -> Callable[[dict[str, Any]], None]:
     """The work of a worker that appends a line to `<file>-<rank>` after each step."""
 
     def work(job: dict[str, Any]) -> None:  # defined in here, so that it reaches the workers whole
+        from pixrec import phases
         from pixrec.cluster import train
 
-        class Noting(train.Trainer):
+        class Noting(phases.Trainer):
             def train_step(self) -> dict[str, float]:
                 row = super().train_step()
                 with open(f"{file}-{self.rank}", "a") as notes:
                     notes.write(json.dumps([os.getpid(), self.step, row["loss"]]) + "\n")
                 return row
 
-        train.Trainer = Noting
+        phases.Trainer = Noting
         train._worker(job)
 
     return work
