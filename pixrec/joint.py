@@ -203,7 +203,7 @@ def item_parameters(towers: DualTower, config: Config) -> dict[str, nn.Parameter
 
 
 def _as_sequence(config: Config) -> SequenceConfig:
-    """train.compact with what train.joint says otherwise."""
+    """train.compact with what train.joint says otherwise; the table follows the last weights, so no mean of them."""
     joint = config.train.joint
     return dataclasses.replace(
         config.train.compact,
@@ -212,6 +212,7 @@ def _as_sequence(config: Config) -> SequenceConfig:
         warmup_steps=joint.warmup_steps,
         validate_every_epochs=joint.validate_every_epochs,
         patience=joint.patience,
+        averaging=0.0,
     )
 
 

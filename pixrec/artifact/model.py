@@ -93,11 +93,12 @@ def untrained_model(config: Config, data_uris: Sequence[str], device: str = "cpu
 
 def with_compact(model: Model, trained_items: list[str]) -> Model:
     """The model with an untrained compact user tower, which learns a vector for each of `trained_items` if so set."""
-    compact, width = model.config.model.compact, model.config.model.embedding_width
-    known = tuple(trained_items) if compact.identity else ()
+    config = model.config.model
+    known = tuple(trained_items) if config.compact.identity else ()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(model.config.train.seed)
-        model.tower.compact = CompactTower(width, compact, width, len(known)).to(model.tower.log_temperature.device)
+        tower = CompactTower(config.compact_width, config.compact, config.embedding_width, len(known))
+    model.tower.compact = tower.to(model.tower.log_temperature.device)
     return dataclasses.replace(model, identities=known)
 
 

@@ -89,6 +89,6 @@ def restored(
 
 
 def _save_state(trainer: SequenceTrainer, watch: EarlyStopping, folder: Path) -> None:
-    safetensors.torch.save_file(trainer.optimizer_tensors(), folder / _OPTIMIZER)
+    safetensors.torch.save_file(trainer.training_tensors(), folder / _OPTIMIZER)
     state = {"epoch": trainer.epoch, "step": trainer.step, "best": watch.best, "since": watch.since}
     (folder / _STATE).write_text(json.dumps(state))

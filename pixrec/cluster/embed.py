@@ -221,7 +221,7 @@ def _model_facts(uri: str) -> ModelFacts:
         size = int(pictures["size"]["height"])
     except (InputError, ConfigError, KeyError, TypeError) as error:
         raise ArtifactError(f"{uri} is damaged: {' '.join(str(error).split())[:200]}; train it again") from None
-    return ModelFacts(storage.absolute(uri), fingerprint, config.embedding_width, size, config)
+    return ModelFacts(storage.absolute(uri), fingerprint, config.index_width, size, config)
 
 
 def _blocks(data: ray.data.Dataset) -> Iterator[pa.Table]:

@@ -24,8 +24,13 @@ def _require(node: Any, names: typing.Iterable[str], fits: typing.Callable[[Any]
     for name in names:
         value = getattr(node, name)
         if value is not None and not fits(value):
-            section = _SECTIONS.get(type(node).__name__) or type(node).__name__.removesuffix("Config").lower()
-            raise ConfigError(f"{section}.{name} is {value}: must be {what}")
+            raise ConfigError(f"{section_of(node)}.{name} is {value}: must be {what}")
+
+
+def section_of(node: Any) -> str:
+    """Where a section of this type stands in the config."""
+    name = type(node).__name__
+    return _SECTIONS.get(name) or name.removesuffix("Config").lower()
 
 
 def at_least(node: Any, least: int, *names: str) -> None:

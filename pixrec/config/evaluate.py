@@ -80,9 +80,13 @@ class SasrecTowerConfig(CompactConfig):
     """Attention heads."""
     dropout: float = 0.5
     """Dropout of inputs and residual branches."""
+    positions: Literal["rotary", "learned"] = field(default="learned", repr=False)
+    """As `model.compact.positions`; SASRec as published learns them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.width is not None:
+            raise ConfigError(f"sasrec.tower.width is {self.width}: leave it out and set sasrec.width")
         if self.time != "none":
             raise ConfigError(f"sasrec.tower.time is {self.time}: SASRec reads no timestamps; leave it at none")
 
@@ -112,4 +116,4 @@ class SasrecConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "width")
-        multiple(self, "width", self.tower.heads, "sasrec.tower.heads")
+        self.tower.check_width(self, "width")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from pixrec.config.checks import at_least, between, multiple
+from pixrec.config.checks import at_least, between, multiple, section_of
 from pixrec.errors import ConfigError
 
 Modalities = Literal["both", "text", "image"]
@@ -83,10 +83,22 @@ class CompactConfig:
     the time from each event to the newest one read, in attention."""
     time_dropout: float = field(default=0.1, repr=False)
     """Chance that a history is read without its timestamps in a training step, as requests without them are."""
+    positions: Literal["rotary", "learned"] = field(default="rotary", repr=False)
+    """How it knows the order of events: by their distance, in attention, or by a vector learned for each place."""
+    width: int | None = field(default=None, repr=False)
+    """Width of its vectors; none: model.embedding_width."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "max_history_items", "layers", "heads", "feed_forward_multiple")
+        at_least(self, 1, "max_history_items", "layers", "heads", "feed_forward_multiple", "width")
         between(self, 0, 1, "dropout", "identity_dropout", "time_dropout")
+        if self.width is not None:
+            self.check_width(self, "width")
+
+    def check_width(self, node: Any, name: str) -> None:
+        """Raise ConfigError unless the heads divide the width that field `name` of `node` gives the tower."""
+        rotary = self.positions == "rotary"  # which turns pairs
+        heads = ("twice " if rotary else "") + section_of(self) + ".heads"
+        multiple(node, name, self.heads * (2 if rotary else 1), heads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +123,19 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     compact: CompactConfig = field(default_factory=CompactConfig)
 
+    @property
+    def compact_width(self) -> int:
+        """Width D of the space in which the compact tower meets the items."""
+        return self.compact.width or self.embedding_width
+
+    @property
+    def index_width(self) -> int:
+        """Width of the vectors that requests are answered with."""
+        return self.compact_width if self.user_tower == "compact" else self.embedding_width
+
     def __post_init__(self) -> None:
         at_least(self, 1, "embedding_width", "max_history_items", "max_text_tokens")
-        multiple(self, "embedding_width", self.compact.heads, "model.compact.heads")
+        if self.compact.width is None:
+            self.compact.check_width(self, "embedding_width")
         if self.lora.base == "nf4" and not (self.lora.enabled and self.backbone != "pixrec-tiny"):
             raise ConfigError("model.lora.base nf4 needs model.lora.enabled and a pretrained model.backbone")

@@ -39,12 +39,14 @@ class SequenceConfig:
     """Users ranked in a validation."""
     precision: Literal["float32", "bf16"] = "float32"
     """`bf16` does the matrix products in that type: faster where the processor has instructions for it."""
+    averaging: float = 0.995
+    """Decay of the running mean of the weights, a step, that is validated and kept; 0 keeps the last weights."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "negatives", "histories_per_step", "epochs", "validate_every_epochs", "patience")
         at_least(self, 1, "max_validation_users")
         at_least(self, 0, "warmup_steps", "weight_decay")
-        between(self, 0, 1, "calibration")
+        between(self, 0, 1, "calibration", "averaging")
         above_zero(self, "learning_rate")
 
 

@@ -9,6 +9,10 @@ a vector added to the input, and the age of each event, seen from the newest one
 each head (relative time of TiSASRec, Li et al., WSDM 2020; bias by logarithmic bucket as in HSTU, Zhai et al., ICML
 2024). The moment of the next event, or of the request, is never read.
 
+Order, in attention: queries and keys are turned by their place, so that their products see how far apart two events
+are and not where (rotary positions; Su et al., RoFormer, Neurocomputing 2024). Or, as in SASRec, a vector learned for
+each place is added to the input.
+
 Shapes: B histories · L items in a history · U items · C width of content vectors · D width of the shared space.
 """
 
@@ -44,8 +48,25 @@ def time_buckets(later: Tensor, earlier: Tensor) -> Tensor:
     return bucket.masked_fill((later == UNKNOWN_TIME) | (earlier == UNKNOWN_TIME), 0)
 
 
+def _turns(places: int, width: int) -> Tensor:
+    """Cosine and sine (2, places, width / 2) of the angle that each pair of numbers is turned by at each place; the
+    slowest pair turns by about one radian over all of them."""
+    speeds = float(places) ** -(torch.arange(0, width, 2) / width)
+    angles = torch.arange(places).unsqueeze(1) * speeds
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def _turned(x: Tensor, turns: Tensor) -> Tensor:
+    """Queries or keys (..., W) turned by cosines and sines (2, ..., W / 2)."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = turns
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+
+
 class _Block(nn.Module):
     """Pre-norm transformer block, causal. Attention itself has no dropout: the fused kernels have none on a CPU."""
+
+    turns: Tensor | None
 
     def __init__(self, width: int, config: CompactConfig) -> None:
         super().__init__()
@@ -56,11 +77,16 @@ class _Block(nn.Module):
         self.feed = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
         self.dropout = nn.Dropout(config.dropout)
         self.age = nn.Embedding(TIME_BUCKETS, config.heads) if config.time in ("ages", "both") else None
+        rotary = config.positions == "rotary"
+        turns = _turns(config.max_history_items, width // config.heads) if rotary else None
+        self.register_buffer("turns", turns, persistent=False)
 
     def forward(self, x: Tensor, ages: Tensor | None = None) -> Tensor:
         """States (B, L, D) of all positions. `ages` (B, L, L): bucket of each event's age seen from each position."""
         batch, length, _ = x.shape
         q, k, v = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if self.turns is not None:
+            q, k = _turned(q, self.turns[:, :length]), _turned(k, self.turns[:, :length])
         if ages is None:
             return self._feed(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
         return self._feed(x, F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(ages)))
@@ -70,14 +96,16 @@ class _Block(nn.Module):
         batch, length, width = x.shape
         normed, one = self.attention_norm(x), last.view(-1, 1, 1).expand(-1, 1, width)
         weight, bias = self.qkv.weight, self.qkv.bias
-        q = F.linear(normed.gather(1, one), weight[:width], bias[:width]).view(batch, 1, 1, self.heads, -1)
+        q = F.linear(normed.gather(1, one), weight[:width], bias[:width]).view(batch, self.heads, 1, -1)
         kv = F.linear(normed, weight[width:], bias[width:]).view(batch, length, 2, self.heads, -1)
         k, v = kv.permute(2, 0, 3, 1, 4)
+        if self.turns is not None:
+            q, k = _turned(q, self.turns[:, last, None, None]), _turned(k, self.turns[:, :length])
         if ages is None:
             mask = (torch.arange(length, device=x.device) <= last.unsqueeze(1)).view(batch, 1, 1, length)
         else:
             mask = self._bias(ages.gather(1, last.view(-1, 1, 1).expand(-1, 1, length)))
-        mixed = F.scaled_dot_product_attention(q[:, :, 0].transpose(1, 2), k, v, attn_mask=mask)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self._feed(x.gather(1, one), mixed)
 
     def _bias(self, ages: Tensor) -> Tensor:
@@ -98,7 +126,7 @@ class CompactUserTower(nn.Module):
         super().__init__()
         self.max_history_items = config.max_history_items
         self.width, self.scale = width, math.sqrt(width)
-        self.position = nn.Embedding(config.max_history_items, width)
+        self.position = nn.Embedding(config.max_history_items, width) if config.positions == "learned" else None
         self.gap = nn.Embedding(TIME_BUCKETS, width) if config.time in ("gaps", "both") else None
         self.reads_ages, self.reads_times = config.time in ("ages", "both"), config.time != "none"
         self.time_dropout = config.time_dropout
@@ -137,7 +165,9 @@ class CompactUserTower(nn.Module):
         return timestamps.masked_fill(lost, UNKNOWN_TIME)
 
     def _inputs(self, vectors: Tensor, timestamps: Tensor | None) -> Tensor:
-        x = vectors * self.scale + self.position.weight[: vectors.shape[1]]
+        x = vectors * self.scale
+        if self.position is not None:
+            x = x + self.position.weight[: vectors.shape[1]]
         if self.gap is not None and timestamps is None:
             x = x + self.gap.weight[0]
         elif self.gap is not None and timestamps is not None:
@@ -167,7 +197,7 @@ class CompactTower(nn.Module):
 
     An item's vector is made of its content (the item tower's vector, C wide, given from outside), of a vector learned
     for it alone, or of their sum; an item that was never trained on has its content only. `content_width` None leaves
-    content out, `identities` 0 the learned vectors; with identities alone, unit length off, the tower is SASRec.
+    content out, `identities` 0 the learned vectors; with identities alone, learned positions and unit length off, the tower is SASRec.
     """
 
     def __init__(

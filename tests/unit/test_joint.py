@@ -163,7 +163,7 @@ def test_a_resumed_run_goes_on_as_the_undisturbed_one(tmp_path):
     save_model(str(tmp_path), model, {})
     second, _, _ = trainer(**settings)
     second.towers.load_state_dict(load_model(str(tmp_path)).tower.state_dict())
-    second.restore(first.epoch, first.step, first.optimizer_tensors())
+    second.restore(first.epoch, first.step, first.training_tensors())
     assert begun + work(second, dataset, 2) == expected
 
 

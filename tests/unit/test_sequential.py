@@ -118,8 +118,44 @@ def test_a_resumed_run_goes_on_as_the_undisturbed_one():
     begun = losses(first, 2)
     second, _ = trainer()
     second.tower.load_state_dict(first.tower.state_dict())
-    second.restore(first.epoch, first.step, first.optimizer_tensors())
+    second.restore(first.epoch, first.step, first.training_tensors())
     assert begun + losses(second, 2) == expected
+
+
+def test_the_mean_of_the_weights_is_what_is_validated_saved_and_kept():
+    """And training goes on from the last weights, also where it resumes from what a validation left."""
+    training, dataset = trainer(dataclasses.replace(FAST, epochs=2, validate_every_epochs=1))
+    weights = training.tower.content.weight
+    means, last = [], []
+    for _ in training.validations(dataset.held_out("valid"), EarlyStopping(5), lambda row: None):
+        means.append(weights.detach().clone())
+        saved = {n: t.clone() for n, t in training.training_tensors().items()}
+        last.append(saved["last/content.weight"])
+        torch.testing.assert_close(saved["mean/content.weight"], weights.detach(), rtol=0, atol=0)
+    assert (means[1] - last[1]).abs().max() > 1e-4
+    torch.testing.assert_close(weights.detach(), last[1], rtol=0, atol=0)
+    resumed, _ = trainer()
+    resumed.restore(2, training.step, saved)
+    torch.testing.assert_close(resumed.tower.content.weight.detach(), last[1], rtol=0, atol=0)
+    resumed.keep_mean()
+    torch.testing.assert_close(resumed.tower.content.weight.detach(), means[1], rtol=0, atol=0)
+
+
+def test_the_mean_of_weights_forgets_the_first_ones_and_then_averages():
+    training, _ = trainer(dataclasses.replace(FAST, averaging=0.5))
+    expected, window = training.tower.content.weight.detach().clone(), [np.array([0, 1, 2])]
+    for decay in (0.1, 2 / 11, 0.25, 4 / 13):
+        training._step(window)
+        expected = decay * expected + (1 - decay) * training.tower.content.weight.detach()
+    torch.testing.assert_close(training.mean["content.weight"], expected)
+
+
+def test_without_averaging_the_last_weights_are_validated():
+    training, dataset = trainer(dataclasses.replace(FAST, epochs=1, averaging=0.0))
+    for _ in training.validations(dataset.held_out("valid"), EarlyStopping(5), lambda row: None):
+        within = training.tower.content.weight.detach().clone()
+    torch.testing.assert_close(training.tower.content.weight.detach(), within, rtol=0, atol=0)
+    assert not [name for name in training.training_tensors() if name.startswith(("mean/", "last/"))]
 
 
 def test_training_ends_when_nothing_gets_better():
@@ -177,7 +213,7 @@ def told_by_time(form, **shape):
         layers=2, heads=2, max_history_items=4, dropout=0.0, time=form, **{"time_dropout": 0.0, **shape}
     )
     tower = CompactTower(16, shape, None, 4, unit=False)
-    config = dataclasses.replace(FAST, epochs=12, validate_every_epochs=4, histories_per_step=16)
+    config = dataclasses.replace(FAST, epochs=16, validate_every_epochs=4, histories_per_step=16)
     trainer = SequenceTrainer(
         tower, histories[:64], np.ones(4), None, np.arange(4), config, seed=0, timestamps=moments[:64]
     )
@@ -238,7 +274,7 @@ def test_timed_training_goes_on_as_the_undisturbed_one():
     first.train_epoch()
     second, _ = told_by_time("both", time_dropout=0.5)
     second.tower.load_state_dict(first.tower.state_dict())
-    second.restore(first.epoch, first.step, first.optimizer_tensors())
+    second.restore(first.epoch, first.step, first.training_tensors())
     again = []
     for _ in range(2):
         second.train_epoch(again.append)

@@ -4,15 +4,16 @@ import pytest
 import torch
 
 from pixrec.config import CompactConfig
-from pixrec.model.compact import IDENTITY_STD, TIME_BUCKETS, UNKNOWN_TIME, CompactTower, time_buckets
+from pixrec.model.compact import IDENTITY_STD, TIME_BUCKETS, UNKNOWN_TIME, CompactTower, _turned, _turns, time_buckets
 
 WIDTH = 16
 
 
-@pytest.fixture(params=[1, 2], ids=["one block", "two blocks"])
+@pytest.fixture(params=[(1, "learned"), (1, "rotary"), (2, "rotary")], ids=lambda p: f"{p[0]} {p[1]}")
 def tower(request):
     torch.manual_seed(0)
-    shape = CompactConfig(layers=request.param, heads=2, max_history_items=8, dropout=0.5)
+    layers, positions = request.param
+    shape = CompactConfig(layers=layers, heads=2, max_history_items=8, dropout=0.5, positions=positions)
     return CompactTower(WIDTH, shape, 10, 5).eval()
 
 
@@ -61,6 +62,26 @@ def test_sasrec_is_the_tower_without_content_and_without_unit_length():
     torch.testing.assert_close(sasrec.item_vectors(None, torch.arange(5)), sasrec.identity.weight)
     assert sasrec.temperature.item() == 1
     assert not sasrec.log_temperature.requires_grad
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_the_order_of_a_history_counts(vectors, positions):
+    """Seen from one block: without positions it would read the events before the newest as a set."""
+    torch.manual_seed(0)
+    tower = CompactTower(WIDTH, CompactConfig(layers=1, max_history_items=8, positions=positions), 10, 5).eval()
+    with torch.no_grad():
+        for weight in tower.user.parameters():
+            weight.mul_(10)
+    swapped = vectors[:, [1, 0, 2, 3, 4, 5, 6]]
+    assert (tower.user_vectors(vectors)[:, -1] - tower.user_vectors(swapped)[:, -1]).abs().max() > 1e-3
+
+
+def test_turned_products_see_distances_only():
+    """Shifted by one place, queries and keys have the products they had."""
+    turns, (q, k) = _turns(12, WIDTH), torch.randn(2, 1, WIDTH)
+    products = _turned(q.expand(12, -1), turns) @ _turned(k.expand(12, -1), turns).T
+    torch.testing.assert_close(products[1:, 1:], products[:-1, :-1])
+    assert products[0].diff().abs().min() > 1e-3
 
 
 DAY = 86_400_000
