@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test unit lint bench clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/.ready
@@ -12,16 +12,19 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --upgrade pip
-	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(RUN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: setup
 	$(RUN)/pixrec demo --out $(OUT)
 
-# The unit part first (seconds), then what needs processes or Ray.
-test: setup lint
-	$(RUN)/python -m pytest tests/unit
+# The linters beside the unit part, a core each; then what needs processes or Ray.
+test: setup
+	$(MAKE) --no-print-directory --jobs=2 lint unit
 	$(RUN)/python -m pytest tests/ranks tests/cluster
+
+unit: setup
+	$(RUN)/python -m pytest tests/unit
 
 lint: setup
 	$(RUN)/ruff check .
