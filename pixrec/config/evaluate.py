@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pixrec.config.checks import at_least, between, multiple
+from pixrec.config.checks import at_least, between
 from pixrec.config.model import CompactConfig
 from pixrec.config.train import SequenceConfig
 from pixrec.errors import ConfigError

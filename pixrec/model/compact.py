@@ -197,7 +197,8 @@ class CompactTower(nn.Module):
 
     An item's vector is made of its content (the item tower's vector, C wide, given from outside), of a vector learned
     for it alone, or of their sum; an item that was never trained on has its content only. `content_width` None leaves
-    content out, `identities` 0 the learned vectors; with identities alone, learned positions and unit length off, the tower is SASRec.
+    content out, `identities` 0 the learned vectors; with identities alone, learned positions and unit length off, the
+    tower is SASRec.
     """
 
     def __init__(

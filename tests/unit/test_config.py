@@ -173,9 +173,15 @@ def test_an_override_names_a_key_of_a_section(override: str):
         (["model.tiny.image_size_px=49"], r"model.tiny.image_size_px is 49: must be a multiple of \d+ \(twice "),
         (["model.lora.rank=0"], "model.lora.rank is 0: must be at least 1"),
         (["model.lora.targets=[]"], "model.lora.targets is empty"),
-        (["model.compact.heads=7"], r"model.embedding_width is \d+: must be a multiple of 14 \(twice model.compact.heads"),
+        (
+            ["model.compact.heads=7"],
+            r"model.embedding_width is \d+: must be a multiple of 14 \(twice model.compact.heads",
+        ),
         (["model.compact.width=6"], r"model.compact.width is 6: must be a multiple of 4 \(twice model.compact.heads\)"),
-        (["sasrec.width=3", "sasrec.tower.heads=2"], r"sasrec.width is 3: must be a multiple of 2 \(sasrec.tower.heads"),
+        (
+            ["sasrec.width=3", "sasrec.tower.heads=2"],
+            r"sasrec.width is 3: must be a multiple of 2 \(sasrec.tower.heads",
+        ),
         (["sasrec.tower.width=64"], "sasrec.tower.width is 64: leave it out and set sasrec.width"),
         (["model.compact.dropout=1.5"], "model.compact.dropout is 1.5: must be between 0 and 1"),
         (["sasrec.training.epochs=0"], "sasrec.training.epochs is 0: must be at least 1"),
