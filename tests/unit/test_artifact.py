@@ -87,9 +87,21 @@ def test_a_model_that_reads_time_is_loaded_with_it_and_one_that_does_not_keeps_i
     np.testing.assert_array_equal(loaded.embedder().users(*asked), made.embedder().users(*asked))
     assert not np.allclose(made.embedder().users(*asked), made.embedder().users(*asked[:3]))
 
-    forms = [tiny_config(model={"user_tower": "compact", "compact": {"time": t}}) for t in ("none", "gaps", "ages")]
-    assert len({tiny_model(config, items).fingerprint for config in [*forms, timed]}) == 4
-    assert "time" not in repr(forms[0].model)
+    shapes = [{}, {"time": "gaps"}, {"time": "ages"}, {"time": "both"}, {"positions": "learned"}, {"width": 8}]
+    forms = [tiny_config(model={"user_tower": "compact", "compact": shape}) for shape in shapes]
+    assert len({tiny_model(config, items).fingerprint for config in forms}) == len(forms)
+    assert len({repr(config.model) for config in forms}) == 1
+
+
+def test_the_width_of_the_compact_tower_is_its_own(tmp_path: Path, items: ItemTable):
+    """And that of the index, where it answers."""
+    config = tiny_config(model={"user_tower": "compact", "compact": {"width": 32}})
+    assert (config.model.embedding_width, config.model.index_width) == (16, 32)
+    made = tiny_model(config, items)
+    assert item_vectors(made, items).shape == (len(items), 32)
+    save_model(str(tmp_path), made, {})
+    np.testing.assert_array_equal(item_vectors(load_model(str(tmp_path)), items), item_vectors(made, items))
+    assert tiny_config(model={"compact": {"width": 32}}).model.index_width == 16
 
 
 def test_a_model_folder_holds_what_the_contract_says(saved: Path):

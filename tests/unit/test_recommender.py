@@ -250,7 +250,7 @@ def test_an_interleaved_tower_reads_contents(items: ItemTable, dataset: Dataset)
 
 def test_a_history_of_items_that_the_data_set_lacks(items: ItemTable, dataset: Dataset):
     """The vector of a new item is the one the catalog would have; it is made once and usable in histories at once."""
-    model = tiny_model(tiny_config(model={"user_tower": "compact"}), items)
+    model = tiny_model(tiny_config(model={"user_tower": "compact", "compact": {"width": 32}}), items)
     recommender = Recommender(model, index_of(model, items), items, dataset.training_counts())
     last = len(items) - 1  # beyond the identities: its vector is its content's
     copy = NewItem({n: v for n, v in items.fields(last).items() if n in TEXT_FIELDS}, items.image(last))
