@@ -36,7 +36,7 @@ from pixrec.config import (
     load_config,
     to_dict,
 )
-from pixrec.data import tables
+from pixrec.data.interactions import split_block
 from pixrec.data.items import ItemTable
 from pixrec.data.sequences import (
     DATASET_MARKER,
@@ -227,7 +227,7 @@ def _info(items: ItemTable, events: Events, config: PrepareConfig) -> dict[str, 
         "cold": {"items": 0, "test_targets": 0},
         "users": len(events.user_ids),
         "rejects": {},
-        "split": tables.split_block(events.timestamps, config),
+        "split": split_block(events.timestamps, config),
         "inputs": {"items": "items.parquet", "interactions": "interactions.parquet"},
         "config": to_dict(config),
     }

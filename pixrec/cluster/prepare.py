@@ -23,7 +23,7 @@ import pyarrow as pa
 from pixrec import __version__, errors, storage
 from pixrec.config import PrepareConfig, to_dict
 from pixrec.console import Rate
-from pixrec.data import amazon2023, tables
+from pixrec.data import amazon2023, interactions, tables
 from pixrec.data.fetch import Fetcher, Picture
 from pixrec.data.images import DECODER, shrink_image
 from pixrec.data.sequences import DATASET_MARKER, ITEMS_FOLDER, REJECTS_FOLDER, SEQUENCES_FOLDER
@@ -83,10 +83,12 @@ def _prepare(
     files = _item_files(raw.items)
     usable, catalog = _read_tables(raw, files, inputs, config, progress)
     # The raw reviews hold some twice, word for word; a table's events are all meant.
-    distinct = usable.interactions if inputs["source"] == "tables" else tables.without_repeats(usable.interactions)
-    core = tables.core(distinct, config.min_user_events, config.min_item_events)
-    split = tables.split_block(core.timestamp, config)
-    held_out = tables.hold_out_items(core, config, split)
+    distinct = (
+        usable.interactions if inputs["source"] == "tables" else interactions.without_repeats(usable.interactions)
+    )
+    core = interactions.core(distinct, config.min_user_events, config.min_item_events)
+    split = interactions.split_block(core.timestamp, config)
+    held_out = interactions.hold_out_items(core, config, split)
 
     with storage.staged_folder(out_uri, DATASET_MARKER, KIND) as staging:
         staging = storage.absolute(staging)  # workers have another working directory
@@ -100,7 +102,7 @@ def _prepare(
         _drop_partial_files(staging)
         hashes = [part["hash"] for part in parts]
         progress("writing sequences", 0, None)
-        for number, table in enumerate(tables.sequences(held_out.interactions)):
+        for number, table in enumerate(interactions.sequences(held_out.interactions)):
             hashes.append(storage.write_table(_part(staging, SEQUENCES_FOLDER, number), table))
         info = {
             "pixrec_version": __version__,
@@ -129,10 +131,10 @@ def check_counts(info: dict[str, Any]) -> None:
 def _counts(
     raw: amazon2023.Normalised,
     catalog: tables.CheckedIds,
-    usable: tables.Usable,
+    usable: interactions.Usable,
     distinct: int,
     core: int,
-    held_out: tables.HeldOutItems,
+    held_out: interactions.HeldOutItems,
     parts: list[dict[str, Any]],
 ) -> dict[str, Any]:
     lines = Counter(raw.rejects.column(SOURCE).to_pylist())
@@ -171,7 +173,7 @@ def _item_files(items_uri: str | None) -> list[str]:
 
 def _read_tables(
     raw: amazon2023.Normalised, files: list[str], inputs: dict[str, Any], config: PrepareConfig, progress: Progress
-) -> tuple[tables.Usable, tables.CheckedIds]:
+) -> tuple[interactions.Usable, tables.CheckedIds]:
     """What lies in the tables; errors speak of the places in `inputs`."""
     for file in storage.table_files(raw.interactions):
         tables.check_interactions_schema(storage.read_schema(file), file, min_rating=config.min_rating)
@@ -181,7 +183,7 @@ def _read_tables(
         known = tables.check_item_ids(storage.read_table(raw.items, [ITEM_ID]).column(ITEM_ID), inputs["items"])
     progress("reading interactions", 0, None)
     columns = [USER_ID, ITEM_ID, TIMESTAMP] + [RATING] * (config.min_rating is not None)
-    usable = tables.usable_interactions(
+    usable = interactions.usable_interactions(
         storage.read_table(raw.interactions, columns),
         known.item_ids if known else None,
         inputs["interactions"],

@@ -1,0 +1,251 @@
+"""Interactions into sequences: what is rejected, what a core is, how time is split, what is held out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pixrec.config import PrepareConfig
+from pixrec.data import interactions
+from pixrec.errors import InputError
+from pixrec.schema import REJECTS
+
+EVENTS = pa.schema([("user_id", pa.string()), ("item_id", pa.string()), ("timestamp", pa.int64())])
+CATALOG = pa.array(["a", "b", "c"], pa.large_string())
+
+
+def events(rows: list[tuple], *extra: str) -> pa.Table:
+    names = [*EVENTS.names, *extra]
+    columns = list(zip(*rows, strict=True)) if rows else [[] for _ in names]
+    types = [*EVENTS.types, *[pa.float64()] * len(extra)]
+    return pa.table({name: pa.array(column, kind) for name, column, kind in zip(names, columns, types, strict=True)})
+
+
+def usable(rows: list[tuple], catalog: pa.Array | None = CATALOG, **options) -> interactions.Usable:
+    return interactions.usable_interactions(events(rows), catalog, "events.parquet", **options)
+
+
+def spelt(kept: interactions.Interactions) -> list[dict[str, Any]]:
+    return [row for table in interactions.sequences(kept) for row in table.to_pylist()]
+
+
+def test_unusable_events_are_rejected_one_by_one():
+    found = usable(
+        [
+            ("u", "a", 1),
+            (None, "a", 2),
+            ("u", "", 3),
+            ("u", "b", None),
+            ("u", "nowhere", 5),
+            ("v", "c", 6),
+            ("", "z", 7),
+        ]
+    )
+    assert [(row["key"].partition(":")[0], row["reason"]) for row in found.rejects.to_pylist()] == [
+        ("row 1", "user_id is empty"),
+        ("row 2", "item_id is empty"),
+        ("row 3", "timestamp is empty"),
+        ("row 4", "item is not in the items table"),
+        ("row 6", "user_id is empty"),
+    ]
+    assert found.rejects.to_pylist()[3]["key"] == "row 4: user_id u, item_id nowhere"
+    assert set(found.rejects.column("source").to_pylist()) == {"interactions"}
+    assert spelt(found.interactions) == [
+        {"user_id": "u", "item_ids": ["a"], "timestamps": [1]},
+        {"user_id": "v", "item_ids": ["c"], "timestamps": [6]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "catalog", "message"),
+    [
+        ([], CATALOG, "events.parquet: the interactions table is empty"),
+        ([("u", "x", 1), ("v", "y", 2)], CATALOG, "none of its 2 events names an item of the items table"),
+        ([(None, "a", 1), ("v", "a", None)], CATALOG, "none of its 2 events has user_id, item_id and timestamp"),
+        ([(None, "a", 1)], None, "none of its 1 events has user_id, item_id and timestamp"),
+        ([(None, "a", 1), ("u", "x", 1)], CATALOG, "none of its 2 events names an item"),
+    ],
+)
+def test_interactions_of_which_none_is_usable(rows: list, catalog: pa.Array | None, message: str):
+    with pytest.raises(InputError, match=message):
+        usable(rows, catalog)
+
+
+def test_a_null_typed_column_is_empty_throughout():
+    table = pa.table({"user_id": ["u"], "item_id": ["a"], "timestamp": pa.nulls(1)})
+    with pytest.raises(InputError, match="none of its 1 events has"):
+        interactions.usable_interactions(table, CATALOG, "events")
+
+
+def test_without_a_catalog_it_is_the_ids_seen():
+    found = usable([("u", "q", 1), (None, "lost", 2), ("v", "p", 3), ("u", "q", 4)], None)
+    assert found.interactions.item_ids.to_pylist() == ["q", "p"]
+    assert len(found.rejects) == 1
+
+
+def test_min_rating_leaves_out_low_and_unrated_events():
+    rows = [("u", "a", 1, 5.0), ("u", "b", 2, 2.0), ("u", "c", 3, None), ("u", "c", 4, 3.0), (None, "c", 4, 3.0)]
+    table = events(rows, "rating")
+    found = interactions.usable_interactions(table, CATALOG, "events", min_rating=3.0)
+    assert (len(found.interactions), found.filtered_rating, len(found.rejects)) == (2, 2, 1)
+    assert spelt(found.interactions)[0]["item_ids"] == ["a", "c"]
+    with pytest.raises(InputError, match=r"no event is rated prepare\.min_rating 9 or above"):
+        interactions.usable_interactions(table, CATALOG, "events", min_rating=9)
+
+
+def test_whole_number_ratings_and_small_times():
+    table = pa.table(
+        {"user_id": ["u"], "item_id": ["a"], "timestamp": pa.array([7], pa.int32()), "rating": pa.array([4], pa.int8())}
+    )
+    assert len(interactions.usable_interactions(table, CATALOG, "events", min_rating=4).interactions) == 1
+
+
+def test_a_time_beyond_int64():
+    table = pa.table({"user_id": ["u"], "item_id": ["a"], "timestamp": pa.array([2**63], pa.uint64())})
+    with pytest.raises(InputError, match="'timestamp' holds a value beyond int64"):
+        interactions.usable_interactions(table, CATALOG, "events")
+
+
+def test_sequences_are_in_time_order_and_equal_times_in_input_order():
+    rows = [("v", "a", 9), ("u", "c", 5), ("u", "b", 5), ("v", "b", -1), ("u", "a", 5), ("u", "b", 4)]
+    assert spelt(usable(rows).interactions) == [
+        {"user_id": "v", "item_ids": ["b", "a"], "timestamps": [-1, 9]},
+        {"user_id": "u", "item_ids": ["b", "c", "b", "a"], "timestamps": [4, 5, 5, 5]},
+    ]
+
+
+def test_sequences_come_in_parts_that_split_no_user(monkeypatch: pytest.MonkeyPatch):
+    random = np.random.default_rng(0)
+    rows = [(f"u{random.integers(20)}", "abc"[random.integers(3)], int(random.integers(9))) for _ in range(200)]
+    kept = usable(rows).interactions
+    whole = spelt(kept)
+    monkeypatch.setattr(interactions, "_EVENTS_PER_PART", 30)
+    parts = list(interactions.sequences(kept))
+    assert len(parts) > 3
+    assert spelt(kept) == whole
+    assert len({row["user_id"] for row in whole}) == len(whole)
+
+
+def plain_core(pairs: list[tuple[str, str]], min_user: int, min_item: int) -> list[tuple[str, str]]:
+    """The definition, slowly."""
+    while True:
+        users, items = [user for user, _ in pairs], [item for _, item in pairs]
+        kept = [(u, i) for u, i in pairs if users.count(u) >= min_user and items.count(i) >= min_item]
+        if kept == pairs:
+            return kept
+        pairs = kept
+
+
+@pytest.mark.parametrize(("min_user", "min_item"), [(1, 1), (3, 1), (1, 4), (3, 4), (4, 6)])
+def test_core_is_repeated_until_stable(min_user: int, min_item: int):
+    random = np.random.default_rng(3)
+    skewed = (random.random((150, 2)) ** 2 * [30, 20]).astype(int)
+    pairs = [(f"u{user}", f"i{item}") for user, item in skewed]
+    found = usable([(user, item, 0) for user, item in pairs], None).interactions
+    kept = interactions.core(found, min_user, min_item)
+    users, items = kept.user_ids.to_pylist(), kept.item_ids.to_pylist()
+    pairs_kept = [(users[user], items[item]) for user, item in zip(kept.user, kept.item, strict=True)]
+    assert pairs_kept == plain_core(pairs, min_user, min_item)
+
+
+def test_a_core_of_nobody_names_the_keys():
+    with pytest.raises(InputError, match=r"prepare\.min_user_events 2 and prepare\.min_item_events 1; lower them"):
+        interactions.core(usable([("u", "a", 1), ("v", "a", 1)]).interactions, 2, 1)
+
+
+def test_split_block():
+    times = np.random.default_rng(0).permutation(100)
+    assert interactions.split_block(times, PrepareConfig()) == {"kind": "leave_one_out"}
+    temporal = PrepareConfig(split="temporal", temporal_valid_fraction=0.25, temporal_test_fraction=0.125)
+    assert interactions.split_block(times, temporal) == {"kind": "temporal", "valid_start_ms": 62, "test_start_ms": 87}
+
+
+@pytest.mark.parametrize("times", [[5] * 100, [1] * 95 + [2] * 5, [1] + [2] * 99])
+def test_a_temporal_split_needs_three_periods(times: list[int]):
+    with pytest.raises(InputError, match=r"too few different times.*set prepare\.split to leave_one_out"):
+        interactions.split_block(np.array(times), PrepareConfig(split="temporal"))
+
+
+def test_of_repeated_events_the_first_stays():
+    rows = [("u", "a", 1), ("u", "a", 1), ("v", "a", 1), ("u", "b", 1), ("u", "a", 2), ("u", "a", 1), ("v", "a", 1)]
+    kept = interactions.without_repeats(usable(rows).interactions)
+    assert spelt(kept) == [
+        {"user_id": "u", "item_ids": ["a", "b", "a"], "timestamps": [1, 1, 2]},
+        {"user_id": "v", "item_ids": ["a"], "timestamps": [1]},
+    ]
+    assert len(interactions.without_repeats(kept)) == len(kept) == 4
+
+
+def test_rejects_name_row_user_and_item():
+    table = usable([("u", "a", 1), (None, "b", 2), ("v", None, 3), ("w", "x", 4)]).rejects
+    assert table.schema == REJECTS
+    assert [tuple(row.values()) for row in table.to_pylist()] == [
+        ("interactions", "row 1: user_id None, item_id b", "user_id is empty"),
+        ("interactions", "row 2: user_id v, item_id None", "item_id is empty"),
+        ("interactions", "row 3: user_id w, item_id x", "item is not in the items table"),
+    ]
+
+
+def held_out(rows: list[tuple], **settings) -> tuple[interactions.HeldOutItems, dict[str, list[str]]]:
+    """What stays of `rows`, as the events and as each user's items in order."""
+    config = PrepareConfig(**{"cold_item_share": 0.25} | settings)
+    found = usable(rows, None).interactions
+    kept = interactions.hold_out_items(found, config, interactions.split_block(found.timestamp, config))
+    return kept, {row["user_id"]: row["item_ids"] for row in spelt(kept.interactions)}
+
+
+WALKS = [(f"u{user}", f"i{(user * 7 + step * step) % 12}", step) for user in range(30) for step in range(8)]
+
+
+@pytest.mark.parametrize("split", ["leave_one_out", "temporal"])
+def test_held_out_items_are_test_targets_or_nothing(split: str):
+    kept, sequences = held_out(WALKS, split=split)
+    assert kept.items == 3
+    whole = {row["user_id"]: row["item_ids"] for row in spelt(usable(WALKS, None).interactions)}
+    cold = {item for items in whole.values() for item in items} - {
+        i for items in sequences.values() for i in items[:-1]
+    }
+    assert len(cold) == 3
+    for user, items in whole.items():
+        expected = [item for item in items[:-1] if item not in cold] + items[-1:]
+        assert sequences[user] == expected, "the last event stays, whatever its item"
+    assert kept.test_targets == sum(items[-1] in cold for items in sequences.values()) > 0
+    assert len(kept.interactions) == sum(map(len, sequences.values()))
+
+
+def test_a_held_out_item_is_no_target_before_the_test_period():
+    early = [(f"early{user}", f"i{(user + step) % 12}", step) for user in range(12) for step in range(4)]
+    whole, sequences = held_out(WALKS + early)
+    kept, timed = held_out(WALKS + early, split="temporal")
+    cold = {f"i{row}" for row in range(12)} - {item for items in sequences.values() for item in items[:-1]}
+    assert kept.items == whole.items == len(cold) == 3
+    assert kept.test_targets == whole.test_targets - 3, "of the users who went early, three end at a held-out item"
+    for user, items in timed.items():
+        expected = [item for item in sequences[user] if item not in cold] if "early" in user else sequences[user]
+        assert items == expected
+
+
+def test_a_user_of_held_out_items_alone_leaves():
+    """With nothing before it, a target would be taken for training."""
+    rows = [(f"u{item}", f"i{item}", step) for item in range(8) for step in range(2)]
+    kept, sequences = held_out(rows)
+    assert (kept.items, kept.test_targets) == (2, 0)
+    assert len(sequences) == 6
+
+
+def test_the_draw_of_held_out_items_is_seeded():
+    same, other = held_out(WALKS)[1], held_out(WALKS, seed=1)[1]
+    assert held_out(WALKS)[1] == same != other
+    untouched, _ = held_out(WALKS, cold_item_share=0.0)
+    assert (len(untouched.interactions), untouched.items) == (len(WALKS), 0)
+
+
+@pytest.mark.parametrize(
+    ("share", "message"), [(0.01, "holds out 0 of 12 items; raise"), (0.99, "12 of 12 items; lower")]
+)
+def test_a_share_of_no_item_or_of_all_is_refused(share: float, message: str):
+    with pytest.raises(InputError, match=f"prepare.cold_item_share {share} .*{message} it"):
+        held_out(WALKS, cold_item_share=share)
