@@ -187,7 +187,8 @@ def _say(name: str, seed: int, step: int, started: float, row: dict[str, Any]) -
 
 
 def run_all(run: Run, cells: list[Cell], jobs: int) -> None:
-    """Each cell in a process of its own, `jobs` at a time, item towers before what stands on them."""
+    """Each cell in a process of its own, `jobs` at a time, item towers before what stands on them. One that fails costs
+    the others nothing; its error is raised at the end."""
     for folder in ("models", "ranks"):
         (run.out / folder).mkdir(parents=True, exist_ok=True)
     waiting: dict[Path, list[Cell]] = {}
@@ -198,6 +199,7 @@ def run_all(run: Run, cells: list[Cell], jobs: int) -> None:
             ready.append(cell)
         else:
             waiting.setdefault(tower, []).append(cell)
+    failures = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
         pending: dict[Future[Any], Path | None] = {
@@ -207,12 +209,17 @@ def run_all(run: Run, cells: list[Cell], jobs: int) -> None:
         while pending:
             done, _ = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
-                tower, row = pending.pop(future), future.result()
+                tower, failure = pending.pop(future), future.exception()
+                if failure is not None:
+                    failures.append(failure)
+                    continue
                 if tower is not None:
                     pending |= {pool.submit(run_cell, run, cell): None for cell in waiting[tower]}
                     continue
                 with (run.out / "rows.jsonl").open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                    file.write(json.dumps(future.result()) + "\n")
+    if failures:
+        raise failures[0]
 
 
 def table(out: Path, dataset: Dataset, part: str, against: str) -> str:
