@@ -70,7 +70,7 @@ def train_sasrec(
     if config.refit or epochs is not None:
         while trainer.epoch < figures["epoch"]:
             trainer.train_epoch(on_row)
-        trainer.keep_mean()
+        trainer.mean.keep()
     return Sasrec(name, trainer, counts, figures)
 
 

@@ -9,22 +9,21 @@ Shapes: B histories of one step · L longest of them · P examples · N items of
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pixrec.config import SequenceConfig
 from pixrec.data.sequences import HeldOut
 from pixrec.errors import InputError
 from pixrec.metrics import LOGGED, rank_metrics, target_ranks
+from pixrec.model.averaging import WeightMean
 from pixrec.model.compact import CompactTower
 from pixrec.model.losses import gather_with_gradient
 from pixrec.model.parallel import optimizer_tensors, restore_optimizer, sum_gradients
@@ -34,8 +33,6 @@ POOL_STEPS = 16
 """Histories of so many steps are sorted by length together, so that a batch holds histories of like length."""
 
 USERS_PER_PASS = 256
-
-_MEAN, _LAST = "mean", "last"
 
 OnRow = Callable[[dict[str, Any]], None]
 
@@ -119,8 +116,7 @@ class SequenceTrainer:
         self.named = {n: p for n, p in tower.named_parameters() if p.requires_grad}
         self.optimizer = self._adamw((self.named, config.learning_rate))
         self.epoch = self.step = 0
-        self.mean = {n: p.detach().clone() for n, p in self.named.items()} if config.averaging else {}
-        self._last: dict[str, Tensor] | None = None  # the weights that training goes on from, while the mean is in
+        self.mean = WeightMean(self.named, config.averaging)
 
     def train_epoch(self, on_row: OnRow = lambda row: None) -> None:
         """One pass over the training histories; `on_row` gets a row a step."""
@@ -150,9 +146,7 @@ class SequenceTrainer:
             group["lr"] = group["peak"] * min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
         self.optimizer.step()
         self.step += 1
-        if self.mean:
-            decay = min(self.config.averaging, self.step / (self.step + 9))  # the first steps are forgotten soon
-            get_ema_multi_avg_fn(decay)(list(self.mean.values()), list(self.named.values()), self.step)
+        self.mean.update(self.step)
         joined = loss.detach().clone()
         if self.world_size > 1:
             dist.all_reduce(joined)
@@ -280,7 +274,7 @@ class SequenceTrainer:
         while self.epoch < self.config.epochs and not watch.over:
             self.train_epoch(on_row)
             if self.epoch % self.config.validate_every_epochs == 0 or self.epoch == self.config.epochs:
-                with self.averaged():
+                with self.mean.applied():
                     yield self._validation(held_out, watch)
 
     def _validation(self, held_out: HeldOut, watch: EarlyStopping) -> dict[str, float]:
@@ -288,47 +282,16 @@ class SequenceTrainer:
         watch.is_best(figures.get("valid_ndcg@10", float(self.epoch)), figures)
         return figures
 
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within, the tower has the mean of its weights (Polyak & Juditsky 1992; as an exponential mean in Morales-
-        Brotons et al., TMLR 2024), if one is kept; afterwards the last weights again."""
-        if not self.mean:
-            yield
-            return
-        self._last = {name: parameter.detach().clone() for name, parameter in self.named.items()}
-        self._set(self.mean)
-        try:
-            yield
-        finally:
-            self._set(self._last)
-            self._last = None
-
-    def keep_mean(self) -> None:
-        """End training with the mean of the weights, if one is kept."""
-        self._set(self.mean or self.named)
-
-    @torch.no_grad()
-    def _set(self, weights: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.named.items():
-            parameter.copy_(weights[name])
-
     def training_tensors(self) -> dict[str, Tensor]:
         """What training goes on from beside the model, for safetensors: the optimiser's state by parameter name and,
         where a mean of the weights is kept, that and the last weights."""
-        tensors = optimizer_tensors(self.optimizer, self.named)
-        if self.mean:
-            last = self._last or {name: parameter.detach() for name, parameter in self.named.items()}
-            tensors |= {f"{_MEAN}/{name}": tensor for name, tensor in self.mean.items()}
-            tensors |= {f"{_LAST}/{name}": tensor for name, tensor in last.items()}
-        return tensors
+        return optimizer_tensors(self.optimizer, self.named) | self.mean.tensors()
 
     def restore(self, epoch: int, step: int, tensors: dict[str, Tensor]) -> None:
         """Continue after `epoch` with what `training_tensors` gave."""
         self.epoch, self.step = epoch, step
         restore_optimizer(self.optimizer, self.named, tensors)
-        if self.mean:
-            self.mean = {name: tensors[f"{_MEAN}/{name}"] for name in self.named}
-            self._set({name: tensors[f"{_LAST}/{name}"] for name in self.named})
+        self.mean.restore(tensors)
 
 
 class EarlyStopping:

@@ -137,17 +137,8 @@ def test_the_mean_of_the_weights_is_what_is_validated_saved_and_kept():
     resumed, _ = trainer()
     resumed.restore(2, training.step, saved)
     torch.testing.assert_close(resumed.tower.content.weight.detach(), last[1], rtol=0, atol=0)
-    resumed.keep_mean()
+    resumed.mean.keep()
     torch.testing.assert_close(resumed.tower.content.weight.detach(), means[1], rtol=0, atol=0)
-
-
-def test_the_mean_of_weights_forgets_the_first_ones_and_then_averages():
-    training, _ = trainer(dataclasses.replace(FAST, averaging=0.5))
-    expected, window = training.tower.content.weight.detach().clone(), [np.array([0, 1, 2])]
-    for decay in (0.1, 2 / 11, 0.25, 4 / 13):
-        training._step(window)
-        expected = decay * expected + (1 - decay) * training.tower.content.weight.detach()
-    torch.testing.assert_close(training.mean["content.weight"], expected)
 
 
 def test_without_averaging_the_last_weights_are_validated():
