@@ -33,7 +33,7 @@ from pixrec.schema import EMBEDDING, ITEM_ID, PREPARED_ITEM_FIELDS
 from pixrec.tracking import read_log
 
 WORLD = SyntheticConfig(num_items=24, num_users=30, image_size_px=32)
-STEPS = 8
+STEPS = 4
 CONFIG = dataclasses.replace(
     TINY,
     train=dataclasses.replace(
