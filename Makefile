@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: setup demo test unit lint bench clean
+.PHONY: setup demo test unit ranks lint bench clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/.ready
@@ -12,19 +12,22 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --upgrade pip
-	$(RUN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: setup
 	$(RUN)/pixrec demo --out $(OUT)
 
-# The linters beside the unit part, a core each; then what needs processes or Ray.
+# Two at a time what needs one core; then what needs Ray.
 test: setup
-	$(MAKE) --no-print-directory --jobs=2 lint unit
-	$(RUN)/python -m pytest tests/ranks tests/cluster
+	$(MAKE) --no-print-directory --jobs=2 unit lint ranks
+	$(RUN)/python -m pytest tests/cluster
 
 unit: setup
 	$(RUN)/python -m pytest tests/unit
+
+ranks: setup
+	$(RUN)/python -m pytest tests/ranks
 
 lint: setup
 	$(RUN)/ruff check .

@@ -39,8 +39,8 @@ def run_workers(
     remote = storage.is_remote(work)
     with listening(on_row) as mailbox:
         trainer = ray.train.torch.TorchTrainer(
-            worker,
-            train_loop_config={**job, "work": work, "mailbox": mailbox},
+            _fetched,
+            train_loop_config={"worker": ray.put(worker), "job": {**job, "work": work, "mailbox": mailbox}},
             scaling_config=ScalingConfig(
                 num_workers=_num_workers(settings),  # type: ignore[arg-type]
                 use_gpu=settings.use_gpu,
@@ -64,6 +64,12 @@ def run_workers(
         best_uri = f"s3://{best.path}" if remote else best.path
         storage.write_json(done, {"best": best_uri})  # also where `on_row` fails: that is raised behind this block
     return best_uri
+
+
+def _fetched(config: dict[str, Any]) -> None:
+    """The worker, met in its own process alone: Ray Train's controller, which starts before any worker, need not import
+    what that imports, for seconds."""
+    ray.get(config["worker"])(config["job"])
 
 
 def end_diverged(work: str, rank: int, message: str, batch: dict[str, Any]) -> None:

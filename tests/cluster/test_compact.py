@@ -26,6 +26,7 @@ CONFIG = tiny_config(
     model={"user_tower": "compact", "compact": SHAPE},
     train={
         "num_workers": 2,
+        "max_workers": 2,  # as an elastic run is asked for
         "compact": {"epochs": 4, "validate_every_epochs": 1, "learning_rate": 0.01, "histories_per_step": 4},
     },
 )

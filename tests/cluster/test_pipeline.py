@@ -40,7 +40,6 @@ CONFIG = dataclasses.replace(
         TINY.train,
         parallel="fsdp2",
         num_workers=1,
-        max_workers=2,
         micro_batch_histories=2,
         histories_per_step=8,
         epochs=10,
