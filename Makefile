@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: setup demo test unit ranks lint bench clean
+.PHONY: setup demo test unit ranks cluster lint bench clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/.ready
@@ -18,16 +18,12 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(RUN)/pixrec demo --out $(OUT)
 
-# Two at a time what needs one core; then what needs Ray.
+# What needs Ray leaves half of two cores idle; the rest runs beside it.
 test: setup
-	$(MAKE) --no-print-directory --jobs=2 unit lint ranks
-	$(RUN)/python -m pytest tests/cluster
+	$(MAKE) --no-print-directory --jobs=2 cluster unit lint ranks
 
-unit: setup
-	$(RUN)/python -m pytest tests/unit
-
-ranks: setup
-	$(RUN)/python -m pytest tests/ranks
+unit ranks cluster: setup
+	$(RUN)/python -m pytest tests/$@
 
 lint: setup
 	$(RUN)/ruff check .
