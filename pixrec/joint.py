@@ -33,6 +33,7 @@ from pixrec.data.sequences import HeldOut
 from pixrec.model.catalog import Catalog
 from pixrec.model.losses import all_reduced_rows, gather_with_gradient
 from pixrec.model.parallel import clip_gradients
+from pixrec.model.seeding import reseed, seed_of
 from pixrec.model.towers import DualTower
 from pixrec.sequential import OnRow, SequenceTrainer
 from pixrec.training import choose_trainable, prepare_backbone
@@ -172,7 +173,7 @@ class JointTrainer(SequenceTrainer):
 
     def _encoded(self, rows: np.ndarray, index: int) -> Tensor:
         """Content vectors (U, C) in training, the same dropout each time a step asks for micro-batch `index`."""
-        torch.manual_seed(int(np.random.SeedSequence([self.seed, 7, self.step, self.rank, index]).generate_state(1)[0]))
+        reseed(seed_of([self.seed, 7, self.step, self.rank, index]), self.device)
         self.towers.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.item_precision == "bf16"):
             return self._read(rows)

@@ -18,6 +18,7 @@ import torch
 from pixrec.config import SasrecConfig, SequenceConfig
 from pixrec.data.sequences import Dataset, sample_users
 from pixrec.model.compact import CompactTower
+from pixrec.model.seeding import seeded
 from pixrec.sequential import SequenceTrainer
 
 LOSS_OF: dict[str, Literal["full", "sampled", "gbce"] | None] = {
@@ -82,7 +83,6 @@ def _begin(
     warm = np.flatnonzero(counts > 0)
     identity = np.full(len(dataset.items), -1)
     identity[warm] = np.arange(len(warm))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         tower = CompactTower(config.width, config.tower, None, len(warm), unit=False).to(device)
     return SequenceTrainer(tower, histories, counts, None, identity, training, seed=config.seed), counts

@@ -27,6 +27,7 @@ from pixrec.model.averaging import WeightMean
 from pixrec.model.compact import CompactTower
 from pixrec.model.losses import gather_with_gradient
 from pixrec.model.parallel import optimizer_tensors, restore_optimizer, sum_gradients
+from pixrec.model.seeding import reseed, seed_of
 from pixrec.model.softmax import catalog_softmax, generalised_bce, sampled_softmax
 
 POOL_STEPS = 16
@@ -129,11 +130,11 @@ class SequenceTrainer:
 
     def _step(self, windows: list[np.ndarray]) -> float:
         """One optimisation step over all workers; returns the joined mean loss of an example."""
-        torch.manual_seed(int(np.random.SeedSequence([self.seed, 4, self.step]).generate_state(1)[0]))
+        reseed(seed_of([self.seed, 4, self.step]), self.device)
         each = (len(windows),) if self.config.loss == "gbce" else ()  # its own for every history, or shared by all
         negatives = self.warm[torch.randint(len(self.warm), (*each, self.config.negatives), device=self.device)]
         by_content_alone = torch.rand(len(self.identity), device=self.device) < self.identity_dropout
-        torch.manual_seed(int(np.random.SeedSequence([self.seed, 5, self.step, self.rank]).generate_state(1)[0]))
+        reseed(seed_of([self.seed, 5, self.step, self.rank]), self.device)
         self.tower.train()
         examples = sum(len(w) - 1 for w in windows)
         mine = windows[self.rank :: self.world_size]

@@ -37,6 +37,7 @@ from pixrec.model.parallel import (
     shard,
     whole,
 )
+from pixrec.model.seeding import reseed, seed_of
 from pixrec.model.towers import DualTower
 from pixrec.model.usage import usage
 from pixrec.validation import item_table, validate
@@ -291,13 +292,13 @@ class Trainer:
         totals, loss = torch.zeros(len(PARTS), 2, device=self.device), torch.zeros((), device=self.device)
         real = slots = 0.0
         for i, plan in enumerate(read.passes):
-            seed = int(np.random.SeedSequence(self._seed(self.step, i)).generate_state(1)[0])
+            seed = seed_of(self._seed(self.step, i))
             extra = self._extra(i)
             if config.micro_batch_histories is not None:
                 parts = self.collate.parts(plan, config.micro_batch_histories)
                 one, sums, used = gradcache.backward(self.core, parts, extra, seed, 1 / passes)
             else:
-                torch.manual_seed(seed)
+                reseed(seed, self.device)
                 batch = read.whole[i].to(self.device)
                 if isinstance(self.task, DistributedDataParallel):
                     self.task.require_backward_grad_sync = i == passes - 1

@@ -31,6 +31,7 @@ from pixrec.model.backbone import TINY, Backbone, add_lora, build_tiny, load_pre
 from pixrec.model.catalog import Embedder
 from pixrec.model.compact import CompactTower
 from pixrec.model.encoding import ItemEncoder, picture_statistics, train_tokenizer
+from pixrec.model.seeding import seeded
 from pixrec.model.towers import DualTower
 
 MODEL_MARKER = "model.json"
@@ -76,8 +77,7 @@ def new_model(config: Config, texts: list[str], device: str = "cpu") -> Model:
             raise ConfigError(f"model.backbone {config.model.backbone!r} cannot be loaded: {reason}") from None
         statistics = picture_statistics(config.model.backbone)
     base = _base(config, tokenizer)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.train.seed)
+    with seeded(config.train.seed):
         if config.model.lora.enabled:
             add_lora(base, config.model.lora)
         tower = DualTower(Backbone(base, *statistics), config.model, config.train.temperature)
@@ -95,8 +95,7 @@ def with_compact(model: Model, trained_items: list[str]) -> Model:
     """The model with an untrained compact user tower, which learns a vector for each of `trained_items` if so set."""
     config = model.config.model
     known = tuple(trained_items) if config.compact.identity else ()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(model.config.train.seed)
+    with seeded(model.config.train.seed):
         tower = CompactTower(config.compact_width, config.compact, config.embedding_width, len(known))
     model.tower.compact = tower.to(model.tower.log_temperature.device)
     return dataclasses.replace(model, identities=known)

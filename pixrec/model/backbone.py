@@ -19,6 +19,7 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 from pixrec.config import LoraConfig, TinyConfig
 from pixrec.errors import ConfigError
 from pixrec.model.families import family_of
+from pixrec.model.seeding import seeded
 
 TINY = "pixrec-tiny"
 VISION_MODULES = ("vision_model", "vision_tower", "visual", "connector", "multi_modal_projector")
@@ -97,8 +98,7 @@ def build_tiny(config: TinyConfig, tokenizer_size: int, ids: dict[str, int], see
     whole = SmolVLMConfig(
         text_config=text, vision_config=vision, image_token_id=ids["image"], scale_factor=2, tie_word_embeddings=True
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return AutoModelForImageTextToText.from_config(whole)
 
 

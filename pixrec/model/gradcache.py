@@ -21,6 +21,7 @@ from torch import Tensor
 from pixrec.model.encoding import Histories, Items
 from pixrec.model.losses import all_reduced_rows, next_item_generation
 from pixrec.model.objective import PARTS, Candidates, Extra, TrainingTask, history_rows, joined_counts
+from pixrec.model.seeding import reseed
 from pixrec.model.towers import HistoryOutputs
 
 _ANCHORS_AT_A_TIME = 1024
@@ -190,7 +191,7 @@ class _Cache:
         self.real, self.slots = self.real + float(is_token.sum()), self.slots + float(is_token.numel())
 
     def _items(self, i: int, count: bool = False) -> Tensor:
-        torch.manual_seed(self.seed + 2 * i)
+        reseed(self.seed + 2 * i, self.device)
         with self.task.autocast():
             items = self.parts.items[i]().to(self.device)
             if count:
@@ -198,7 +199,7 @@ class _Cache:
             return self.task.run(self._read_items, items).float()
 
     def _histories(self, i: int, generate: bool) -> tuple[HistoryPart, HistoryOutputs]:
-        torch.manual_seed(self.seed + 2 * i + 1)
+        reseed(self.seed + 2 * i + 1, self.device)
         part = self.parts.histories[i]()
         part = HistoryPart(part.items.to(self.device), part.histories.to(self.device), part.of_batch.to(self.device))
         with self.task.autocast():

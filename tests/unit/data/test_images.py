@@ -4,6 +4,7 @@ import contextlib
 import io
 import struct
 import zlib
+from functools import cache
 
 import numpy as np
 import pytest
@@ -150,6 +151,7 @@ def test_the_camera_orientation_is_undone(kind: str):
             assert square[edges[opposite]][:, 1].min() > 200
 
 
+@cache
 def photograph(side_px: int, **options) -> bytes:
     """A JPEG with the spectrum of a photograph (amplitude falls with frequency), colours paler than its lights."""
     frequency = np.hypot(np.fft.fftfreq(side_px)[:, None], np.fft.rfftfreq(side_px)[None])
