@@ -1,14 +1,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from raw_shop import write_raw
+from ray.train import Checkpoint
 
 from pixrec import storage
+from pixrec.artifact import Model
 from pixrec.cluster import prepare
+from pixrec.cluster.compact import report_validations
+from pixrec.config import Config
+from pixrec.data.sequences import Dataset
 
 HERE = Path(__file__).parent
 BUCKET = "s3://warehouse"
@@ -59,6 +67,30 @@ def ray_session(bucket: str) -> Iterator[None]:
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
         with connect(progress=False):
             yield
+
+
+@pytest.fixture
+def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Model, list[Checkpoint]]]:
+    """What a worker of the compact or the joint phase does, in this process as the only one; with its checkpoints.
+
+    Takes the phase's `_begin` and its arguments.
+    """
+    kept: list[Checkpoint] = []
+
+    def report(metrics: dict[str, Any], checkpoint: Checkpoint) -> None:
+        kept.append(Checkpoint(str(shutil.copytree(checkpoint.path, tmp_path / f"checkpoint-{len(kept)}"))))
+
+    def run(begin: Callable[..., Any], uri: str, dataset: Dataset, config: Config, checkpoint: Checkpoint | None):
+        before = len(kept)
+        trainer, model, watch = begin(uri, dataset, config, "cpu", checkpoint)
+        report_validations(trainer, model, watch, dataset, config, mailbox)
+        return model, kept[before:]
+
+    mailbox = SimpleNamespace(put=SimpleNamespace(remote=lambda rows: None))
+    monkeypatch.setattr("ray.train.report", report)
+    monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
+    monkeypatch.setattr("ray.get", lambda arrived: None)
+    return run
 
 
 @pytest.fixture

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fakes import tiny_config, tiny_dataset, tiny_model, write_model, write_prepared
-from ray.train import Checkpoint
 
 from pixrec.artifact import load_model
-from pixrec.cluster.compact import _begin, fit_compact, report_validations
+from pixrec.cluster.compact import _begin, fit_compact
 from pixrec.cluster.train import check_ready
 from pixrec.data.sequences import Dataset
 from pixrec.errors import InputError
@@ -61,29 +59,15 @@ def test_two_workers_end_where_one_process_does(tmp_path: Path, dataset: Dataset
 
 
 def test_from_a_checkpoint_it_goes_on_as_if_nothing_had_happened(
-    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dataset: Dataset, train_here: Callable[..., Any]
 ):
-    """Whoever dies, the workers begin again at the last checkpoint (tests of `train` and `joint` kill one)."""
-    kept: list[Checkpoint] = []
-
-    def report(metrics: dict[str, Any], checkpoint: Checkpoint) -> None:
-        kept.append(Checkpoint(str(shutil.copytree(checkpoint.path, tmp_path / f"checkpoint-{len(kept)}"))))
-
-    monkeypatch.setattr("ray.train.report", report)
-    monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
-    mailbox = SimpleNamespace(put=SimpleNamespace(remote=lambda rows: None))
-    monkeypatch.setattr("ray.get", lambda arrived: None)
-
-    def run(checkpoint: Checkpoint | None) -> dict[str, torch.Tensor]:
-        trainer, model, watch = _begin(str(tmp_path / "base"), dataset, CONFIG, "cpu", checkpoint)
-        report_validations(trainer, model, watch, dataset, CONFIG, mailbox)
-        return model.tower.compact.state_dict()
-
-    whole = run(None)
-    assert len(kept) == CONFIG.train.compact.epochs
-    resumed = run(kept[1])
-    assert len(kept) == 2 * CONFIG.train.compact.epochs - 2
-    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+    """Whoever dies, the workers begin again at the last checkpoint (a test of `train` kills one)."""
+    whole, checkpoints = train_here(_begin, str(tmp_path / "base"), dataset, CONFIG, None)
+    assert len(checkpoints) == CONFIG.train.compact.epochs
+    resumed, more = train_here(_begin, str(tmp_path / "base"), dataset, CONFIG, checkpoints[1])
+    assert len(more) == CONFIG.train.compact.epochs - 2
+    for name, weight in whole.tower.compact.state_dict().items():
+        assert torch.equal(resumed.tower.compact.state_dict()[name], weight), name
 
 
 TIMED = tiny_config(model={"user_tower": "compact", "compact": {"time": "both", **SHAPE}})

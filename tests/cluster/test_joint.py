@@ -1,4 +1,4 @@
-"""Both towers together under Ray Train: two workers, one of them killed on the way, end where one process ends."""
+"""Both towers together under Ray Train: two workers end where one process ends, from the beginning or a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from fakes import tiny_config, tiny_dataset, tiny_model, write_model, write_prepared
-from processes import die_once, disturbed
 
 from pixrec.artifact import load_model
 from pixrec.cluster import compact, train
@@ -22,7 +21,6 @@ CONFIG = tiny_config(
     model={"user_tower": "compact", "compact": {"dropout": 0.0}},
     train={
         "num_workers": 2,
-        "max_failures": 1,
         "compact": {"histories_per_step": 4},
         "joint": {
             "epochs": 2,
@@ -37,22 +35,11 @@ CONFIG = tiny_config(
 )
 
 
-def test_two_workers_of_which_one_dies_end_where_one_process_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
-):
+def test_two_workers_end_where_one_process_does(tmp_path: Path, ray_session: None):
     dataset = write_prepared(tmp_path / "data", tiny_dataset(num_events=7))
     before = write_model(tmp_path / "begun", tiny_model(CONFIG)).tower.state_dict()
-    note = tmp_path / "note"
-    note.touch()
-
-    def kill(trainer: Any) -> None:
-        if (trainer.epoch, trainer.rank) == (1, 1):
-            die_once(note)
-
-    monkeypatch.setattr(module, "_worker", disturbed(module, "JointTrainer", "train_epoch", kill))
     rows: list[dict[str, Any]] = []
     best = fit_joint(str(tmp_path / "begun"), str(tmp_path / "data"), str(tmp_path / "work"), CONFIG, rows.append)
-    assert not note.exists()
     assert next(row["epoch"] for row in rows if "epoch" in row) == 0
     assert {"staleness", "age_steps", "fresh_share"} <= set(next(row for row in rows if "loss" in row))
     assert any("table_staleness" in row for row in rows)
@@ -72,6 +59,16 @@ def test_two_workers_of_which_one_dies_end_where_one_process_does(
     alone.refresh()
     vectors = model.embedder().items(Catalog(dataset.items, model.encoder), np.arange(len(dataset.items)))
     np.testing.assert_allclose(vectors, alone.item_vectors().numpy(), atol=1e-3)
+
+
+def test_from_a_checkpoint_it_goes_on_as_if_nothing_had_happened(tmp_path: Path, train_here: Callable[..., Any]):
+    dataset = write_prepared(tmp_path / "data", tiny_dataset(num_events=7))
+    write_model(tmp_path / "begun", tiny_model(CONFIG))
+    whole, checkpoints = train_here(_begin, str(tmp_path / "begun"), dataset, CONFIG, None)
+    resumed, more = train_here(_begin, str(tmp_path / "begun"), dataset, CONFIG, checkpoints[1])
+    assert (len(checkpoints), len(more)) == (3, 1)
+    for name, weight in whole.tower.state_dict().items():
+        assert torch.equal(resumed.tower.state_dict()[name], weight), name
 
 
 def test_it_is_the_last_part_of_train(monkeypatch: pytest.MonkeyPatch):

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from fakes import tiny_dataset, write_index, write_model, write_prepared
+from ray.train import WorkerGroupError
 
 from pixrec import cli, storage, verbs
 from pixrec.artifact import Model
@@ -270,17 +271,12 @@ def test_a_fault_of_the_user_is_seen_through_the_workers(run: Run, made: Path, m
 
         cause = InputError("items.parquet:\n  cannot be read")
 
-    class TrainingError(Exception):
-        """As Ray Train wraps the workers'."""
-
-        worker_failures = {0: WorkerError()}  # noqa: RUF012
-
     def chained() -> Exception:
         error = RuntimeError("outer")
         error.__cause__ = InputError("items.parquet: cannot be read")
         return error
 
-    for error in (WorkerError(), TrainingError(), chained()):
+    for error in (WorkerError(), WorkerGroupError("as Ray Train says it", {0: WorkerError()}), chained()):
 
         def fails(*_: object, error: Exception = error) -> None:
             raise error
