@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from fakes import tiny_dataset, tiny_items, tiny_model
 
 from pixrec.artifact import Model
 from pixrec.data.items import ItemTable
 from pixrec.data.sequences import Dataset
+
+# Around every test pytest hooks each logger that does not propagate. Torch has 55 of them: 2 ms a test.
+for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch")]:
+    logging.getLogger(name).propagate = True
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,9 @@ of DESIGN §5, without Ray.
 from __future__ import annotations
 
 import colorsys
+import copy
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -134,10 +136,14 @@ def tiny_dataset(
     return Dataset(uri, items, _info(items, events, PrepareConfig(split=split)), events)
 
 
+_first_model = functools.cache(new_model)  # never used itself, since tests train and alter what they get
+
+
 def tiny_model(config: Config | None = None, items: ItemTable | None = None) -> Model:
     """An untrained model whose tokenizer has read the titles of `items`; a compact tower knows the first half."""
     items, config = items or tiny_items(), config or TINY
-    model = new_model(config, [items.text(row) for row in range(len(items))])
+    first = _first_model(config, tuple(items.text(row) for row in range(len(items))))
+    model = dataclasses.replace(first, tower=copy.deepcopy(first.tower))
     if config.model.user_tower == "compact":
         model = with_compact(model, items.item_ids[: len(items) // 2])
     return dataclasses.replace(model, info={"fingerprint": fingerprint(model)})

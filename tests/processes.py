@@ -15,6 +15,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+LIBRARY = [
+    "pixrec.training",
+    "pixrec.joint",
+    "pixrec.artifact",
+    "pixrec.recommender",
+    "pixrec.evaluation",
+    "pixrec.cli",
+]
 Ranked = tuple[int, Callable[[str], None]]
 
 
@@ -23,7 +31,7 @@ def run_ranks(folder: str, *jobs: Ranked) -> None:
 
     They are forked from one that has imported the library: a process that imports it takes 6 s of CPU time.
     """
-    mp.set_forkserver_preload(["pixrec.training", "pixrec.joint", "pixrec.artifact"])
+    mp.set_forkserver_preload(LIBRARY)
     mp.start_processes(_rank, (folder, jobs), max(size for size, _ in jobs), start_method="forkserver")
 
 
