@@ -1,7 +1,7 @@
 """The random streams of torch, set to a seed: for one step of a training, or for the first weights of a model.
 
-`torch.manual_seed` does the same for every kind of device that torch knows. For each kind that is not there it formats
-the call stack, which costs a step of a small tower more than its dropout does.
+`torch.manual_seed` does the same for every kind of device that torch knows, and for each that is not there it formats
+the call stack: .2 ms a call, some ms where the stack is deep.
 """
 
 from __future__ import annotations
