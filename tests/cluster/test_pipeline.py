@@ -1,8 +1,8 @@
 """The verbs one after the other, as people type them, on a synthetic catalog; and what they refuse without Ray.
 
 The first tests build on each other, in the order of the file. They go from s3:// to s3://, with credentials and
-endpoint from the usual variables only; local folders are what all other tests use. Training is sharded (FSDP2) and
-elastic, on as many workers as there is room for from 1 to 2: what it leaves is a whole model like any other.
+endpoint from the usual variables only; local folders are what all other tests use. Training is set to be sharded
+(FSDP2): what it leaves is a whole model like any other.
 """
 
 from __future__ import annotations

@@ -183,8 +183,7 @@ def test_stages_follow_each_other_and_resume_in_the_right_one(
     target, other = two_sets
     config, out, notes = staged(target, other), tmp_path / "model", tmp_path / "notes"
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    texts = [*load_texts(target.uri), *load_texts(other.uri)]  # the tokenizer reads both sets
-    model = new_model(config, texts)
+    model = new_model(config, load_texts(target.uri) + load_texts(other.uri))  # the tokenizer reads both sets
     notes.mkdir()
     monkeypatch.setattr(module, "_worker", sabotaged(notes))
     asked: list[str] = []
