@@ -24,7 +24,7 @@ def main(wanted: list[str]) -> int:
     rows: list[Row] = []
     for name in wanted or NAMES:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        rows += import_module(f"benchmarks.{name}").run()
+        rows += import_module(f"benchmarks.speed.{name}").run()
     print(table(rows))
     print(f"\none thread of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {time.monotonic() - started:.0f} s")
     return 0

@@ -79,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
                 return verbs.demo(a.out, config, console)
 
 
-def _moments(text: str) -> list[int]:
+def _timestamps(text: str) -> list[int]:
     try:
         return [int(moment) for moment in text.split(",")]
     except ValueError:
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", metavar="URI", help="prepared data set, where it has moved since embed")
     sub.add_argument("--history", required=True, metavar="ID,ID,...", help="item ids, oldest first")
     sub.add_argument(
-        "--timestamps", type=_moments, metavar="MS,MS,...", help="when each was met, for a model that reads times"
+        "--timestamps", type=_timestamps, metavar="MS,MS,...", help="when each was met, for a model that reads times"
     )
     sub.add_argument("-k", type=int, default=10, metavar="N", help="how many (default 10)")
     sub.add_argument("--include-history", action="store_true", help="may recommend items of the history again")

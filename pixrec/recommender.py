@@ -186,9 +186,9 @@ class Recommender:
     def _timestamps(self, query: Query) -> np.ndarray:
         """When each known item of the history was met, (L,), UNKNOWN_TIME where the query does not say."""
         check_timestamps(query.history, query.timestamps)
-        moments = query.timestamps if query.timestamps is not None else [UNKNOWN_TIME] * len(query.history)
+        timestamps = query.timestamps if query.timestamps is not None else [UNKNOWN_TIME] * len(query.history)
         known = set(self._known(query))
-        return np.array([m for i, m in zip(query.history, moments, strict=True) if i in known], dtype=np.int64)
+        return np.array([m for i, m in zip(query.history, timestamps, strict=True) if i in known], dtype=np.int64)
 
     def _history_vectors(self, query: Query) -> np.ndarray:
         """Vectors (L, D) of the newest known items of a history."""

@@ -21,20 +21,21 @@ from pixrec.artifact import (
     rollback,
 )
 from pixrec.artifact.sources import RECALL
-from pixrec.audit import audit, audit_elsewhere, dataset_guards, provenance
 from pixrec.config import Config, to_dict
 from pixrec.console import Console
 from pixrec.data.sequences import DATASET_MARKER, Dataset, HeldOut, load_dataset, sample_users
 from pixrec.errors import InputError
-from pixrec.evaluation import AnyScorer, Ranker, evaluate_scorers, rank_here
+from pixrec.evaluation.audit import audit, audit_elsewhere, dataset_guards, provenance
+from pixrec.evaluation.protocol import Ranker, evaluate_scorers, rank_here
+from pixrec.evaluation.results import Evaluation
+from pixrec.evaluation.seeds import aggregate
+from pixrec.evaluation.significance import bootstrap_ci
 from pixrec.metrics import count_ties, target_ranks, user_random_tie_metrics
-from pixrec.predictions import load_predictions
 from pixrec.report import choose_examples, choose_grids, format_table, notes, write_report
-from pixrec.results import Evaluation
-from pixrec.scorers import KNOCKOUTS, Sources, build_scorers
-from pixrec.seeds import aggregate
-from pixrec.significance import bootstrap_ci
-from pixrec.tracking import read_log
+from pixrec.scorers.build import KNOCKOUTS, Sources, build_scorers
+from pixrec.scorers.predictions import load_predictions
+from pixrec.scorers.protocol import AnyScorer
+from pixrec.training.tracking import read_log
 
 METRICS = "metrics.json"
 HEADLINE_SCORERS = ("pixrec", "pixrec_text_only", "popularity")

@@ -1,4 +1,4 @@
-"""Puts tests/ on the import path (`from fakes import ...`) and keeps one tiny catalog and model for the whole run."""
+"""Keeps one tiny catalog and model for the whole run."""
 
 from __future__ import annotations
 

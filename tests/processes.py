@@ -16,11 +16,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 LIBRARY = [
-    "pixrec.training",
-    "pixrec.joint",
+    "pixrec.training.interleaved",
+    "pixrec.training.joint",
     "pixrec.artifact",
     "pixrec.recommender",
-    "pixrec.evaluation",
+    "pixrec.evaluation.protocol",
     "pixrec.cli",
 ]
 Ranked = tuple[int, Callable[[str], None]]
@@ -51,14 +51,14 @@ def disturbed(
     module: ModuleType, trainer: str, method: str, disturb: Callable[[Any], None]
 ) -> Callable[[dict[str, Any]], None]:
     """The `_worker` of `module` with `disturb(trainer)` before every call of a method of the class `trainer` of
-    `pixrec.phases`.
+    `pixrec.training.phases`.
 
     For Ray Train: it reaches the processes whole, and changes the class there alone.
     """
     place = module.__name__
 
     def work(job: dict[str, Any]) -> None:
-        phases = importlib.import_module("pixrec.phases")
+        phases = importlib.import_module("pixrec.training.phases")
         plain = getattr(phases, trainer)
 
         def disturbed_method(self: Any, *args: Any) -> Any:

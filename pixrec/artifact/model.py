@@ -1,7 +1,7 @@
 """Save and load a model as one unit. safetensors, YAML and JSON only.
 
 A model is a folder: config.yaml (resolved), adapter/ (PEFT's format) or backbone/, heads.safetensors, processor/,
-identities.json where items have learned vectors, model.json (written last). Its fingerprint names the weights, the
+embedded_ids.json where items have learned vectors, model.json (written last). Its fingerprint names the weights, the
 tokenizer and what the towers may see.
 """
 
@@ -36,7 +36,7 @@ from pixrec.model.towers import DualTower
 
 MODEL_MARKER = "model.json"
 _KNOCKOUTS = "knockouts"
-_IDENTITIES = "identities.json"
+_EMBEDDED_IDS = "embedded_ids.json"
 
 # What reading damaged files raises. RuntimeError: a tensor of another shape; KeyError: a file that lacks a key;
 # TypeError: a tokenizer without its settings.
@@ -52,7 +52,7 @@ class Model:
     config: Config
     info: dict[str, Any]
     """model.json: fingerprint, metrics, counts of training."""
-    identities: tuple[str, ...] = ()
+    embedded_ids: tuple[str, ...] = ()
     """Items that have a learned vector of their own, in the order of those vectors."""
 
     @property
@@ -61,7 +61,7 @@ class Model:
 
     def embedder(self) -> Embedder:
         model = self.config.model
-        return Embedder(self.tower, self.encoder, model.modalities, model.max_history_items, self.identities)
+        return Embedder(self.tower, self.encoder, model.modalities, model.max_history_items, self.embedded_ids)
 
 
 def new_model(config: Config, texts: list[str], device: str = "cpu") -> Model:
@@ -94,11 +94,11 @@ def untrained_model(config: Config, data_uris: Sequence[str], device: str = "cpu
 def with_compact(model: Model, trained_items: list[str]) -> Model:
     """The model with an untrained compact user tower, which learns a vector for each of `trained_items` if so set."""
     config = model.config.model
-    known = tuple(trained_items) if config.compact.identity else ()
+    known = tuple(trained_items) if config.compact.id_embedding else ()
     with seeded(model.config.train.seed):
         tower = CompactTower(config.compact_width, config.compact, config.embedding_width, len(known))
     model.tower.compact = tower.to(model.tower.log_temperature.device)
-    return dataclasses.replace(model, identities=known)
+    return dataclasses.replace(model, embedded_ids=known)
 
 
 def save_model(folder: str, model: Model, info: dict[str, Any]) -> dict[str, Any]:
@@ -117,8 +117,8 @@ def save_model(folder: str, model: Model, info: dict[str, Any]) -> dict[str, Any
     (processor / "preprocessor_config.json").write_text(json.dumps(statistics, indent=2))
     backbone.model.save_pretrained(path / ("adapter" if model.config.model.lora.enabled else "backbone"))
     safetensors.torch.save_file(_heads(model.tower), path / "heads.safetensors")
-    if model.identities:
-        (path / _IDENTITIES).write_text(json.dumps(model.identities))
+    if model.embedded_ids:
+        (path / _EMBEDDED_IDS).write_text(json.dumps(model.embedded_ids))
     facts = {"fingerprint": fingerprint(model), "pixrec": pixrec.__version__, **info}
     (path / MODEL_MARKER).write_text(json.dumps(facts, indent=2) + "\n")
     return facts
@@ -161,7 +161,7 @@ def fingerprint(model: Model) -> str:
         digest.update(tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
     digest.update(json.dumps(sorted(model.encoder.tokenizer.get_vocab().items())).encode())
     digest.update(repr(model.config.model).encode())
-    digest.update(json.dumps(model.identities).encode())
+    digest.update(json.dumps(model.embedded_ids).encode())
     return digest.hexdigest()
 
 
@@ -179,7 +179,7 @@ def _read_model(path: Path) -> Model:
     model = Model(tower, ItemEncoder(tokenizer, backbone.family, config.model.max_text_tokens), config, info)
     heads = safetensors.torch.load_file(path / "heads.safetensors")
     if any(name.startswith("compact.") for name in heads):
-        listed = path / _IDENTITIES
+        listed = path / _EMBEDDED_IDS
         model = with_compact(model, json.loads(listed.read_text()) if listed.exists() else [])
     missing, unexpected = tower.load_state_dict(heads, strict=False)
     if unexpected or [name for name in missing if not name.startswith("backbone.")]:

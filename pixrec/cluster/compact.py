@@ -23,8 +23,8 @@ from pixrec.config import Config, dump_config, load_config
 from pixrec.data.sequences import Dataset, load_dataset, sample_users
 from pixrec.model.catalog import Catalog
 from pixrec.model.vision import find_tokens
-from pixrec.phases import compact_trainer
-from pixrec.sequential import EarlyStopping, SequenceTrainer
+from pixrec.training.compact import CompactTrainer, EarlyStopping
+from pixrec.training.phases import compact_trainer
 
 _STATE, _OPTIMIZER = "state.json", "optimizer.safetensors"
 
@@ -45,7 +45,7 @@ def _worker(job: dict[str, Any]) -> None:
 
 
 def report_validations(
-    trainer: SequenceTrainer, model: Model, watch: EarlyStopping, dataset: Dataset, config: Config, mailbox: Any
+    trainer: CompactTrainer, model: Model, watch: EarlyStopping, dataset: Dataset, config: Config, mailbox: Any
 ) -> None:
     """Train to the end; every validation goes to the log and, with a checkpoint, to Ray."""
     held_out = sample_users(dataset.held_out("valid"), config.train.compact.max_validation_users, config.train.seed)
@@ -65,7 +65,7 @@ def report_validations(
 
 def _begin(
     model_uri: str, dataset: Dataset, config: Config, device: str, checkpoint: Checkpoint | None
-) -> tuple[SequenceTrainer, Model, EarlyStopping]:
+) -> tuple[CompactTrainer, Model, EarlyStopping]:
     """The trainer as it stands: fresh on top of the model's item tower, or as `checkpoint` left it."""
     base = load_model(model_uri, device)
     tokens = find_tokens(dataset.uri, config, base.tower.backbone)
@@ -74,7 +74,7 @@ def _begin(
 
 
 def restored(
-    trainer: SequenceTrainer, model: Model, patience: int, checkpoint: Checkpoint | None, device: str
+    trainer: CompactTrainer, model: Model, patience: int, checkpoint: Checkpoint | None, device: str
 ) -> EarlyStopping:
     """Bring trainer and model to where `checkpoint`, if any, left them; returns what watches the validations."""
     watch = EarlyStopping(patience)
@@ -88,7 +88,7 @@ def restored(
     return watch
 
 
-def _save_state(trainer: SequenceTrainer, watch: EarlyStopping, folder: Path) -> None:
+def _save_state(trainer: CompactTrainer, watch: EarlyStopping, folder: Path) -> None:
     safetensors.torch.save_file(trainer.training_tensors(), folder / _OPTIMIZER)
     state = {"epoch": trainer.epoch, "step": trainer.step, "best": watch.best, "since": watch.since}
     (folder / _STATE).write_text(json.dumps(state))

@@ -21,10 +21,10 @@ import ray.data
 
 from pixrec import storage
 from pixrec.artifact import MODEL_MARKER, check_index_writable, index_version
+from pixrec.artifact.embedding import ItemEmbedder, decode_items, find_store, hash_items, raise_fault
 from pixrec.artifact.sources import Sources, reusable, write_chosen
 from pixrec.artifact.stored import KEY
 from pixrec.artifact.unfinished import Unfinished, Vanished, sweep
-from pixrec.cluster.stages import ItemEmbedder, decode_items, find_store, hash_items, raise_fault
 from pixrec.config import Config, EmbedConfig, ModelConfig, load_config
 from pixrec.console import Rate
 from pixrec.data.sequences import DATASET_MARKER

@@ -20,10 +20,11 @@ from pixrec import storage
 from pixrec.artifact import load_model
 from pixrec.data.items import load_items
 from pixrec.data.sequences import HeldOut
-from pixrec.evaluation import AnyScorer, Block, Collector, Progress, Ranker, Task, rank_here, users_of
-from pixrec.results import Outcome
+from pixrec.evaluation.protocol import Block, Collector, Progress, Ranker, Task, rank_here, users_of
+from pixrec.evaluation.results import Outcome
 from pixrec.schema import TIMESTAMPS, USER_ID
-from pixrec.scorers import Recipe, TowerScorer
+from pixrec.scorers.build import Recipe, TowerScorer
+from pixrec.scorers.protocol import AnyScorer
 
 _NUMBER, _HISTORY, _TARGET = "number", "history", "target"
 _RANKS = ("allowed", "filtered", "ties")

@@ -15,11 +15,11 @@ from pixrec.cluster.workers import OnRow, run_workers
 from pixrec.config import Config, dump_config, load_config
 from pixrec.data.sequences import Dataset, load_dataset
 from pixrec.errors import ConfigError
-from pixrec.joint import JointTrainer
 from pixrec.model.catalog import Catalog
 from pixrec.model.vision import find_tokens
-from pixrec.phases import joint_trainer
-from pixrec.sequential import EarlyStopping
+from pixrec.training.compact import EarlyStopping
+from pixrec.training.joint import JointTrainer
+from pixrec.training.phases import joint_trainer
 
 
 def fit_joint(model: str, data: str, work: str, config: Config, on_row: OnRow) -> str:

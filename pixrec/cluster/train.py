@@ -1,4 +1,4 @@
-"""Fine-tuning under Ray Train: the plain Trainer in N workers, checkpoints, resuming, the published model.
+"""Fine-tuning under Ray Train: the plain InterleavedTrainer in N workers, checkpoints, resuming, the published model.
 
 A run keeps its checkpoints in a hidden folder beside --out, one part for the model and one for each knockout, in it a
 folder for each stage of `train.stages`.
@@ -27,7 +27,6 @@ from pixrec import storage
 from pixrec.artifact import MODEL_MARKER, Model, knockout_uri, load_model, save_model, untrained_model
 from pixrec.cluster.compact import fit_compact
 from pixrec.cluster.joint import check_joint, fit_joint
-from pixrec.cluster.plan import check_stages, plan, stage_facts, vocabulary
 from pixrec.cluster.vision import vision_once
 from pixrec.cluster.workers import NewsLog, OnRow, end_diverged, run_workers
 from pixrec.config import Config, Modalities, dump_config, load_config
@@ -36,9 +35,10 @@ from pixrec.data.sequences import Dataset, load_dataset, sample_users
 from pixrec.errors import ArtifactError, ConfigError, InputError
 from pixrec.model.catalog import Catalog
 from pixrec.model.vision import find_tokens
-from pixrec.phases import interleaved_trainer
-from pixrec.tracking import TrainingLog
-from pixrec.training import DivergedError, Trainer
+from pixrec.training.interleaved import DivergedError, InterleavedTrainer
+from pixrec.training.phases import interleaved_trainer
+from pixrec.training.stages import check_stages, plan, stage_facts, vocabulary
+from pixrec.training.tracking import TrainingLog
 
 _CONFIG, _DATA = "config.yaml", "data.json"
 _OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
@@ -147,7 +147,7 @@ def _log_part(on_row: OnRow, part: str, row: dict[str, Any]) -> None:
 
 
 def _worker(job: dict[str, Any]) -> None:
-    """What every training process runs: the Trainer, its log, and a checkpoint after each validation."""
+    """What every training process runs: the InterleavedTrainer, its log, and a checkpoint after each validation."""
     config = load_config(job["config"])
     torch.set_num_threads(config.train.threads_per_worker)
     data = join_datasets([load_dataset(uri) for uri in job["data"]])
@@ -186,7 +186,7 @@ def _to_save(model: Model, config: Config) -> Model:
     return dataclasses.replace(model, tower=tower, config=config)
 
 
-def _checkpoint(trainer: Trainer, saved: Model, figures: dict[str, float]) -> Checkpoint | None:
+def _checkpoint(trainer: InterleavedTrainer, saved: Model, figures: dict[str, float]) -> Checkpoint | None:
     """Model, optimiser and position in a local folder, which Ray removes once it is uploaded; the first worker's."""
     optimizer = trainer.optimizer_tensors()
     if trainer.sharded:

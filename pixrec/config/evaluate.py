@@ -70,7 +70,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SasrecTowerConfig(CompactConfig):
-    """Shape of SASRec; the settings of identities do not concern it."""
+    """Shape of SASRec; the settings of id vectors do not concern it."""
 
     max_history_items: int = 50
     """Older events of a history are not read."""

@@ -73,9 +73,9 @@ class CompactConfig:
     """Width of the feed-forward layers, in widths of the tower."""
     dropout: float = 0.2
     """Dropout of inputs and residual branches."""
-    identity: bool = True
+    id_embedding: bool = True
     """Add a learned vector for each item of the training histories to the vector of its content."""
-    identity_dropout: float = 0.1
+    id_dropout: float = 0.1
     """Chance that an item is read and ranked by its content alone in a training step."""
     # Not in `repr`, so not in a model's fingerprint, which is older than they are: its weights tell the forms apart.
     time: Literal["none", "gaps", "ages", "both"] = field(default="none", repr=False)
@@ -90,7 +90,7 @@ class CompactConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_history_items", "layers", "heads", "feed_forward_multiple", "width")
-        between(self, 0, 1, "dropout", "identity_dropout", "time_dropout")
+        between(self, 0, 1, "dropout", "id_dropout", "time_dropout")
         if self.width is not None:
             self.check_width(self, "width")
 

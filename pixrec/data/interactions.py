@@ -63,9 +63,9 @@ def usable_interactions(
     if len(table) == 0:
         raise InputError(f"{where}: the interactions table is empty; give at least one event")
     users, items = as_text(table.column(USER_ID)), as_text(table.column(ITEM_ID))
-    moments = _moments(table.column(TIMESTAMP), where)
+    timestamps = _checked_timestamps(table.column(TIMESTAMP), where)
     reasons = [f"{USER_ID} is empty", f"{ITEM_ID} is empty", f"{TIMESTAMP} is empty"]
-    faults = [is_empty(users), is_empty(items), moments.is_null().to_numpy(zero_copy_only=False)]
+    faults = [is_empty(users), is_empty(items), timestamps.is_null().to_numpy(zero_copy_only=False)]
     if np.logical_or.reduce(faults).all():
         raise InputError(f"{where}: none of its {len(table)} events has {USER_ID}, {ITEM_ID} and {TIMESTAMP}")
     if item_ids is None:
@@ -85,7 +85,7 @@ def usable_interactions(
         item_ids,
         encoded.indices.to_numpy(),
         item.to_numpy(zero_copy_only=False)[good].astype(np.int64),
-        moments.to_numpy(zero_copy_only=False)[good].astype(np.int64),
+        timestamps.to_numpy(zero_copy_only=False)[good].astype(np.int64),
     )
     rejected = rejects(INTERACTIONS, _event_keys(users, items, ~good), pa.array(reasons).take(pa.array(fault[~good])))
     if min_rating is None:
@@ -212,7 +212,7 @@ def split_block(timestamps: np.ndarray, config: PrepareConfig) -> dict[str, Any]
     return {"kind": config.split, "valid_start_ms": valid_start_ms, "test_start_ms": test_start_ms}
 
 
-def _moments(column: pa.ChunkedArray, where: str) -> pa.Array:
+def _checked_timestamps(column: pa.ChunkedArray, where: str) -> pa.Array:
     try:
         return pa.concat_arrays([pa.array([], pa.int64()), *column.cast(pa.int64()).chunks])
     except pa.ArrowInvalid:

@@ -92,7 +92,7 @@ def distinct_rows(histories: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.
 class Embedder:
     """A model in use: contents or rows in, unit vectors out as float32 arrays on the CPU.
 
-    `identities` are the items with a learned vector of their own, in its order; only a compact tower has any.
+    `embedded_ids` are the items with a learned vector of their own, in its order; only a compact tower has any.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Embedder:
         encoder: ItemEncoder,
         modalities: Modalities,
         max_history_items: int,
-        identities: Sequence[str] = (),
+        embedded_ids: Sequence[str] = (),
     ) -> None:
         self.tower = tower.eval()
         self.encoder = encoder
@@ -109,7 +109,7 @@ class Embedder:
         self.compact = tower.compact
         self.max_history_items = self.compact.user.max_history_items if self.compact else max_history_items
         self.device = tower.log_temperature.device
-        self._identity = {item_id: row for row, item_id in enumerate(identities)}
+        self._id_row = {item_id: row for row, item_id in enumerate(embedded_ids)}
 
     @property
     def reads_item_vectors(self) -> bool:
@@ -176,21 +176,21 @@ class Embedder:
         vectors = torch.zeros(len(histories), int(lengths.max()), histories[0].shape[1])
         for i, history in enumerate(histories):
             vectors[i, : len(history)] = torch.from_numpy(history.astype(np.float32))
-        moments = None
+        padded = None
         if timestamps is not None and self.compact.user.reads_times:
-            moments = torch.full(vectors.shape[:2], UNKNOWN_TIME)
+            padded = torch.full(vectors.shape[:2], UNKNOWN_TIME)
             for i, (length, times) in enumerate(zip(lengths.tolist(), timestamps, strict=True)):
-                moments[i, :length] = torch.from_numpy(np.asarray(times, dtype=np.int64)[-length:])
-            moments = moments.to(self.device)
+                padded[i, :length] = torch.from_numpy(np.asarray(times, dtype=np.int64)[-length:])
+            padded = padded.to(self.device)
         with torch.no_grad():
             last = (lengths - 1).to(self.device)
-            return self.compact.user_vectors_at(vectors.to(self.device), last, moments).float().cpu().numpy()
+            return self.compact.user_vectors_at(vectors.to(self.device), last, padded).float().cpu().numpy()
 
     def _items(self, items: Items, item_ids: Sequence[str] | None) -> np.ndarray:
         with torch.no_grad():
             vectors = self.tower.item_vectors(items.to(self.device))
             if self.compact is not None:
-                known = [self._identity.get(i, -1) for i in item_ids] if item_ids else [-1] * len(vectors)
+                known = [self._id_row.get(i, -1) for i in item_ids] if item_ids else [-1] * len(vectors)
                 vectors = self.compact.item_vectors(vectors, torch.tensor(known, device=self.device))
             return vectors.float().cpu().numpy()
 

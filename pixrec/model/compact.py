@@ -1,7 +1,7 @@
 """The compact user tower: a causal transformer over item vectors, in which every position predicts its next item.
 
 `CompactUserTower` reads vectors and does not ask where they come from. `CompactTower` is that with the vectors' making:
-from content, from learned identities, or from both. With identities alone it is SASRec (Kang & McAuley, ICDM 2018).
+from content, from learned id vectors, or from both. With id vectors alone it is SASRec (Kang & McAuley, ICDM 2018).
 Plain torch: knows neither files nor workers.
 
 Time, where the tower reads it, is differences of timestamps in buckets, never a date: the gap since the event before as
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from pixrec.config import CompactConfig
 
 INITIAL_TEMPERATURE, MIN_TEMPERATURE = 0.2, 0.01
-IDENTITY_STD = 0.02
+ID_EMBEDDING_STD = 0.02
 """Of each number of a learned vector in the beginning; whitened content begins with the same."""
 WHITENING_RIDGE = 0.1
 """Added to the variance of each direction of the content, in mean variances: the weakest directions are noise."""
@@ -48,25 +48,25 @@ def time_buckets(later: Tensor, earlier: Tensor) -> Tensor:
     return bucket.masked_fill((later == UNKNOWN_TIME) | (earlier == UNKNOWN_TIME), 0)
 
 
-def _turns(places: int, width: int) -> Tensor:
+def _rotary_angles(places: int, width: int) -> Tensor:
     """Cosine and sine (2, places, width / 2) of the angle that each pair of numbers is turned by at each place; the
-    slowest pair turns by about one radian over all of them."""
+    slowest pair angles by about one radian over all of them."""
     speeds = float(places) ** -(torch.arange(0, width, 2) / width)
     angles = torch.arange(places).unsqueeze(1) * speeds
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def _turned(x: Tensor, turns: Tensor) -> Tensor:
+def _rotated(x: Tensor, angles: Tensor) -> Tensor:
     """Queries or keys (..., W) turned by cosines and sines (2, ..., W / 2)."""
     first, second = x.float().chunk(2, dim=-1)
-    cos, sin = turns
+    cos, sin = angles
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
 
 
 class _Block(nn.Module):
     """Pre-norm transformer block, causal. Attention itself has no dropout: the fused kernels have none on a CPU."""
 
-    turns: Tensor | None
+    angles: Tensor | None
 
     def __init__(self, width: int, config: CompactConfig) -> None:
         super().__init__()
@@ -78,15 +78,15 @@ class _Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.age = nn.Embedding(TIME_BUCKETS, config.heads) if config.time in ("ages", "both") else None
         rotary = config.positions == "rotary"
-        turns = _turns(config.max_history_items, width // config.heads) if rotary else None
-        self.register_buffer("turns", turns, persistent=False)
+        angles = _rotary_angles(config.max_history_items, width // config.heads) if rotary else None
+        self.register_buffer("angles", angles, persistent=False)
 
     def forward(self, x: Tensor, ages: Tensor | None = None) -> Tensor:
         """States (B, L, D) of all positions. `ages` (B, L, L): bucket of each event's age seen from each position."""
         batch, length, _ = x.shape
         q, k, v = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        if self.turns is not None:
-            q, k = _turned(q, self.turns[:, :length]), _turned(k, self.turns[:, :length])
+        if self.angles is not None:
+            q, k = _rotated(q, self.angles[:, :length]), _rotated(k, self.angles[:, :length])
         if ages is None:
             return self._feed(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
         return self._feed(x, F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(ages)))
@@ -99,8 +99,8 @@ class _Block(nn.Module):
         q = F.linear(normed.gather(1, one), weight[:width], bias[:width]).view(batch, self.heads, 1, -1)
         kv = F.linear(normed, weight[width:], bias[width:]).view(batch, length, 2, self.heads, -1)
         k, v = kv.permute(2, 0, 3, 1, 4)
-        if self.turns is not None:
-            q, k = _turned(q, self.turns[:, last, None, None]), _turned(k, self.turns[:, :length])
+        if self.angles is not None:
+            q, k = _rotated(q, self.angles[:, last, None, None]), _rotated(k, self.angles[:, :length])
         if ages is None:
             mask = (torch.arange(length, device=x.device) <= last.unsqueeze(1)).view(batch, 1, 1, length)
         else:
@@ -197,26 +197,26 @@ class CompactTower(nn.Module):
 
     An item's vector is made of its content (the item tower's vector, C wide, given from outside), of a vector learned
     for it alone, or of their sum; an item that was never trained on has its content only. `content_width` None leaves
-    content out, `identities` 0 the learned vectors; with identities alone, learned positions and unit length off, the
+    content out, `num_ids` 0 the learned vectors; with id vectors alone, learned positions and unit length off, the
     tower is SASRec.
     """
 
     def __init__(
-        self, width: int, config: CompactConfig, content_width: int | None, identities: int, *, unit: bool = True
+        self, width: int, config: CompactConfig, content_width: int | None, num_ids: int, *, unit: bool = True
     ) -> None:
         super().__init__()
-        if content_width is None and not identities:
-            raise ValueError("item vectors are made of content, identities or both: neither was given")
+        if content_width is None and not num_ids:
+            raise ValueError("item vectors are made of content, id vectors or both: neither was given")
         self.unit = unit
         self.content = None if content_width is None else nn.Linear(content_width, width)
-        self.identity = nn.Embedding(identities, width) if identities else None
+        self.id_embedding = nn.Embedding(num_ids, width) if num_ids else None
         self.user = CompactUserTower(width, config)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(INITIAL_TEMPERATURE)), requires_grad=unit)
         if self.content is not None:
             nn.init.orthogonal_(self.content.weight)
             nn.init.zeros_(self.content.bias)
-        if self.identity is not None:
-            nn.init.normal_(self.identity.weight, std=IDENTITY_STD)
+        if self.id_embedding is not None:
+            nn.init.normal_(self.id_embedding.weight, std=ID_EMBEDDING_STD)
 
     @torch.no_grad()
     def whiten(self, content: Tensor) -> None:
@@ -231,7 +231,7 @@ class CompactTower(nn.Module):
         centred = content.double() - mean
         variances, directions = torch.linalg.eigh(centred.T @ centred / len(content))
         ridge = WHITENING_RIDGE * variances.mean().clamp(min=torch.finfo(torch.float32).tiny)
-        scale = IDENTITY_STD / (variances.clamp(min=0) + ridge).sqrt()
+        scale = ID_EMBEDDING_STD / (variances.clamp(min=0) + ridge).sqrt()
         weight = self.content.weight.double() @ (directions * scale) @ directions.T
         self.content.weight.copy_(weight)
         self.content.bias.copy_(-weight @ mean)
@@ -243,13 +243,13 @@ class CompactTower(nn.Module):
             return torch.ones_like(self.log_temperature)
         return self.log_temperature.exp().clamp(min=MIN_TEMPERATURE)
 
-    def item_vectors(self, content: Tensor | None, identity: Tensor) -> Tensor:
+    def item_vectors(self, content: Tensor | None, id_rows: Tensor) -> Tensor:
         """Content vectors (U, C) and rows of learned vectors (U,), -1 for none, to item vectors (U, D)."""
-        vectors = torch.zeros(len(identity), self.user.width, device=identity.device)
+        vectors = torch.zeros(len(id_rows), self.user.width, device=id_rows.device)
         if self.content is not None:
             vectors = vectors + self.content(content)
-        if self.identity is not None:
-            vectors = vectors + self.identity(identity.clamp(min=0)) * (identity >= 0).unsqueeze(1)
+        if self.id_embedding is not None:
+            vectors = vectors + self.id_embedding(id_rows.clamp(min=0)) * (id_rows >= 0).unsqueeze(1)
         return F.normalize(vectors, dim=-1) if self.unit else vectors
 
     def user_vectors(self, vectors: Tensor, timestamps: Tensor | None = None) -> Tensor:

@@ -206,11 +206,11 @@ class _Cache:
             return part, self.task.run(self._read, part, generate)
 
     def _read_items(self, items: Items) -> Tensor:
-        return self.task.touched(self.tower.item_vectors(items))
+        return self.task.keep_in_graph(self.tower.item_vectors(items))
 
     def _read(self, part: HistoryPart, generate: bool) -> HistoryOutputs:
         out = self.tower.read_histories(part.histories, self.tower.pictures(part.items), generate)
-        return out._replace(user=self.task.touched(out.user))
+        return out._replace(user=self.task.keep_in_graph(out.user))
 
 
 def _sent(made: Tensor, leaf: Tensor, rows: slice) -> Tensor:

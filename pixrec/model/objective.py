@@ -105,7 +105,7 @@ class TrainingTask(nn.Module):
         device = self.tower.log_temperature.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def touched(self, tensor: Tensor) -> Tensor:
+    def keep_in_graph(self, tensor: Tensor) -> Tensor:
         """The tensor, bound to all weights that FSDP reduces together: a worker whose share of the batch has no
         picture, say, must take part with a gradient of zero."""
         if not (self.touches and torch.is_grad_enabled()):
@@ -132,7 +132,7 @@ class TrainingTask(nn.Module):
         means = totals[:, 0] / counts.clamp(min=1) * world_size
         weights = self.weights()
         loss = sum((weights[n] * means[i] for i, n in enumerate(PARTS)), zero)
-        return self.touched(loss), totals.detach()
+        return self.keep_in_graph(loss), totals.detach()
 
     def temperature(self) -> Tensor:
         temperature = self.tower.temperature

@@ -64,7 +64,7 @@ def write_report(
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pixrec"),
+        loader=jinja2.PackageLoader("pixrec.report", ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

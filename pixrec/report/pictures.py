@@ -17,10 +17,11 @@ from pixrec.data.images import shrink_image
 from pixrec.data.items import ItemTable
 from pixrec.data.sequences import HeldOut, sample_users
 from pixrec.errors import UnreadableImage
-from pixrec.evaluation import AnyScorer, scores_of, users_of
+from pixrec.evaluation.protocol import scores_of, users_of
+from pixrec.evaluation.results import Evaluation
 from pixrec.metrics import top_rows
-from pixrec.results import Evaluation
 from pixrec.schema import TITLE
+from pixrec.scorers.protocol import AnyScorer
 
 THUMBNAIL_PX = 128  # shown at half of that on a dense screen
 MAX_HISTORY_SHOWN = 9  # a shelf of a desktop's width, with the target after them

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pixrec.knockouts import MEANINGS as REPLACED_MEANINGS
+from pixrec.scorers.replaced import MEANINGS as REPLACED_MEANINGS
 
 MINUS, NO_BREAK_SPACE = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
 HEADLINE_METRICS = ("recall@1", "recall@10", "ndcg@10", "mrr")

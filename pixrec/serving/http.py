@@ -47,7 +47,7 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 # FailFast: a million wrong values are one error, not a million.
 Ids = Annotated[list[Text], FailFast()]
-Moments = Annotated[list[int] | None, FailFast()]
+Timestamps = Annotated[list[int] | None, FailFast()]
 FilterValue = Text | bool | int | Annotated[float, Field(allow_inf_nan=False)]
 FilterValues = dict[Text, Annotated[list[FilterValue], FailFast()]]
 
@@ -79,7 +79,7 @@ class RecommendBody(_Body):
     new_items: dict[Text, NewItemBody] = Field(
         default_factory=dict, description="Items of the history that the catalog does not hold yet, by id."
     )
-    timestamps: Moments = Field(
+    timestamps: Timestamps = Field(
         None, description="When each item of the history was met, milliseconds since the epoch; null: unknown."
     )
 

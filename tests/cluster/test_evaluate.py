@@ -24,8 +24,8 @@ from pixrec import cli
 from pixrec.artifact import fingerprint
 from pixrec.cluster.evaluate import UserRanker, _blocks
 from pixrec.config import EvaluateConfig
-from pixrec.evaluation import Task
-from pixrec.scorers import tower_scorers
+from pixrec.evaluation.protocol import Task
+from pixrec.scorers.build import tower_scorers
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from pixrec.data.sequences import load_dataset
 from pixrec.data.synthetic import build_world, write_catalog
 from pixrec.model.catalog import Catalog
 from pixrec.schema import EMBEDDING, ITEM_ID, PREPARED_ITEM_FIELDS
-from pixrec.tracking import read_log
+from pixrec.training.tracking import read_log
 
 WORLD = SyntheticConfig(num_items=24, num_users=30, image_size_px=32)
 STEPS = 4

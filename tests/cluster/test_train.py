@@ -29,8 +29,8 @@ from pixrec.data.sequences import Dataset, load_dataset
 from pixrec.errors import InputError
 from pixrec.model.catalog import Catalog
 from pixrec.model.vision import find_tokens
-from pixrec.tracking import read_log
-from pixrec.training import BatchSource, Collator, Trainer
+from pixrec.training.interleaved import BatchSource, Collator, InterleavedTrainer
+from pixrec.training.tracking import read_log
 
 STEPS = 8
 CONFIG = dataclasses.replace(
@@ -62,7 +62,7 @@ def sabotaged(notes: Path) -> Callable[[dict[str, Any]], None]:
             spoilt.unlink()
             trainer.tower.item_proj.weight.data.fill_(float("nan"))
 
-    return disturbed(module, "Trainer", "train_step", disturb)
+    return disturbed(module, "InterleavedTrainer", "train_step", disturb)
 
 
 def in_words(code: int, capfd: pytest.CaptureFixture[str]) -> list[str]:
@@ -140,13 +140,13 @@ def test_a_disturbed_run_ends_where_one_process_does(
 
 def plain_trainer(
     dataset: Dataset, config: Config, model: Model | None = None, *more: Dataset
-) -> tuple[Trainer, Catalog]:
+) -> tuple[InterleavedTrainer, Catalog]:
     data = join_datasets([dataset, *more])
     model = model or new_model(config, [dataset.items.text(row) for row in range(len(dataset.items))])
     catalog = Catalog(data.items, model.encoder)
     source = BatchSource(data.histories, config.model.max_history_items, config.train)
     collator = Collator(catalog, data.counts, config, source.examples_per_step)
-    return Trainer(model.tower, source, collator, config), catalog
+    return InterleavedTrainer(model.tower, source, collator, config), catalog
 
 
 JOINT_STEPS = 2

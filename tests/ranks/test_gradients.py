@@ -14,7 +14,7 @@ from processes import run_ranks
 
 from pixrec.model.catalog import Catalog
 from pixrec.model.parallel import whole
-from pixrec.training import BatchSource, Collator, Trainer
+from pixrec.training.interleaved import BatchSource, Collator, InterleavedTrainer
 
 CASES = {
     "all": {"alpha": 0.3, "beta": 0.4},
@@ -50,7 +50,7 @@ def gradients(way: str, case: str) -> dict[str, np.ndarray]:
     source = BatchSource(dataset.training_histories(), config.model.max_history_items, config.train)
     catalog = Catalog(dataset.items, model.encoder)
     collator = Collator(catalog, dataset.training_counts(), config, source.examples_per_step)
-    trainer = Trainer(model.tower, source, collator, config)
+    trainer = InterleavedTrainer(model.tower, source, collator, config)
     row = trainer.train_step()
     found = {n: whole(p.grad).clone() for n, p in trainer.named.items() if p.grad is not None}
     figures = trainer.validate(catalog, dataset.held_out("valid"))

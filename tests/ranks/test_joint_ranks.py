@@ -7,8 +7,8 @@ import torch.distributed as dist
 from fakes import tiny_config, tiny_dataset, tiny_items, tiny_model
 from processes import run_ranks
 
-from pixrec.joint import JointTrainer
 from pixrec.model.catalog import Catalog
+from pixrec.training.joint import JointTrainer
 
 LOSSES = ["full", "sampled"]
 TOLERANCE = 1e-5
@@ -25,10 +25,10 @@ def steps(loss: str) -> dict[str, np.ndarray]:
     dataset = tiny_dataset(tiny_items(with_pictures=[0, 1]), num_users=9, num_events=7)  # some share has no picture
     model = tiny_model(config, dataset.items)
     rows = np.arange(len(dataset.items))
-    identity = np.where(rows < len(model.identities), rows, -1)
+    id_rows = np.where(rows < len(model.embedded_ids), rows, -1)
     catalog = Catalog(dataset.items, model.encoder)
     counts = dataset.training_counts()
-    trainer = JointTrainer(model.tower, catalog, dataset.training_histories(), counts, identity, config)
+    trainer = JointTrainer(model.tower, catalog, dataset.training_histories(), counts, id_rows, config)
     trainer._step(trainer.source.epoch(0)[0])
     found = {name: p.grad.clone() for name, p in trainer.named.items() if p.grad is not None}
     logged: list[dict[str, float]] = []

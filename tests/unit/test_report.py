@@ -13,7 +13,7 @@ from PIL import Image
 from pixrec.config import EvaluateConfig
 from pixrec.data.items import ItemTable
 from pixrec.data.sequences import HeldOut
-from pixrec.evaluation import evaluate_scorers
+from pixrec.evaluation.protocol import evaluate_scorers
 from pixrec.report import Example, choose_examples, choose_grids, format_table, notes, write_report
 from pixrec.report.plots import curves, round_ticks, trainings
 from pixrec.report.words import guard_sentences, meaning, metric_name, probability, protocol_sentences, warnings

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from pixrec.config import CompactConfig
-from pixrec.model.compact import IDENTITY_STD, TIME_BUCKETS, UNKNOWN_TIME, CompactTower, _turned, _turns, time_buckets
+from pixrec.model.compact import (
+    ID_EMBEDDING_STD,
+    TIME_BUCKETS,
+    UNKNOWN_TIME,
+    CompactTower,
+    _rotary_angles,
+    _rotated,
+    time_buckets,
+)
 
 WIDTH = 16
 
@@ -53,13 +61,13 @@ def test_content_and_identity_both_reach_the_vector(tower):
 
 
 def test_item_vectors_of_nothing_are_refused():
-    with pytest.raises(ValueError, match="content, identities"):
+    with pytest.raises(ValueError, match="content, id vectors"):
         CompactTower(WIDTH, CompactConfig(heads=1), None, 0)
 
 
 def test_sasrec_is_the_tower_without_content_and_without_unit_length():
     sasrec = CompactTower(WIDTH, CompactConfig(heads=1), None, 5, unit=False)
-    torch.testing.assert_close(sasrec.item_vectors(None, torch.arange(5)), sasrec.identity.weight)
+    torch.testing.assert_close(sasrec.item_vectors(None, torch.arange(5)), sasrec.id_embedding.weight)
     assert sasrec.temperature.item() == 1
     assert not sasrec.log_temperature.requires_grad
 
@@ -78,8 +86,8 @@ def test_the_order_of_a_history_counts(vectors, positions):
 
 def test_turned_products_see_distances_only():
     """Shifted by one place, queries and keys have the products they had."""
-    turns, (q, k) = _turns(12, WIDTH), torch.randn(2, 1, WIDTH)
-    products = _turned(q.expand(12, -1), turns) @ _turned(k.expand(12, -1), turns).T
+    angles, (q, k) = _rotary_angles(12, WIDTH), torch.randn(2, 1, WIDTH)
+    products = _rotated(q.expand(12, -1), angles) @ _rotated(k.expand(12, -1), angles).T
     torch.testing.assert_close(products[1:, 1:], products[:-1, :-1])
     assert products[0].diff().abs().min() > 1e-3
 
@@ -114,18 +122,20 @@ def test_buckets_double_in_length():
 
 
 def test_no_state_knows_when_a_later_event_was(timed, vectors):
-    moments = MOMENTS.expand(3, -1)
-    later = moments.clone()
+    timestamps = MOMENTS.expand(3, -1)
+    later = timestamps.clone()
     later[:, 4:] += 400 * DAY
-    before, after = timed.user_vectors(vectors, moments), timed.user_vectors(vectors, later)
+    before, after = timed.user_vectors(vectors, timestamps), timed.user_vectors(vectors, later)
     torch.testing.assert_close(before[:, :4], after[:, :4], rtol=0, atol=0)
     assert ((before[:, 4] - after[:, 4]).abs().amax(1) > 1e-4).all()
-    torch.testing.assert_close(timed.user_vectors(vectors[:, :4], moments[:, :4]), before[:, :4])
+    torch.testing.assert_close(timed.user_vectors(vectors[:, :4], timestamps[:, :4]), before[:, :4])
 
 
 def test_only_differences_of_time_count(timed, vectors):
-    moments = MOMENTS.expand(3, -1)
-    torch.testing.assert_close(timed.user_vectors(vectors, moments + 77 * DAY), timed.user_vectors(vectors, moments))
+    timestamps = MOMENTS.expand(3, -1)
+    torch.testing.assert_close(
+        timed.user_vectors(vectors, timestamps + 77 * DAY), timed.user_vectors(vectors, timestamps)
+    )
 
 
 def test_no_timestamps_are_unknown_ones(timed, vectors):
@@ -136,24 +146,24 @@ def test_no_timestamps_are_unknown_ones(timed, vectors):
 
 def test_timed_histories_together_and_one_position_alone(timed, vectors):
     """Of several lengths, one without timestamps, one with some."""
-    moments, last = MOMENTS.repeat(3, 1), torch.tensor([6, 3, 4])
-    moments[1] = UNKNOWN_TIME
-    moments[2, 2] = UNKNOWN_TIME
-    together = timed.user_vectors_at(vectors, last, moments)
-    torch.testing.assert_close(together, timed.user_vectors(vectors, moments)[torch.arange(3), last])
+    timestamps, last = MOMENTS.repeat(3, 1), torch.tensor([6, 3, 4])
+    timestamps[1] = UNKNOWN_TIME
+    timestamps[2, 2] = UNKNOWN_TIME
+    together = timed.user_vectors_at(vectors, last, timestamps)
+    torch.testing.assert_close(together, timed.user_vectors(vectors, timestamps)[torch.arange(3), last])
     for i, end in enumerate((last + 1).tolist()):
-        alone = timed.user_vectors(vectors[i : i + 1, :end], moments[i : i + 1, :end])[0, -1]
+        alone = timed.user_vectors(vectors[i : i + 1, :end], timestamps[i : i + 1, :end])[0, -1]
         torch.testing.assert_close(together[i], alone)
     torch.testing.assert_close(together[1], timed.user_vectors_at(vectors, last)[1])
 
 
 def test_time_learns_in_either_precision(timed, vectors):
     """A gradient reaches every weight of time, and nothing of minus infinity reaches the loss."""
-    moments = MOMENTS.expand(3, -1)
+    timestamps = MOMENTS.expand(3, -1)
     for bf16 in (False, True):
         timed.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            out = timed.user_vectors(vectors, moments)
+            out = timed.user_vectors(vectors, timestamps)
         out.float()[:, :, 0].sum().backward()
         gradients = {n: p.grad for n, p in timed.named_parameters() if "age" in n or "gap" in n}
         assert gradients
@@ -163,16 +173,16 @@ def test_time_learns_in_either_precision(timed, vectors):
 def test_in_training_some_histories_lose_their_timestamps(timed, vectors):
     timed.train()
     timed.user.time_dropout = 1.0
-    moments = MOMENTS.expand(3, -1)
-    torch.testing.assert_close(timed.user_vectors(vectors, moments), timed.user_vectors(vectors))
+    timestamps = MOMENTS.expand(3, -1)
+    torch.testing.assert_close(timed.user_vectors(vectors, timestamps), timed.user_vectors(vectors))
     timed.eval()
-    assert not torch.allclose(timed.user_vectors(vectors, moments), timed.user_vectors(vectors))
+    assert not torch.allclose(timed.user_vectors(vectors, timestamps), timed.user_vectors(vectors))
 
 
 def test_a_tower_without_time_has_no_weights_for_it(tower, vectors):
     assert not [name for name in tower.state_dict() if "age" in name or "gap" in name]
-    moments = MOMENTS.expand(3, -1)
-    torch.testing.assert_close(tower.user_vectors(vectors, moments), tower.user_vectors(vectors), rtol=0, atol=0)
+    timestamps = MOMENTS.expand(3, -1)
+    torch.testing.assert_close(tower.user_vectors(vectors, timestamps), tower.user_vectors(vectors), rtol=0, atol=0)
 
 
 def test_content_begins_whitened():
@@ -186,5 +196,5 @@ def test_content_begins_whitened():
     made = tower.content(content).detach()
     assert made.mean(0).abs().max() < 1e-6
     widths = torch.linalg.eigvalsh(torch.cov(made.T)).clamp(min=0).sqrt()
-    assert widths[-1] == pytest.approx(IDENTITY_STD, rel=0.05)
-    assert widths[0] < 1e-3 * IDENTITY_STD
+    assert widths[-1] == pytest.approx(ID_EMBEDDING_STD, rel=0.05)
+    assert widths[0] < 1e-3 * ID_EMBEDDING_STD

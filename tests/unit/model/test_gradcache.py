@@ -8,7 +8,7 @@ from fakes import tiny_config, tiny_dataset, tiny_items, tiny_model
 from pixrec.model import gradcache
 from pixrec.model.catalog import Catalog
 from pixrec.model.objective import Extra, TrainingTask
-from pixrec.training import BatchSource, Collator
+from pixrec.training.interleaved import BatchSource, Collator
 
 TOLERANCE = 1e-5
 

@@ -116,7 +116,7 @@ def test_generation_never_sees_the_token_it_must_name():
 
 
 def test_the_trained_parameters_are_exactly_these():
-    from pixrec.training import choose_trainable
+    from pixrec.training.interleaved import choose_trainable
 
     def trained(**sections):
         model = tiny_model(tiny_config(**sections))

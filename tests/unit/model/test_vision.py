@@ -20,7 +20,7 @@ from pixrec.model.vision import (
     vision_fingerprint,
     write_part,
 )
-from pixrec.training import choose_trainable
+from pixrec.training.interleaved import choose_trainable
 
 ITEMS = tiny_items(with_pictures=range(8))
 PICTURES = [picture for row in range(12) if (picture := ITEMS.image(row)) is not None]

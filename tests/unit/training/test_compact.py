@@ -1,0 +1,277 @@
+"""Training of the compact tower: what it reads, what it may know, and that it learns and resumes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from fakes import tiny_dataset, tiny_items
+
+from pixrec.config import CompactConfig, SasrecConfig, SasrecTowerConfig, SasrecTrainingConfig, SequenceConfig
+from pixrec.data.sequences import HeldOut
+from pixrec.errors import ConfigError, InputError
+from pixrec.model.compact import CompactTower
+from pixrec.scorers.sasrec import train_sasrec
+from pixrec.training.compact import CompactTrainer, EarlyStopping, WindowSource
+
+FAST = SequenceConfig(epochs=40, learning_rate=1e-2, warmup_steps=1, histories_per_step=4, validate_every_epochs=10)
+SHAPE = CompactConfig(layers=1, heads=1, max_history_items=6, dropout=0.0, id_dropout=0.3)
+ITEMS = 12
+
+
+def trainer(config=FAST, *, content=True, known=ITEMS, seed=0):
+    """Content is a random vector an item; the first `known` items have learned vectors too."""
+    dataset = tiny_dataset(tiny_items(ITEMS), num_users=12, num_events=6)
+    vectors = torch.randn(ITEMS, 10, generator=torch.Generator().manual_seed(1)) if content else None
+    torch.manual_seed(0)
+    tower = CompactTower(16, SHAPE, 10 if content else None, known, unit=content)
+    id_rows = np.where(np.arange(ITEMS) < known, np.arange(ITEMS), -1)
+    counts = dataset.training_counts()
+    made = CompactTrainer(tower, dataset.training_histories(), counts, vectors, id_rows, config, 0.3, seed)
+    return made, dataset
+
+
+def test_every_event_but_the_first_is_a_target_and_the_newest_window_is_whole():
+    histories = [np.arange(25), np.array([3, 4]), np.array([9])]
+    source = WindowSource(histories, 6, dataclasses.replace(FAST, histories_per_step=3), 0)
+    targets = set()
+    for epoch in range(8):
+        windows = [w for batch in source.epoch(epoch) for w in batch]
+        assert sum(np.array_equal(w, np.arange(18, 25)) for w in windows) == 1
+        assert max(map(len, windows)) == 7
+        assert all((np.diff(w) == 1).all() for w in windows)
+        targets |= {int(t) for w in windows if len(w) != 2 or w[0] != 3 for t in w[1:]}
+    assert targets >= set(range(1, 25))
+
+
+def test_batches_are_a_function_of_seed_and_epoch():
+    histories = [np.arange(n) for n in range(2, 30)]
+    one, same, other = (WindowSource(histories, 6, FAST, seed) for seed in (0, 0, 1))
+    flat = [[w.tolist() for batch in source.epoch(3) for w in batch] for source in (one, same, other)]
+    assert flat[0] == flat[1] != flat[2]
+
+
+def test_nothing_to_learn_is_said():
+    with pytest.raises(InputError, match="two events"):
+        WindowSource([np.array([1])], 6, FAST, 0)
+
+
+@pytest.mark.parametrize("loss", ["full", "sampled", "gbce"])
+@pytest.mark.parametrize("content", [True, False], ids=["content", "identities"])
+def test_the_next_item_is_learned(loss, content):
+    training, dataset = trainer(dataclasses.replace(FAST, loss=loss, negatives=6), content=content)
+    figures = training.fit(dataset.held_out("valid"))
+    assert figures["valid_recall@1"] > 0.9
+
+
+def test_content_alone_is_enough_where_nothing_is_learned_for_an_item():
+    training, dataset = trainer(known=0)
+    assert training.fit(dataset.held_out("valid"))["valid_recall@1"] > 0.9
+
+
+def test_an_item_without_identity_stands_for_its_content():
+    training, _ = trainer(known=5)
+    vectors = training.item_vectors()
+    by_content = torch.nn.functional.normalize(training.tower.content(training.content), dim=-1)
+    torch.testing.assert_close(vectors[5:], by_content[5:])
+    assert not torch.allclose(vectors[:5], by_content[:5])
+
+
+def test_items_that_nobody_bought_are_no_candidates():
+    """Their vectors get no gradient: being always a negative would teach that they are bad."""
+    training, _ = trainer(content=False)
+    training.warm = torch.arange(6)
+    before = training.tower.id_embedding.weight.detach().clone()
+    training._step([np.array([0, 1, 2]), np.array([3, 4, 5])])
+    moved = (training.tower.id_embedding.weight.detach() - before).abs().sum(1) > 0
+    assert moved.tolist() == [True] * 6 + [False] * 6
+
+
+def test_validation_ranks_no_item_that_identities_do_not_know():
+    """Such an item's vector is 0, and so is its score: ahead of all others where a loss pushes scores below 0."""
+    training, dataset = trainer(content=False)
+    held_out = dataset.held_out("valid")
+    training.nothing_known = torch.ones(len(training.id_rows), dtype=torch.bool)
+    training.nothing_known[held_out.targets[0]] = False
+    assert training.validate(held_out.only(np.array([0])))["valid_recall@1"] == 1
+
+
+def test_the_vector_of_a_user_reads_the_newest_items_only_and_never_the_padding():
+    training, _ = trainer()
+    table = training.item_vectors()
+    long = np.arange(10)
+    alone = training.user_vectors([long[-6:]], table)
+    beside = training.user_vectors([np.array([1]), long], table)
+    torch.testing.assert_close(beside[1:], alone)
+
+
+def test_a_resumed_run_goes_on_as_the_undisturbed_one():
+    def losses(training, epochs):
+        rows = []
+        for _ in range(epochs):
+            training.train_epoch(rows.append)
+        return [row["loss"] for row in rows]
+
+    whole, _ = trainer()
+    expected = losses(whole, 4)
+    first, _ = trainer()
+    begun = losses(first, 2)
+    second, _ = trainer()
+    second.tower.load_state_dict(first.tower.state_dict())
+    second.restore(first.epoch, first.step, first.training_tensors())
+    assert begun + losses(second, 2) == expected
+
+
+def test_the_mean_of_the_weights_is_what_is_validated_saved_and_kept():
+    """And training goes on from the last weights, also where it resumes from what a validation left."""
+    training, dataset = trainer(dataclasses.replace(FAST, epochs=2, validate_every_epochs=1))
+    weights = training.tower.content.weight
+    means, last = [], []
+    for _ in training.validations(dataset.held_out("valid"), EarlyStopping(5), lambda row: None):
+        means.append(weights.detach().clone())
+        saved = {n: t.clone() for n, t in training.training_tensors().items()}
+        last.append(saved["last/content.weight"])
+        torch.testing.assert_close(saved["mean/content.weight"], weights.detach(), rtol=0, atol=0)
+    assert (means[1] - last[1]).abs().max() > 1e-4
+    torch.testing.assert_close(weights.detach(), last[1], rtol=0, atol=0)
+    resumed, _ = trainer()
+    resumed.restore(2, training.step, saved)
+    torch.testing.assert_close(resumed.tower.content.weight.detach(), last[1], rtol=0, atol=0)
+    resumed.mean.keep()
+    torch.testing.assert_close(resumed.tower.content.weight.detach(), means[1], rtol=0, atol=0)
+
+
+def test_without_averaging_the_last_weights_are_validated():
+    training, dataset = trainer(dataclasses.replace(FAST, epochs=1, averaging=0.0))
+    for _ in training.validations(dataset.held_out("valid"), EarlyStopping(5), lambda row: None):
+        within = training.tower.content.weight.detach().clone()
+    torch.testing.assert_close(training.tower.content.weight.detach(), within, rtol=0, atol=0)
+    assert not [name for name in training.training_tensors() if name.startswith(("mean/", "last/"))]
+
+
+def test_training_ends_when_nothing_gets_better():
+    watch = EarlyStopping(2)
+    assert [watch.is_best(score) for score in (0.1, 0.3, 0.2)] == [True, True, False]
+    assert not watch.over
+    assert not watch.is_best(0.3)
+    assert watch.over
+    assert watch.best == 0.3
+
+
+def test_divergence_is_said_with_its_cure():
+    training, _ = trainer()
+    with torch.no_grad():
+        training.tower.content.weight.fill_(float("nan"))
+    with pytest.raises(InputError, match=r"train\.compact\.learning_rate"):
+        training._step([np.array([0, 1, 2])])
+
+
+def test_sasrec_ranks_what_follows_and_puts_what_nobody_bought_last():
+    dataset = tiny_dataset(tiny_items(ITEMS), num_users=5, num_events=5)
+    config = SasrecConfig(width=16, training=SasrecTrainingConfig(**{**dataclasses.asdict(FAST), "loss": "sampled"}))
+    scorer = train_sasrec("sasrec_full", dataset, config)
+    scores = scorer.scores([np.array([0, 1]), np.array([2])])
+    assert scores.argmax(1).tolist() == [2, 3]
+    cold = dataset.training_counts() == 0
+    assert cold.any()
+    assert torch.isneginf(scores[:, torch.from_numpy(cold)]).all()
+
+
+def test_a_refit_sees_the_validation_events_and_no_test_event():
+    dataset = tiny_dataset(tiny_items(ITEMS), num_users=5, num_events=5)
+    training = SasrecTrainingConfig(**{**dataclasses.asdict(FAST), "epochs": 10})
+    plain = train_sasrec("sasrec", dataset, SasrecConfig(width=16, training=training))
+    refit = train_sasrec("sasrec", dataset, SasrecConfig(width=16, training=training, refit=True))
+    validation, test = dataset.held_out("valid").targets, dataset.held_out("test").targets
+    ranked = [~torch.isneginf(scorer.scores([np.array([0])]))[0].numpy() for scorer in (plain, refit)]
+    assert not ranked[0][validation].all()
+    assert ranked[1][validation].all()
+    assert not ranked[1][test].all()
+    assert refit.figures["epoch"] == plain.figures["epoch"]
+
+
+MINUTE, MONTH = 60_000, 30 * 86_400_000
+
+
+def told_by_time(form, **shape):
+    """Everybody has item 0, then 1, then 2 if that was a minute later or 3 if it was a month: a trainer of 64
+    histories and 32 held out."""
+    steps = np.random.default_rng(0).choice([MINUTE, MONTH], 96)
+    histories = [np.array([0, 1, 2 if step == MINUTE else 3]) for step in steps]
+    timestamps = [1_000_000 * user + np.array([0, step, step + 5 * MINUTE]) for user, step in enumerate(steps)]
+    torch.manual_seed(0)
+    shape = CompactConfig(
+        layers=2, heads=2, max_history_items=4, dropout=0.0, time=form, **{"time_dropout": 0.0, **shape}
+    )
+    tower = CompactTower(16, shape, None, 4, unit=False)
+    config = dataclasses.replace(FAST, epochs=16, validate_every_epochs=4, histories_per_step=16)
+    trainer = CompactTrainer(
+        tower, histories[:64], np.ones(4), None, np.arange(4), config, seed=0, timestamps=timestamps[:64]
+    )
+    past = slice(64, 96)
+    held_out = HeldOut(
+        [str(user) for user in range(32)],
+        [h[:2] for h in histories[past]],
+        np.array([h[2] for h in histories[past]]),
+        [m[:2] for m in timestamps[past]],
+    )
+    return trainer, held_out
+
+
+@pytest.mark.parametrize(("form", "learns"), [("none", False), ("gaps", True), ("ages", True), ("both", True)])
+def test_what_only_time_tells_is_learned_by_who_reads_it(form, learns):
+    training, held_out = told_by_time(form)
+    figures = training.fit(held_out)
+    assert (figures["valid_recall@1"] == 1) == learns
+    if learns:
+        blind = training.validate(held_out._replace(timestamps=None))
+        assert blind["valid_recall@1"] < 0.8
+
+
+def test_windows_carry_each_event_with_its_own_time():
+    rows = [np.arange(25), np.array([3, 4])]
+    source = WindowSource([np.stack([r, 1000 * r], axis=1) for r in rows], 6, FAST, 0)
+    plain = WindowSource(rows, 6, FAST, 0)
+    windows, expected = ([w for batch in s.epoch(1) for w in batch] for s in (source, plain))
+    assert len(windows) == len(expected)
+    for window, without in zip(windows, expected, strict=True):
+        np.testing.assert_array_equal(window[:, 0], without)
+        np.testing.assert_array_equal(window[:, 1], 1000 * without)
+
+
+def test_the_moment_of_the_target_is_not_read_in_training():
+    """Every gradient stays what it is when the newest event, which is a target only, comes at another time."""
+    gradients = []
+    for late in (0, MONTH):
+        training, _ = told_by_time("both")
+        window = np.array([[0, 0], [1, MINUTE], [2, 2 * MINUTE + late]])
+        training._loss([window], training.warm, torch.zeros(4, dtype=torch.bool)).backward()
+        gradients.append({n: p.grad for n, p in training.named.items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=0, atol=0)
+
+
+def test_a_tower_that_reads_no_time_is_not_given_any():
+    training, _ = told_by_time("none")
+    assert all(window.ndim == 1 for batch in training.source.epoch(0) for window in batch)
+
+
+def test_timed_training_goes_on_as_the_undisturbed_one():
+    whole, _ = told_by_time("both", time_dropout=0.5)
+    rows = []
+    for _ in range(3):
+        whole.train_epoch(rows.append)
+    first, _ = told_by_time("both", time_dropout=0.5)
+    first.train_epoch()
+    second, _ = told_by_time("both", time_dropout=0.5)
+    second.tower.load_state_dict(first.tower.state_dict())
+    second.restore(first.epoch, first.step, first.training_tensors())
+    again = []
+    for _ in range(2):
+        second.train_epoch(again.append)
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows[-len(again) :]]
+
+
+def test_sasrec_reads_no_time():
+    with pytest.raises(ConfigError, match=r"sasrec\.tower\.time is gaps"):
+        SasrecTowerConfig(time="gaps")
