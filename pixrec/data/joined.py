@@ -25,7 +25,7 @@ class TrainingData:
     """What a stage of training may see: rows are those of `items`, the catalogs of all sets in their order."""
 
     items: ItemTable
-    histories: list[np.ndarray]
+    histories: Sequence[np.ndarray]
     """training histories of the users of all sets, oldest first"""
     counts: np.ndarray
     """int64 (N,): training events of each item"""

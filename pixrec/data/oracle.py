@@ -13,6 +13,8 @@ Shapes: B histories · N items of the caller's table · Z tastes · G texts
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -52,7 +54,7 @@ class Oracle:
             belief = (belief / belief.sum()) @ transition
         return belief
 
-    def scores(self, histories: list[np.ndarray]) -> torch.Tensor:
+    def scores(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
         """(B, N) float32, P(next item | history). Items an observer cannot tell apart have exactly equal scores."""
         belief = np.stack([self.tastes(history) for history in histories])
         last = np.array([self._department[history[-1]] for history in histories])

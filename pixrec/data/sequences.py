@@ -7,8 +7,9 @@ measures asks `held_out`, and no event is a target of one and visible to the oth
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
@@ -28,22 +29,63 @@ ITEMS_FOLDER, SEQUENCES_FOLDER, REJECTS_FOLDER = "items", "sequences", "rejects"
 Part = Literal["valid", "test"]
 
 
+class Histories(Sequence[np.ndarray]):
+    """B pieces of one long array, each a view made when it is asked for: piece b is `values[starts[b] : ends[b]]`.
+
+    So the histories of millions of users cost 16 bytes a user beside the array, which may be mapped from a file.
+    """
+
+    def __init__(self, values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
+        self.values, self.starts, self.ends = values, starts, ends
+
+    @classmethod
+    def of(cls, pieces: Iterable[np.ndarray]) -> Histories:
+        """A copy of separate arrays, or the histories themselves."""
+        if isinstance(pieces, Histories):
+            return pieces
+        arrays = [np.asarray(piece) for piece in pieces]
+        ends = np.cumsum([len(array) for array in arrays], dtype=np.int64)
+        values = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
+        return cls(values, np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(ends)], ends)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, at: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, at: slice) -> Histories: ...
+    def __getitem__(self, at: int | slice) -> np.ndarray | Histories:
+        if isinstance(at, slice):
+            return Histories(self.values, self.starts[at], self.ends[at])
+        return self.values[self.starts[at] : self.ends[at]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 (B,)"""
+        return self.ends - self.starts
+
+    def only(self, which: np.ndarray) -> Histories:
+        """Some of them, by number or by a mask (B,)."""
+        return Histories(self.values, self.starts[which], self.ends[which])
+
+
 class HeldOut(NamedTuple):
     """B users to measure on: given `histories` (rows, oldest first, never empty), each `targets` row is next."""
 
-    user_ids: list[str]
-    histories: list[np.ndarray]
+    user_ids: Sequence[str]
+    histories: Sequence[np.ndarray]
     targets: np.ndarray
-    timestamps: list[np.ndarray] | None = None
+    timestamps: Sequence[np.ndarray] | None = None
     """When each event of the histories was, in milliseconds; None where that is unknown. The targets' are not told."""
 
     def only(self, users: np.ndarray) -> HeldOut:
         """Some of the users, by number."""
         return HeldOut(
             [self.user_ids[i] for i in users],
-            [self.histories[i] for i in users],
+            Histories.of(self.histories).only(users),
             self.targets[users],
-            None if self.timestamps is None else [self.timestamps[i] for i in users],
+            None if self.timestamps is None else Histories.of(self.timestamps).only(users),
         )
 
 
@@ -80,7 +122,7 @@ class Dataset:
     info: dict[str, Any]
     events: Events = field(repr=False)
 
-    def training_histories(self, *, with_validation: bool = False) -> list[np.ndarray]:
+    def training_histories(self, *, with_validation: bool = False) -> Histories:
         """Each user's rows visible to training, oldest first; users without any are left out.
 
         `with_validation`: everything before the test, for a model whose settings are chosen already.
@@ -88,7 +130,7 @@ class Dataset:
         lengths = self._lengths_before_test() if with_validation else self._training_lengths()
         return self._first(self.events.rows, lengths)
 
-    def training_timestamps(self) -> list[np.ndarray]:
+    def training_timestamps(self) -> Histories:
         """When each event of `training_histories` was, in milliseconds, in the same order.
 
         Raises InputError where the timestamps tell the order of the events and nothing else.
@@ -123,17 +165,16 @@ class Dataset:
         ends = starts + target[users]
         return HeldOut(
             [self.events.user_ids[user] for user in users],
-            [self.events.rows[start:end] for start, end in zip(starts, ends, strict=True)],
+            Histories(self.events.rows, starts, ends),
             self.events.rows[ends],
-            [self.events.timestamps[start:end] for start, end in zip(starts, ends, strict=True)]
-            if self.tells_time
-            else None,
+            Histories(self.events.timestamps, starts, ends) if self.tells_time else None,
         )
 
-    def _first(self, values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    def _first(self, values: np.ndarray, lengths: np.ndarray) -> Histories:
         """The values (E,) of each user's first `lengths` (B,) events; users without any are left out."""
         starts, ends = self.events.offsets[:-1], self.events.offsets[:-1] + lengths
-        return [values[start:end] for start, end in zip(starts, ends, strict=True) if end > start]
+        some = ends > starts
+        return Histories(values, starts[some], ends[some])
 
     def _training_lengths(self) -> np.ndarray:
         lengths, split = np.diff(self.events.offsets), self.info["split"]

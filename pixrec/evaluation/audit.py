@@ -30,7 +30,7 @@ they are cut from is."""
 EPOCHS = 2
 """Epochs of a compact tower whose windows are looked at, all of them; later ones are cut from the same histories."""
 
-Histories = list[np.ndarray]
+Histories = Sequence[np.ndarray]
 
 
 class Learner(NamedTuple):

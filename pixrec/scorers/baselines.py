@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
-Histories = list[np.ndarray]
+Histories = Sequence[np.ndarray]
 
 
 class Popularity:

@@ -76,11 +76,11 @@ class TowerScorer:
         filled = np.pad(item_vectors, ((0, -len(item_vectors) % ROW_MULTIPLE), (0, 0)))  # equal items, equal scores
         self._items = torch.from_numpy(filled).to(embedder.device)
 
-    def scores(self, histories: list[np.ndarray]) -> torch.Tensor:
+    def scores(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
         """Scores (B, N) float32 for histories of rows, oldest first."""
         return self.scores_at(histories, None)
 
-    def scores_at(self, histories: list[np.ndarray], timestamps: list[np.ndarray] | None) -> torch.Tensor:
+    def scores_at(self, histories: Sequence[np.ndarray], timestamps: Sequence[np.ndarray] | None) -> torch.Tensor:
         """As `scores`, of users whose events' `timestamps` are known: in milliseconds, beside the histories."""
         users = self._embedder.users(self._catalog, histories, self.vectors, timestamps)
         return (torch.from_numpy(users).to(self._items.device) @ self._items.T)[:, : len(self.vectors)]

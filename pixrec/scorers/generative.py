@@ -9,6 +9,7 @@ Shapes: B users · N items · M generated texts of a user · T tokens · V vocab
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class GenerativeBM25:
         self._length = max(1, min(config.generate_tokens, int(np.median(lengths))))
         self._banned = sorted({*model.encoder.tokenizer.all_special_ids, model.encoder.separator_id})
 
-    def scores(self, histories: list[np.ndarray]) -> torch.Tensor:
+    def scores(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
         """(B, N) float32: minus the turn at which an item is given; items that share no word with any text are last."""
         found = [[self._index.scores(text) for text in self.generate(history)] for history in histories]
         return torch.cat([take_turns([torch.from_numpy(scores)[None] for scores in texts]) for texts in found])

@@ -5,6 +5,7 @@ Shapes: B users · N items.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -32,7 +33,7 @@ class Predictions:
         self.name, self.counts = name, counts
         self._user_of, self._starts, self._rows, self._num_items = user_of, starts, rows, num_items
 
-    def scores_of(self, user_ids: list[str]) -> torch.Tensor:
+    def scores_of(self, user_ids: Sequence[str]) -> torch.Tensor:
         """Scores (B, N) float32."""
         scores_BN = np.full((len(user_ids), self._num_items), -np.inf, dtype=np.float32)
         for scores, user_id in zip(scores_BN, user_ids, strict=True):
@@ -43,7 +44,7 @@ class Predictions:
         return torch.from_numpy(scores_BN)
 
 
-def load_predictions(uri: str, name: str, wanted_users: list[str], item_ids: list[str]) -> Predictions:
+def load_predictions(uri: str, name: str, wanted_users: Sequence[str], item_ids: list[str]) -> Predictions:
     """Read `user_id`, `item_ids` (ranked, best first) of the users in `wanted_users`.
 
     Counted, not refused: users that are not wanted (`users_unknown`), wanted users without a row (`users_missing`:

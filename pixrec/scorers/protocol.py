@@ -5,6 +5,7 @@ Shapes: B users · N items.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -16,7 +17,7 @@ class Scorer(Protocol):
 
     name: str
 
-    def scores(self, histories: list[np.ndarray]) -> torch.Tensor:
+    def scores(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
         """Scores (B, N) float32 of all items for each history of rows, oldest first; higher is better, -inf: never."""
         ...
 
@@ -27,7 +28,7 @@ class UserScorer(Protocol):
 
     name: str
 
-    def scores_of(self, user_ids: list[str]) -> torch.Tensor:
+    def scores_of(self, user_ids: Sequence[str]) -> torch.Tensor:
         """Scores (B, N) as `Scorer.scores`."""
         ...
 

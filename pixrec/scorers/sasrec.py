@@ -9,7 +9,7 @@ Shapes: B users · N items.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -39,7 +39,7 @@ class Sasrec:
         self._cold = torch.from_numpy(counts == 0).to(self._table.device)
 
     @torch.no_grad()
-    def scores(self, histories: list[np.ndarray]) -> torch.Tensor:
+    def scores(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
         """Scores (B, N) float32 for histories of rows, oldest first."""
         queries = self._trainer.user_vectors(histories, self._table)
         return (queries @ self._table.T).masked_fill(self._cold, float("-inf"))
@@ -76,7 +76,7 @@ def train_sasrec(
 
 
 def _begin(
-    dataset: Dataset, histories: list[np.ndarray], config: SasrecConfig, training: SequenceConfig, device: str
+    dataset: Dataset, histories: Sequence[np.ndarray], config: SasrecConfig, training: SequenceConfig, device: str
 ) -> tuple[CompactTrainer, np.ndarray]:
     """An untrained SASRec with a vector for each item of the histories, and their counts (N,)."""
     counts = np.bincount(np.concatenate(histories), minlength=len(dataset.items))

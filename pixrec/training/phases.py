@@ -6,6 +6,8 @@ Shapes: N items of the catalog.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -72,5 +74,5 @@ def id_rows_of(model: Model, dataset: Dataset) -> np.ndarray:
     return np.array([row_of.get(item_id, -1) for item_id in dataset.items.item_ids])
 
 
-def _timestamps(dataset: Dataset, config: Config) -> list[np.ndarray] | None:
+def _timestamps(dataset: Dataset, config: Config) -> Sequence[np.ndarray] | None:
     return None if config.model.compact.time == "none" else dataset.training_timestamps()

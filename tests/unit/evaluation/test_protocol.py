@@ -257,7 +257,7 @@ def test_a_sample_of_users_is_seeded_and_whole():
     assert sample.user_ids == again.user_ids
     for user, history, target in zip(*sample[:3], strict=True):
         place = HELD_OUT.user_ids.index(user)
-        assert history is HELD_OUT.histories[place]
+        assert np.array_equal(history, HELD_OUT.histories[place])
         assert target == HELD_OUT.targets[place]
     assert sample_users(HELD_OUT, None, 0) is HELD_OUT
     assert evaluate(max_users=3).metrics_json("x")["users"] == 3
