@@ -1,0 +1,1 @@
+"""What grows with the catalog and the log, and what does not."""
