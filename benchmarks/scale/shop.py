@@ -3,8 +3,8 @@
     python -m benchmarks.scale.shop FOLDER [--items 1000000] [--events 50000000] [--processes 2]
 
 Writes `items/` (with the bytes of the pictures, some 12 KB each) and `interactions/`, in parts. A tenth of the items
-have no picture. Users have 10 to 90 events, in no order of time between each other. What a user takes depends on what was
-taken before: half of the events are one of the 8 items that follow the last one in a ring, the other half is drawn
+have no picture. Users have 10 to 90 events, in no order of time between each other. What a user takes depends on what
+was taken before: half of the events are one of the 8 items that follow the last one in a ring, the other half is drawn
 by popularity (Zipf, exponent 1), so that there is something to learn.
 """
 
