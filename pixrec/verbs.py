@@ -153,7 +153,7 @@ def evaluate(
             with_image=dataset.items.with_image,
             item_ids=dataset.items.item_ids,
             rank=_ranker(data, config, stack),
-            progress=lambda name, done, total: console.progress(f"rank {name}", done, total),
+            progress=lambda name, *rest: console.progress(f"rank {name}", *rest),
         )
         metrics = evaluation.metrics_json(dataset.info["split"]["kind"])
         metrics["knockouts"] = knockouts
