@@ -7,12 +7,19 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 _PLAIN_SECONDS = 5.0
+
+
+class Progress(Protocol):
+    """How work says how far it is: `done` of `total` units of `stage`, None when the total is not known."""
+
+    def __call__(self, stage: str, done: int, total: int | None, note: str = "", /) -> None: ...
 
 
 class Console:
@@ -20,7 +27,7 @@ class Console:
 
     def __init__(self) -> None:
         self._rich = RichConsole(stderr=True)
-        self._bars: Progress | None = None
+        self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
         self._spoken: dict[str, float] = {}
         self._began: dict[str, tuple[float, int]] = {}
@@ -28,7 +35,7 @@ class Console:
     def __enter__(self) -> Console:
         if self._rich.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bars = Progress(*columns, TextColumn("{task.fields[note]}"), console=self._rich)
+            self._bars = Bars(*columns, TextColumn("{task.fields[note]}"), console=self._rich)
             self._bars.start()
         return self
 
@@ -41,7 +48,7 @@ class Console:
         (self._bars.console if self._bars else self._rich).print(text, markup=False, highlight=False, soft_wrap=True)
 
     def progress(self, stage: str, done: int, total: int | None, note: str = "") -> None:
-        """`done` of `total` units of `stage`; None when the total is not known."""
+        """As `Progress`."""
         if self._bars:
             if stage not in self._tasks:
                 self._tasks[stage] = self._bars.add_task(stage, total=total, note="")

@@ -8,7 +8,14 @@
     └── OutputError             a place that cannot be written
 
 Anything else that escapes is a defect of PixRec and exits with 1.
+
+An error raised in a Ray worker would reach the driver inside a traceback. `fault_text` makes a value of it that a row
+can carry, and `raise_fault` raises it again.
 """
+
+from __future__ import annotations
+
+import json
 
 
 class PixRecError(Exception):
@@ -27,8 +34,11 @@ class UnreadableImage(InputError):
     """`reason` is one of a small fixed set of phrases, so that rejects can be counted by it."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f"unreadable picture: {reason}")
+        super().__init__(reason)
         self.reason = reason
+
+    def __str__(self) -> str:
+        return f"unreadable picture: {self.reason}"
 
 
 class ArtifactError(PixRecError):
@@ -37,3 +47,16 @@ class ArtifactError(PixRecError):
 
 class OutputError(PixRecError):
     pass
+
+
+def fault_text(error: PixRecError) -> str:
+    """The error as text; one of a class defined elsewhere becomes the nearest of the tree above."""
+    kind = next(base for base in type(error).__mro__ if base.__module__ == __name__)
+    return json.dumps([kind.__name__, *(error.args if kind is type(error) else (str(error),))])
+
+
+def raise_fault(text: str | None) -> None:
+    """Raise the error that `fault_text` wrote; None stands for no error."""
+    if text is not None:
+        name, *arguments = json.loads(text)
+        raise globals()[name](*arguments)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,46 +25,20 @@ from pixrec.model.catalog import Catalog
 from pixrec.model.compact import UNKNOWN_TIME
 from pixrec.model.encoding import Content
 from pixrec.model.vision import PictureTokens, find_tokens
-
-Filters = Mapping[str, Sequence[Any]]
-
-MAX_TIMESTAMP = 4 * 10**14
-"""Milliseconds since the epoch: further away lies nobody's purchase, and differences stay far from overflowing."""
+from pixrec.query import COSINE, PURCHASE_SHARE, Answer, Filters, NewItem, Query, ScoreKind
 
 NEW_ITEMS_KEPT = 10_000
 """Vectors of new items that are kept; the one not asked for the longest goes first."""
 
 
-@dataclass(frozen=True)
-class Query:
-    history: Sequence[str]
-    """item ids, oldest first; unknown ones are passed over"""
-    k: int = 10
-    exclude: Sequence[str] = ()
-    exclude_history: bool = True
-    filters: Filters = field(default_factory=dict)
-    new_vectors: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """vectors (D,) of items of the history that the data set lacks, as `Recommender.encode_new` gives them"""
-    timestamps: Sequence[int] | None = None
-    """when each event of the history was, milliseconds since the epoch, never falling; None: unknown"""
+class _Asked(NamedTuple):
+    """A query, and what of its history is known."""
 
-
-@dataclass(frozen=True)
-class NewItem:
-    """An item that came after the data set."""
-
-    fields: Mapping[str, Any]
-    """title, brand, category, price, description; what is unknown is left out"""
-    image: bytes | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    items: list[tuple[str, float]]
-    """(item_id, score), best first; fewer than k when fewer qualify"""
-    unknown_items: list[str]
-    fallback: bool
-    """True when nothing of the history was known and the most bought items were given instead"""
+    query: Query
+    known: list[int]
+    """places in the history, ascending"""
+    new_vectors: Mapping[str, np.ndarray]
+    """vectors (D,) of its new items"""
 
 
 class Recommender:
@@ -98,6 +71,7 @@ class Recommender:
             self._vectors[new] = self._embedder.items(self._catalog, new)
         self._new_vectors: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._popularity = (training_counts / max(1, int(training_counts.sum()))).astype(np.float32)
+        self._most_bought_first = np.argsort(-self._popularity, kind="stable")
 
     def recommend(
         self, history: Sequence[str], k: int = 10, *, exclude: Sequence[str] = (), exclude_history: bool = True
@@ -108,40 +82,37 @@ class Recommender:
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
         """Answer all queries with one forward pass of the user tower and, filters aside, one search.
 
-        Raises InputError on k < 1 and on timestamps that do not fit their history.
+        Raises InputError as `Query.check` and `encode_new` do.
         """
-        with_history = [i for i, query in enumerate(queries) if self._known(query)]
+        asked = [self._read(query) for query in queries]
+        with_history = [i for i, (_, known, _) in enumerate(asked) if known]
         ranked: dict[int, list[tuple[str, float]]] = {}
         if with_history:
-            vectors = self._user_vectors([queries[i] for i in with_history])
+            vectors = self._user_vectors([asked[i] for i in with_history])
             for filters, members in _by_filters(queries, with_history):
                 chosen = [queries[with_history[m]] for m in members]
                 found = self._nearest(vectors[members], chosen, filters)
                 ranked |= dict(zip((with_history[m] for m in members), found, strict=True))
         answers = []
-        for i, query in enumerate(queries):
-            known = self._known(query)
-            unknown = list(dict.fromkeys(item_id for item_id in query.history if item_id not in known))
-            items = ranked[i] if i in ranked else self._most_bought(query)
-            answers.append(Answer(items, unknown, fallback=i not in ranked))
+        for i, (query, _, new) in enumerate(asked):
+            unknown = [item_id for item_id in query.history if item_id not in self.items.row_of and item_id not in new]
+            items, kind = (ranked[i], COSINE) if i in ranked else (self._most_bought(query), PURCHASE_SHARE)
+            answers.append(self._answer(items, kind, list(dict.fromkeys(unknown))))
         return answers
 
     def similar(self, item_id: str, k: int = 10, filters: Filters | None = None) -> Answer:
         """Items whose vectors lie nearest to that item's. Raises KeyError when the item is unknown."""
-        vector = self._vectors[self.items.row_of[item_id]]
-        query = Query([], k, exclude=[item_id])
-        return Answer(self._nearest(vector[None], [query], filters or {})[0], [], fallback=False)
+        return self._near(self._vectors[self.items.row_of[item_id]], Query([], k, [item_id], filters=filters or {}))
 
     def search(self, text: str = "", image: bytes | None = None, k: int = 10, filters: Filters | None = None) -> Answer:
         """Items nearest to a text, a picture or both, encoded as an item. Raises InputError when both are empty."""
         if not text.strip() and image is None:
             raise InputError("search needs a text or a picture")
         pixels = None if image is None else decode_image(image, self._embedder.encoder.image_size_px)
-        vector = self._embedder.contents([Content(text, pixels)])[0]
-        return Answer(self._nearest(vector[None], [Query([], k)], filters or {})[0], [], fallback=False)
+        return self._near(self._embedder.contents([Content(text, pixels)])[0], Query([], k, filters=filters or {}))
 
     def encode_new(self, new_items: Mapping[str, NewItem]) -> dict[str, np.ndarray]:
-        """Vectors (D,) of items that the data set lacks, for `Query.new_vectors`; kept, so that each is encoded once.
+        """Vectors (D,) of items that the data set lacks; kept, so that each is encoded once.
 
         Raises InputError on an unreadable picture, with the item's name, and where the user tower reads pictures and
         text instead of vectors. Items of the data set are passed over.
@@ -171,31 +142,37 @@ class Recommender:
         except UnreadableImage as error:
             raise InputError(f"item {item_id!r}: {error}") from None
 
-    def _known(self, query: Query) -> list[str]:
-        return [i for i in query.history if i in self.items.row_of or i in query.new_vectors]
+    def _read(self, query: Query) -> _Asked:
+        query.check()
+        new = self.encode_new(query.new_items) if query.new_items else {}
+        known = [place for place, i in enumerate(query.history) if i in self.items.row_of or i in new]
+        return _Asked(query, known, new)
 
-    def _user_vectors(self, queries: Sequence[Query]) -> np.ndarray:
+    def _user_vectors(self, asked: Sequence[_Asked]) -> np.ndarray:
         """Vectors (B, D) of users whose history holds at least one known item."""
-        timed = any(query.timestamps is not None for query in queries)
-        timestamps = [self._timestamps(query) for query in queries] if timed else None
-        if not any(query.new_vectors for query in queries):
-            histories = [np.array([self.items.row_of[i] for i in self._known(q)], dtype=np.int64) for q in queries]
-            return self._embedder.users(self._catalog, histories, self._vectors, timestamps)
-        return self._embedder.users_of_vectors([self._history_vectors(query) for query in queries], timestamps)
+        timed = any(query.timestamps is not None for query, _, _ in asked)
+        timestamps = [_timestamps(query, known) for query, known, _ in asked] if timed else None
+        if not any(new for _, _, new in asked):
+            rows = [np.array([self.items.row_of[q.history[place]] for place in known]) for q, known, _ in asked]
+            return self._embedder.users(self._catalog, rows, self._vectors, timestamps)
+        return self._embedder.users_of_vectors([self._history_vectors(one) for one in asked], timestamps)
 
-    def _timestamps(self, query: Query) -> np.ndarray:
-        """When each known item of the history was met, (L,), UNKNOWN_TIME where the query does not say."""
-        check_timestamps(query.history, query.timestamps)
-        timestamps = query.timestamps if query.timestamps is not None else [UNKNOWN_TIME] * len(query.history)
-        known = set(self._known(query))
-        return np.array([m for i, m in zip(query.history, timestamps, strict=True) if i in known], dtype=np.int64)
-
-    def _history_vectors(self, query: Query) -> np.ndarray:
+    def _history_vectors(self, asked: _Asked) -> np.ndarray:
         """Vectors (L, D) of the newest known items of a history."""
-        newest = self._known(query)[-self._embedder.max_history_items :]
+        newest = [asked.query.history[place] for place in asked.known[-self._embedder.max_history_items :]]
         rows = [self.items.row_of.get(item_id) for item_id in newest]
         return np.stack(
-            [query.new_vectors[i] if row is None else self._vectors[row] for i, row in zip(newest, rows, strict=True)]
+            [asked.new_vectors[i] if row is None else self._vectors[row] for i, row in zip(newest, rows, strict=True)]
+        )
+
+    def _near(self, vector: np.ndarray, query: Query) -> Answer:
+        """The items nearest to one vector (D,)."""
+        query.check()
+        return self._answer(self._nearest(vector[None], [query], query.filters)[0], COSINE)
+
+    def _answer(self, items: list[tuple[str, float]], kind: ScoreKind, unknown: Sequence[str] = ()) -> Answer:
+        return Answer(
+            items, kind, self.model_version, self.index_version, list(unknown), fallback=kind == PURCHASE_SHARE
         )
 
     def _nearest(
@@ -207,7 +184,7 @@ class Recommender:
         if not len(rows):
             return [[] for _ in queries]
         candidates = self._vectors if len(rows) == len(self._vectors) else self._vectors[rows]
-        most = max(_checked_k(q) + len(b) for q, b in zip(queries, barred, strict=True))
+        most = max(q.k + len(b) for q, b in zip(queries, barred, strict=True))
         scores, found = top_k(vectors, candidates, min(len(rows), most))
         ranked = []
         for query, out, row_scores, row_found in zip(
@@ -221,9 +198,8 @@ class Recommender:
         """What to give somebody of whom nothing is known: (item_id, share of all training events)."""
         allowed = self._allowed(query.filters)
         allowed[list(self._excluded(query))] = False
-        rows = np.flatnonzero(allowed)
-        order = rows[np.argsort(-self._popularity[rows], kind="stable")][: _checked_k(query)]
-        return [(self.items.item_ids[row], float(self._popularity[row])) for row in order]
+        rows = self._most_bought_first[allowed[self._most_bought_first]][: query.k]
+        return [(self.items.item_ids[row], float(self._popularity[row])) for row in rows]
 
     def _allowed(self, filters: Filters) -> np.ndarray:
         return self._indexed & self.items.filter_mask(filters) if filters else self._indexed.copy()
@@ -233,25 +209,11 @@ class Recommender:
         return {self.items.row_of[i] for i in ids if i in self.items.row_of}
 
 
-def check_timestamps(history: Sequence[str], timestamps: Sequence[int] | None) -> None:
-    """Raise InputError unless there is one for each item of the history, none before the one ahead of it."""
-    if timestamps is None:
-        return
-    if len(timestamps) != len(history):
-        raise InputError(f"timestamps holds {len(timestamps)} values for {len(history)} items of history: one each")
-    for place in range(1, len(timestamps)):
-        if timestamps[place] < timestamps[place - 1]:
-            raise InputError(
-                f"timestamps[{place}] {timestamps[place]} is before the one ahead of it: give the history oldest first"
-            )
-    if len(timestamps) and not -MAX_TIMESTAMP <= timestamps[0] <= timestamps[-1] <= MAX_TIMESTAMP:
-        raise InputError("timestamps are milliseconds since the epoch: some lie more than 10,000 years from now")
-
-
-def _checked_k(query: Query) -> int:
-    if query.k < 1:
-        raise InputError(f"k is {query.k}: must be at least 1")
-    return query.k
+def _timestamps(query: Query, known: Sequence[int]) -> np.ndarray:
+    """When each known item of the history was met, (L,), UNKNOWN_TIME where the query does not say."""
+    if query.timestamps is None:
+        return np.full(len(known), UNKNOWN_TIME, dtype=np.int64)
+    return np.asarray(query.timestamps, dtype=np.int64)[known]
 
 
 def _by_filters(queries: Sequence[Query], which: Sequence[int]) -> list[tuple[Filters, list[int]]]:

@@ -153,7 +153,7 @@ def evaluate(
             with_image=dataset.items.with_image,
             item_ids=dataset.items.item_ids,
             rank=_ranker(data, config, stack),
-            progress=lambda name, done, total: console.progress(f"rank {name}", done, total),
+            progress=lambda name, *rest: console.progress(f"rank {name}", *rest),
         )
         metrics = evaluation.metrics_json(dataset.info["split"]["kind"])
         metrics["knockouts"] = knockouts
@@ -252,17 +252,10 @@ def recommend(
     console: Console,
 ) -> Summary:
     recommender = pixrec.load_recommender(model, index, data)
-    from pixrec.recommender import Query
+    from pixrec.query import Query
 
     query = Query(history, k, exclude_history=not include_history, timestamps=timestamps)
-    answer = recommender.answer([query])[0]
-    return {
-        "items": [{"item_id": item_id, "score": score} for item_id, score in answer.items],
-        "model_version": recommender.model_version,
-        "index_version": recommender.index_version,
-        "unknown_items": answer.unknown_items,
-        "fallback": answer.fallback,
-    }
+    return recommender.answer([query])[0].to_dict()
 
 
 def serve(model: str, index: str, data: str, config: Config, host: str, port: int, console: Console) -> Summary:

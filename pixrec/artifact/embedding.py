@@ -5,7 +5,6 @@ Usable without Ray; Arrow tables in, Arrow tables out. Pictures go from stage to
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -13,14 +12,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pixrec import errors, storage
+from pixrec import storage
 from pixrec.artifact import load_model
 from pixrec.artifact.stored import item_keys, to_table
 from pixrec.artifact.unfinished import Unfinished
 from pixrec.config import EmbedConfig, Modalities
 from pixrec.data.images import decode_image
 from pixrec.data.items import ItemTable
-from pixrec.errors import ArtifactError, PixRecError, UnreadableImage
+from pixrec.errors import ArtifactError, PixRecError, UnreadableImage, fault_text, raise_fault
 from pixrec.model.catalog import Embedder
 from pixrec.model.encoding import Content
 from pixrec.model.vision import (
@@ -41,7 +40,7 @@ DECODED = pa.schema(
         (TOKENS_OF, pa.binary()),  # hash of a picture whose tokens are stored
         (REJECTED_PICTURE, pa.bool_()),
         (CONTENT_HASH, pa.string()),
-        (FAULT, pa.string()),  # of a row that is no item: an error of ours, see `raise_fault`
+        (FAULT, pa.string()),  # of a row that is no item: an error of ours, as `errors.fault_text`
     ]
 )
 _COLUMNS = [ITEM_ID, *TEXT_FIELDS, IMAGE]
@@ -57,7 +56,7 @@ def hash_items(pieces: pa.Table) -> Iterator[pa.Table]:
                 hashes = [table.content_hash(row) for row in range(len(table))]
                 keys += item_keys(table.item_ids, hashes).to_pylist()
         except PixRecError as error:
-            fault = _as_text(error)
+            fault = fault_text(error)
         yield _row(file=file, keys=b"".join(keys), fault=fault)
 
 
@@ -76,7 +75,7 @@ def decode_items(
             for table in _rows(piece["file"], wanted):
                 yield _decoded(ItemTable(table), image_size_px, modalities, stored)
         except PixRecError as error:
-            yield pa.Table.from_pylist([{FAULT: _as_text(error)}], schema=DECODED)
+            yield pa.Table.from_pylist([{FAULT: fault_text(error)}], schema=DECODED)
 
 
 def find_store(model: str, place: str) -> dict[str, str | None]:
@@ -84,19 +83,7 @@ def find_store(model: str, place: str) -> dict[str, str | None]:
     try:
         return {"store": fitting_store(place, load_model(model).tower.backbone), "fault": None}
     except PixRecError as error:
-        return {"store": None, "fault": _as_text(error)}
-
-
-def raise_fault(fault: str | None) -> None:
-    """Raise the error of ours that a worker sent as text; Ray would give a traceback in its place."""
-    if fault is not None:
-        found = json.loads(fault)
-        raise getattr(errors, found["error"])(found["message"])
-
-
-def _as_text(error: PixRecError) -> str:
-    known = type(error) if type(error).__name__ in vars(errors) else PixRecError
-    return json.dumps({"error": known.__name__, "message": str(error)})
+        return {"store": None, "fault": fault_text(error)}
 
 
 def _row(**values: object) -> pa.Table:
@@ -151,7 +138,7 @@ class ItemEmbedder:
                 raise_fault(fault)
             return _row(**self._stored(block), fault=None)
         except PixRecError as error:
-            return _row(part="", keys=b"", pictures=0, stored=0, rejected=0, fault=_as_text(error))
+            return _row(part="", keys=b"", pictures=0, stored=0, rejected=0, fault=fault_text(error))
 
     def _stored(self, block: pa.Table) -> dict[str, object]:
         name = self._unfinished.start(len(block))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os.path
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,18 +21,16 @@ import ray.data
 
 from pixrec import storage
 from pixrec.artifact import MODEL_MARKER, check_index_writable, index_version
-from pixrec.artifact.embedding import ItemEmbedder, decode_items, find_store, hash_items, raise_fault
+from pixrec.artifact.embedding import ItemEmbedder, decode_items, find_store, hash_items
 from pixrec.artifact.sources import Sources, reusable, write_chosen
 from pixrec.artifact.stored import KEY
 from pixrec.artifact.unfinished import Unfinished, Vanished, sweep
 from pixrec.config import Config, EmbedConfig, ModelConfig, load_config
-from pixrec.console import Rate
+from pixrec.console import Progress, Rate
 from pixrec.data.sequences import DATASET_MARKER
-from pixrec.errors import ArtifactError, ConfigError, InputError, OutputError
+from pixrec.errors import ArtifactError, ConfigError, InputError, OutputError, raise_fault
 from pixrec.model.vision import tokens_place
 from pixrec.schema import ITEMS
-
-Progress = Callable[[str, int, int | None, str], None]
 
 _ATTEMPTS = 3
 _PIXEL_BYTES = 128 * 1024**2

@@ -18,9 +18,10 @@ import torch
 
 from pixrec import storage
 from pixrec.artifact import load_model
+from pixrec.console import Progress
 from pixrec.data.items import load_items
 from pixrec.data.sequences import HeldOut
-from pixrec.evaluation.protocol import Block, Collector, Progress, Ranker, Task, rank_here, users_of
+from pixrec.evaluation.protocol import Block, Collector, Ranker, Task, rank_here, users_of
 from pixrec.evaluation.results import Outcome
 from pixrec.schema import TIMESTAMPS, USER_ID
 from pixrec.scorers.build import Recipe, TowerScorer

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from pixrec import __version__, errors, storage
 from pixrec.config import PrepareConfig, to_dict
-from pixrec.console import Rate
+from pixrec.console import Progress, Rate
 from pixrec.data import amazon2023, interactions, tables
 from pixrec.data.fetch import Fetcher, Picture
 from pixrec.data.images import DECODER, shrink_image
@@ -45,7 +45,6 @@ from pixrec.schema import (
     USER_ID,
 )
 
-Progress = Callable[..., None]  # as Console.progress
 Source = Literal["tables", "amazon2023"]
 
 KIND = "data set"
@@ -241,17 +240,16 @@ def _on_ray(
         answers = data.map(functools.partial(_answer, work=work), num_cpus=config.num_cpus_per_task)
         for row in answers.iter_rows():
             answer = json.loads(row["answer"])
-            if "error" in answer:
-                raise getattr(errors, answer["error"])(answer["message"])
+            errors.raise_fault(answer.get("fault"))
             yield answer
 
 
 def _answer(row: dict[str, Any], *, work: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, str]:
-    """An error of ours travels as a value: Ray would hand the driver a traceback in its place."""
+    """What `work` says of the row, or its `fault`."""
     try:
         answer = work(row)
     except errors.PixRecError as error:
-        answer = {"error": type(error).__name__, "message": str(error)}
+        answer = {"fault": errors.fault_text(error)}
     return {"answer": json.dumps(answer)}
 
 

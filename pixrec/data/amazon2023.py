@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from pixrec import storage
+from pixrec.console import Progress
 from pixrec.data.tables import rejects
 from pixrec.data.text import plain_text
 from pixrec.errors import InputError
@@ -40,7 +41,6 @@ from pixrec.schema import (
     USER_ID,
 )
 
-Progress = Callable[[str, int, int | None], None]
 Row = dict[str, Any]
 
 # Reasons of rejects, `<field> is empty` beside them.

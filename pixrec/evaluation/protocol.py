@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from pixrec.config import EvaluateConfig
+from pixrec.console import Progress
 from pixrec.data.sequences import HeldOut, sample_users
 from pixrec.errors import InputError
 from pixrec.evaluation.results import Evaluation, Outcome, reported_ks
@@ -26,9 +27,6 @@ from pixrec.scorers.protocol import AnyScorer, UserScorer
 MAX_SCORES = 2**25
 """Scores of one block (128 MB as float32). A block has at least one user, so this bounds the memory of a catalog of up
 to so many items; with masks and copies a block takes up to four times as much."""
-
-
-Progress = Callable[[str, int, int], None]
 
 
 class Block(NamedTuple):

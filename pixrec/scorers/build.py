@@ -17,6 +17,7 @@ import torch
 from pixrec import storage
 from pixrec.artifact import MODEL_MARKER, Index, Model, knockout_uri, load_model
 from pixrec.config import Config, Modalities
+from pixrec.console import Progress
 from pixrec.data.items import ItemTable
 from pixrec.data.sequences import Dataset
 from pixrec.errors import ArtifactError, ConfigError, InputError
@@ -36,8 +37,6 @@ from pixrec.scorers.predictions import Predictions
 from pixrec.scorers.protocol import AnyScorer, Scorer
 from pixrec.scorers.replaced import REPLACED, Replaced, ReplacedItems
 from pixrec.scorers.sasrec import LOSS_OF, train_sasrec
-
-Progress = Callable[[str, int, int | None], None]
 
 KNOCKOUTS: dict[str, Modalities] = {"pixrec_text_only": "text", "pixrec_image_only": "image"}
 REPLACEMENTS: dict[str, Replaced] = {f"pixrec_{how}": how for how in REPLACED}

@@ -5,49 +5,18 @@ Knows plain values only: no torch, no Ray, no HTTP.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-Filters = dict[str, list[Any]]
+from pixrec.query import Answer, Filters, Query
 
 
 @dataclass(frozen=True)
 class Versions:
-    """Which model and which index an answer came from. During a rollout two replicas may differ."""
+    """Which model and which index answer. During a rollout two replicas may differ."""
 
     model_version: str
     index_version: str
-
-
-@dataclass(frozen=True)
-class NewItem:
-    """An item of a history that the catalog lacks: what it says, and its picture."""
-
-    fields: dict[str, Any]
-    image: bytes | None = None
-
-
-@dataclass(frozen=True)
-class RecommendRequest:
-    """A history and what is asked about it; the fields are those of the HTTP body."""
-
-    history: list[str]
-    k: int
-    exclude: list[str] = field(default_factory=list)
-    exclude_history: bool = True
-    filters: Filters = field(default_factory=dict)
-    new_items: dict[str, NewItem] = field(default_factory=dict)
-    timestamps: list[int] | None = None
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Ranked (item_id, score), best first, and where they came from."""
-
-    items: list[tuple[str, float]]
-    versions: Versions
-    unknown_items: list[str] = field(default_factory=list)
-    fallback: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,11 +47,11 @@ class Unavailable(BackendError):
 class Backend(Protocol):
     """None stands for an item that is unknown, or has no picture. Every method may raise a BackendError."""
 
-    async def recommend(self, request: RecommendRequest) -> Ranking | Refusal: ...
+    async def recommend(self, query: Query) -> Answer | Refusal: ...
 
-    async def similar(self, item_id: str, k: int, filters: Filters) -> Ranking | Refusal | None: ...
+    async def similar(self, item_id: str, k: int, filters: Filters) -> Answer | Refusal | None: ...
 
-    async def search(self, text: str, image: bytes | None, k: int, filters: Filters) -> Ranking | Refusal: ...
+    async def search(self, text: str, image: bytes | None, k: int, filters: Filters) -> Answer | Refusal: ...
 
     async def fields(self, item_id: str) -> dict[str, Any] | None: ...
 

@@ -20,11 +20,12 @@ from ray.serve.handle import DeploymentHandle
 
 from pixrec.config import ServeConfig
 from pixrec.errors import InputError, UnreadableImage
-from pixrec.serving.backend import Filters, Overloaded, Ranking, RecommendRequest, Refusal, Unavailable, Versions
+from pixrec.query import Answer, Filters, Query
+from pixrec.serving.backend import Overloaded, Refusal, Unavailable, Versions
 from pixrec.serving.http import create_api
 
 if TYPE_CHECKING:
-    from pixrec.recommender import Answer, Query, Recommender
+    from pixrec.recommender import Recommender
 
 logger = logging.getLogger(__name__)
 
@@ -47,43 +48,36 @@ class RecommenderReplica:
         batched = serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_seconds)
         self._answer_together = batched(self.answer_all)
 
-    async def recommend(self, request: RecommendRequest) -> Ranking | Refusal:
-        from pixrec import recommender
-
+    async def recommend(self, query: Query) -> Answer | Refusal:
         # Refused before it joins a batch, where it would fail its neighbours.
-        refusal = self._refusal(request.filters)
+        refusal = self._refusal(query.filters)
         if refusal is not None:
             return refusal
-        try:
-            recommender.check_timestamps(request.history, request.timestamps)
-        except InputError as error:
-            return Refusal("timestamps", str(error))
-        vectors = {}
-        if request.new_items:
-            given = {i: recommender.NewItem(item.fields, item.image) for i, item in request.new_items.items()}
+        problem = query.problem()
+        if problem is not None:
+            return Refusal(*problem)
+        if query.new_items:
             try:
-                vectors = await self._compute(self._recommender.encode_new, given)
+                await self._compute(self._recommender.encode_new, query.new_items)  # which keeps the vectors
             except InputError as error:
                 return Refusal("new_items", str(error))
-        r = request
-        query = recommender.Query(r.history, r.k, r.exclude, r.exclude_history, r.filters, vectors, r.timestamps)
-        return self._ranking(await self._answer_together(query))
+        return await self._answer_together(query)
 
     async def answer_all(self, queries: list[Query]) -> list[Answer]:
         return await self._compute(self._recommender.answer, queries)
 
-    async def similar(self, item_id: str, k: int, filters: Filters) -> Ranking | Refusal | None:
+    async def similar(self, item_id: str, k: int, filters: Filters) -> Answer | Refusal | None:
         if item_id not in self._recommender.items.row_of:
             return None
         refusal = self._refusal(filters)
-        return refusal or self._ranking(await self._compute(self._recommender.similar, item_id, k, filters))
+        return refusal or await self._compute(self._recommender.similar, item_id, k, filters)
 
-    async def search(self, text: str, image: bytes | None, k: int, filters: Filters) -> Ranking | Refusal:
+    async def search(self, text: str, image: bytes | None, k: int, filters: Filters) -> Answer | Refusal:
         refusal = self._refusal(filters)
         if refusal is not None:
             return refusal
         try:
-            return self._ranking(await self._compute(self._recommender.search, text, image, k, filters))
+            return await self._compute(self._recommender.search, text, image, k, filters)
         except UnreadableImage as error:
             return Refusal("image_base64", str(error))
 
@@ -108,9 +102,6 @@ class RecommenderReplica:
         known = ", ".join(self._filter_fields) or "none"
         return Refusal("filters", f"{unknown!r} is no filter field of this catalog; known: {known}")
 
-    def _ranking(self, answer: Answer) -> Ranking:
-        return Ranking(answer.items, self._versions, answer.unknown_items, answer.fallback)
-
 
 class ServeBackend:
     """A Backend that asks the recommender's replicas through a Serve handle, and says why when none answers."""
@@ -119,13 +110,13 @@ class ServeBackend:
         self._recommender = recommender
         self._timeout_seconds = timeout_seconds
 
-    async def recommend(self, request: RecommendRequest) -> Ranking | Refusal:
-        return await self._ask("recommend", request)
+    async def recommend(self, query: Query) -> Answer | Refusal:
+        return await self._ask("recommend", query)
 
-    async def similar(self, item_id: str, k: int, filters: Filters) -> Ranking | Refusal | None:
+    async def similar(self, item_id: str, k: int, filters: Filters) -> Answer | Refusal | None:
         return await self._ask("similar", item_id, k, filters)
 
-    async def search(self, text: str, image: bytes | None, k: int, filters: Filters) -> Ranking | Refusal:
+    async def search(self, text: str, image: bytes | None, k: int, filters: Filters) -> Answer | Refusal:
         return await self._ask("search", text, image, k, filters)
 
     async def fields(self, item_id: str) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """The HTTP interface: bodies, routes and what each failure answers. Knows no Ray and no model, only a Backend.
 
 Bodies are strict: a key that is unknown or a value of another type is refused with the field's name, never guessed at.
+Their fields, and those of the answers, are those of `pixrec.query`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 import pixrec
 from pixrec.config import ServeConfig
-from pixrec.serving.backend import Backend, BackendError, NewItem, Overloaded, Ranking, RecommendRequest, Refusal
+from pixrec.query import Answer, NewItem, Query, ScoreKind
+from pixrec.serving.backend import Backend, BackendError, Overloaded, Refusal
 from pixrec.serving.gate import Gate, JsonResponse, unavailable
 
 MAX_REPORTED_ERRORS = 20
@@ -98,8 +100,9 @@ class RankedItem(BaseModel):
     score: float
 
 
-class RankingAnswer(BaseModel):
+class AnswerBody(BaseModel):
     items: list[RankedItem]
+    score_kind: ScoreKind = Field(description="What a score is: a cosine, or an item's share of all purchases.")
     model_version: str
     index_version: str
     unknown_items: list[str]
@@ -146,7 +149,7 @@ def create_api(backend: Backend, config: ServeConfig) -> FastAPI:
 def _ranking_routes(backend: Backend, config: ServeConfig) -> APIRouter:
     router = APIRouter(prefix="/v1")
 
-    @router.post("/recommend", response_model=RankingAnswer)
+    @router.post("/recommend", response_model=AnswerBody)
     async def recommend(body: RecommendBody) -> Response:
         """The items that fit best after this history."""
         k = _checked_k(body, config)
@@ -155,21 +158,19 @@ def _ranking_routes(backend: Backend, config: ServeConfig) -> APIRouter:
         if body.timestamps is not None:
             _check_length("timestamps", len(body.timestamps), config.max_request_items, "values")
         new_items = _new_items(body, config)
-        request = RecommendRequest(
-            body.history, k, body.exclude, body.exclude_history, body.filters, new_items, body.timestamps
-        )
-        return _ranked(await backend.recommend(request))
+        query = Query(body.history, k, body.exclude, body.exclude_history, body.filters, new_items, body.timestamps)
+        return _answered(await backend.recommend(query))
 
-    @router.post("/similar", response_model=RankingAnswer, responses=UNKNOWN)
+    @router.post("/similar", response_model=AnswerBody, responses=UNKNOWN)
     async def similar(body: SimilarBody) -> Response:
         """The items closest to one item."""
         k = _checked_k(body, config)
-        ranking = await backend.similar(body.item_id, k, body.filters)
-        if ranking is None:
+        answer = await backend.similar(body.item_id, k, body.filters)
+        if answer is None:
             raise _unknown(body.item_id)
-        return _ranked(ranking)
+        return _answered(answer)
 
-    @router.post("/search", response_model=RankingAnswer)
+    @router.post("/search", response_model=AnswerBody)
     async def search(body: SearchBody) -> Response:
         """The items closest to a text, a picture, or both."""
         k = _checked_k(body, config)
@@ -178,7 +179,7 @@ def _ranking_routes(backend: Backend, config: ServeConfig) -> APIRouter:
         image = _decoded(body.image_base64) if body.image_base64 else None
         if not text and not image:
             raise _field_error("text", "text and image_base64 are both empty: give one of them")
-        return _ranked(await backend.search(text, image, k, body.filters))
+        return _answered(await backend.search(text, image, k, body.filters))
 
     return router
 
@@ -279,16 +280,10 @@ def jsonable(value: Any) -> Any:
     return str(value)
 
 
-def _ranked(ranking: Ranking | Refusal) -> Response:
-    if isinstance(ranking, Refusal):
-        raise _field_error(ranking.field, ranking.message)
-    answer = {
-        "items": [{"item_id": item_id, "score": jsonable(float(score))} for item_id, score in ranking.items],
-        **vars(ranking.versions),
-        "unknown_items": ranking.unknown_items,
-        "fallback": ranking.fallback,
-    }
-    return JsonResponse(answer)
+def _answered(answer: Answer | Refusal) -> Response:
+    if isinstance(answer, Refusal):
+        raise _field_error(answer.field, answer.message)
+    return JsonResponse(jsonable(answer.to_dict()))
 
 
 def _checked_k(body: _Body, config: ServeConfig) -> int:

@@ -211,7 +211,8 @@ def test_recommend_ends_with_one_json_object(run: Run, made: Path):
     ran = recommend(run, made, "--history", "i01,i02,nobody", "-k", 3)
     assert (ran.code, len(ran.out)) == (0, 1)
     summary = json.loads(ran.out[0])
-    assert set(summary) == {"items", "model_version", "index_version", "unknown_items", "fallback"}
+    assert set(summary) == {"items", "score_kind", "model_version", "index_version", "unknown_items", "fallback"}
+    assert summary["score_kind"] == "cosine"
     assert len(summary["items"]) == 3
     assert {"i01", "i02"}.isdisjoint(item["item_id"] for item in summary["items"])
     assert all(isinstance(item["score"], float) for item in summary["items"])

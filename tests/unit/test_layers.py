@@ -16,7 +16,7 @@ ROOT = Path(pixrec.__file__).parent
 # Lowest first. A module may import what stands in its own layer or below.
 LAYERS = [
     ["errors", "schema"],
-    ["config", "console"],
+    ["config", "console", "query"],
     ["storage"],
     ["data"],
     ["model"],

@@ -30,7 +30,8 @@ from pixrec.errors import ArtifactError, InputError, UnreadableImage
 from pixrec.index import top_k
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoding import Content
-from pixrec.recommender import Answer, NewItem, Query, Recommender
+from pixrec.query import Answer, NewItem, Query
+from pixrec.recommender import Recommender
 from pixrec.schema import TEXT_FIELDS
 
 
@@ -102,8 +103,8 @@ def test_timestamps_of_the_history_are_read(timed: Recommender):
 
 
 def test_timestamps_of_new_items_are_read(timed: Recommender):
-    new = timed.encode_new({"new": NewItem({"title": "Square"})})
-    answers = timed.answer([Query(["i03", "new"], 5, new_vectors=new, timestamps=t) for t in ([0, 1000], [0, 10**10])])
+    new = {"new": NewItem({"title": "Square"})}
+    answers = timed.answer([Query(["i03", "new"], 5, new_items=new, timestamps=t) for t in ([0, 1000], [0, 10**10])])
     assert answers[0].items != answers[1].items
 
 
@@ -170,6 +171,7 @@ def test_unknown_items_are_passed_over_and_named(recommender: Recommender):
     (answer,) = recommender.answer([Query(["new", "i01", "newer", "new"], 3)])
     assert answer.unknown_items == ["new", "newer"]
     assert answer.fallback is False
+    assert answer.score_kind == "cosine"
     assert answer.items == recommender.recommend(["i01"], 3)
 
 
@@ -183,6 +185,7 @@ def test_without_a_known_history_the_most_bought_items_come(
     assert ids(answer) == [dataset.items.item_ids[row] for row in order]
     np.testing.assert_allclose([score for _, score in answer.items], counts[order] / counts.sum(), rtol=1e-6)
     assert (answer.fallback, answer.unknown_items) == (True, history)
+    assert answer.score_kind == "purchase_share"
     (filtered,) = recommender.answer([Query(history, 4, exclude=["i02"], filters={"brand": ["Ann"]})])
     assert "i02" not in ids(filtered)
     assert set(ids(filtered)) <= {f"i{row:02d}" for row in range(0, 12, 2)}
@@ -210,6 +213,7 @@ def test_similar(recommender: Recommender, model: Model, items: ItemTable):
     answer = recommender.similar("i04", 3)
     assert ids(answer) == [items.item_ids[row] for row in nearest if row != 4][:3]
     assert (answer.unknown_items, answer.fallback) == ([], False)
+    assert (answer.score_kind, answer.model_version, answer.index_version) == ("cosine", model.fingerprint, "v1")
     assert len(recommender.similar("i04", 50).items) == 11
     assert set(ids(recommender.similar("i04", 50, {"year": [2000, 2004]}))) == {"i00"}
     with pytest.raises(KeyError):
@@ -258,7 +262,7 @@ def test_a_history_of_items_that_the_data_set_lacks(items: ItemTable, dataset: D
     assert list(vectors) == ["new"]
     np.testing.assert_allclose(vectors["new"], index_of(model, items).vectors[last], atol=1e-6)
     known, new = recommender.answer(
-        [Query(["i03", items.item_ids[last]], 5), Query(["i03", "new", "gone"], 5, new_vectors=vectors)]
+        [Query(["i03", items.item_ids[last]], 5), Query(["i03", "new", "gone"], 5, new_items={"new": copy})]
     )
     assert new.unknown_items == ["gone"]
     assert [i for i, _ in new.items if i != items.item_ids[last]][:4] == ids(known)[:4]
@@ -273,6 +277,8 @@ def test_a_history_of_items_that_the_data_set_lacks(items: ItemTable, dataset: D
 def test_an_interleaved_tower_takes_no_new_items(recommender: Recommender):
     with pytest.raises(InputError, match="interleaved"):
         recommender.encode_new({"new": NewItem({"title": "lamp"})})
+    with pytest.raises(InputError, match="interleaved"):
+        recommender.answer([Query(["new"], new_items={"new": NewItem({"title": "lamp"})})])
 
 
 def test_items_that_came_after_the_index(model: Model, items: ItemTable, dataset: Dataset, recommender: Recommender):

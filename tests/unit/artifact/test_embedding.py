@@ -21,13 +21,13 @@ from fakes import (
 )
 
 from pixrec.artifact import Model, embedding
-from pixrec.artifact.embedding import DECODED, ItemEmbedder, decode_items, find_store, hash_items, raise_fault
+from pixrec.artifact.embedding import DECODED, ItemEmbedder, decode_items, find_store, hash_items
 from pixrec.artifact.stored import item_keys, to_vectors
 from pixrec.artifact.unfinished import Unfinished, read_part
 from pixrec.config import EmbedConfig
 from pixrec.data.images import decode_image
 from pixrec.data.items import ItemTable
-from pixrec.errors import ArtifactError, InputError
+from pixrec.errors import ArtifactError, InputError, raise_fault
 from pixrec.model.catalog import Catalog
 from pixrec.schema import IMAGE
 

@@ -13,7 +13,8 @@ import pytest
 from fastapi import FastAPI
 
 from pixrec.config import ServeConfig
-from pixrec.serving.backend import Filters, Ranking, RecommendRequest, Refusal, Versions
+from pixrec.query import COSINE, PURCHASE_SHARE, Answer, Filters, Query
+from pixrec.serving.backend import Refusal, Versions
 from pixrec.serving.http import create_api
 
 JPEG = b"\xff\xd8\xff and so on"
@@ -27,20 +28,21 @@ class FakeBackend:
         self.trouble: Exception | None = None
         self.asked: list[tuple[Any, ...]] = []
 
-    async def recommend(self, request: RecommendRequest) -> Ranking | Refusal:
+    async def recommend(self, request: Query) -> Answer | Refusal:
         self.request = request
         known = [item_id for item_id in request.history if item_id in self.catalog or item_id in request.new_items]
         left_out = {*request.exclude, *(request.history if request.exclude_history else ())}
-        ranking = self._rank("recommend", request.k, request.filters, left_out)
-        if isinstance(ranking, Refusal):
-            return ranking
+        answer = self._rank("recommend", request.k, request.filters, left_out)
+        if isinstance(answer, Refusal):
+            return answer
         unknown = [item_id for item_id in request.history if item_id not in known]
-        return dataclasses.replace(ranking, unknown_items=unknown, fallback=not known)
+        kind = COSINE if known else PURCHASE_SHARE
+        return dataclasses.replace(answer, unknown_items=unknown, fallback=not known, score_kind=kind)
 
-    async def similar(self, item_id: str, k: int, filters: Filters) -> Ranking | Refusal | None:
+    async def similar(self, item_id: str, k: int, filters: Filters) -> Answer | Refusal | None:
         return self._rank("similar", k, filters, {item_id}) if item_id in self.catalog else None
 
-    async def search(self, text: str, image: bytes | None, k: int, filters: Filters) -> Ranking | Refusal:
+    async def search(self, text: str, image: bytes | None, k: int, filters: Filters) -> Answer | Refusal:
         if image == b"not a picture":
             return Refusal("image_base64", "unreadable picture: not a picture")
         return self._rank("search", k, filters, set(), text, image)
@@ -62,12 +64,12 @@ class FakeBackend:
         if self.trouble is not None:
             raise self.trouble
 
-    def _rank(self, method: str, k: int, filters: Filters, left_out: set[str], *rest: Any) -> Ranking | Refusal:
+    def _rank(self, method: str, k: int, filters: Filters, left_out: set[str], *rest: Any) -> Answer | Refusal:
         self._ask(method, k, filters, *rest)
         if set(filters) - {"brand"}:
             return Refusal("filters", "no such filter field")
         ids = [item_id for item_id in self.catalog if item_id not in left_out][:k]
-        return Ranking([(item_id, 1.0 - 0.1 * n) for n, item_id in enumerate(ids)], Versions("model-1", "index-1"))
+        return Answer([(item_id, 1.0 - 0.1 * n) for n, item_id in enumerate(ids)], COSINE, "model-1", "index-1")
 
 
 class Client:

@@ -15,9 +15,16 @@ from ray.serve.exceptions import BackPressureError
 from pixrec.config import ServeConfig
 from pixrec.data.items import ItemTable
 from pixrec.errors import InputError, UnreadableImage
-from pixrec.recommender import Answer, Query
-from pixrec.serving.backend import NewItem, Overloaded, Ranking, RecommendRequest, Refusal, Unavailable, Versions
+from pixrec.query import COSINE, PURCHASE_SHARE, Answer, NewItem, Query
+from pixrec.serving.backend import Overloaded, Refusal, Unavailable, Versions
 from pixrec.serving.deployments import RecommenderReplica, ServeBackend, bind
+
+
+def answer_of(item_id: str, score: float) -> Answer:
+    return Answer([(item_id, score)], COSINE, "model-1", "index-1")
+
+
+FALLBACK = Answer([("b", 0.1)], PURCHASE_SHARE, "model-1", "index-1", fallback=True)
 
 
 class FakeRecommender:
@@ -39,15 +46,15 @@ class FakeRecommender:
     def answer(self, queries: list[Query]) -> list[Answer]:
         self.batches.append(len(queries))
         self.threads.add(threading.current_thread().name)
-        return [Answer([("b", 0.5)][: query.k], [], fallback=not query.history) for query in queries]
+        return [answer_of("b", 0.5) if query.history else FALLBACK for query in queries]
 
     def similar(self, item_id: str, k: int, filters: Any) -> Answer:
-        return Answer([("b", 0.25)], [], fallback=False)
+        return answer_of("b", 0.25)
 
     def search(self, text: str, image: bytes | None, k: int, filters: Any) -> Answer:
         if image is not None:
             raise UnreadableImage("not a picture")
-        return Answer([("a", 0.75)], [], fallback=False)
+        return answer_of("a", 0.75)
 
 
 @pytest.fixture
@@ -73,7 +80,7 @@ def test_a_bad_filter_is_refused_before_it_joins_a_batch(
 ) -> None:
     colour = {"colour": ["red"]}
     for refusal in (
-        asyncio.run(replica.recommend(RecommendRequest([], 3, filters=colour))),
+        asyncio.run(replica.recommend(Query([], 3, filters=colour))),
         asyncio.run(replica.similar("a", 3, colour)),
         asyncio.run(replica.search("x", None, 3, colour)),
     ):
@@ -85,7 +92,7 @@ def test_timestamps_that_do_not_fit_are_refused_before_they_join_a_batch(
     replica: RecommenderReplica, recommender: FakeRecommender
 ) -> None:
     for timestamps in ([1], [2, 1]):
-        refusal = asyncio.run(replica.recommend(RecommendRequest(["a", "b"], 3, timestamps=timestamps)))
+        refusal = asyncio.run(replica.recommend(Query(["a", "b"], 3, timestamps=timestamps)))
         assert isinstance(refusal, Refusal)
         assert refusal.field == "timestamps"
     assert recommender.batches == []
@@ -96,19 +103,18 @@ def test_new_items_are_encoded_before_the_batch(replica: RecommenderReplica, rec
         return (await replica.answer_all([query]))[0]
 
     replica._answer_together = alone
-    ranking = asyncio.run(replica.recommend(RecommendRequest(["n"], 3, new_items={"n": NewItem({"title": "lamp"})})))
-    assert isinstance(ranking, Ranking)
+    ranking = asyncio.run(replica.recommend(Query(["n"], 3, new_items={"n": NewItem({"title": "lamp"})})))
+    assert ranking == answer_of("b", 0.5)
     assert recommender.encoded == [("n", {"title": "lamp"}, None)]
-    refusal = asyncio.run(replica.recommend(RecommendRequest(["n"], 3, new_items={"n": NewItem({}, b"no picture")})))
+    refusal = asyncio.run(replica.recommend(Query(["n"], 3, new_items={"n": NewItem({}, b"no picture")})))
     assert refusal == Refusal("new_items", "item 'n': not a picture")
     assert recommender.batches == [1]
 
 
 def test_the_replica_answers_with_its_versions(replica: RecommenderReplica) -> None:
-    versions = Versions("model-1", "index-1")
-    assert asyncio.run(replica.versions()) == versions
-    assert asyncio.run(replica.similar("a", 3, {})) == Ranking([("b", 0.25)], versions)
-    assert asyncio.run(replica.search("x", None, 3, {"brand": ["Acme"]})) == Ranking([("a", 0.75)], versions)
+    assert asyncio.run(replica.versions()) == Versions("model-1", "index-1")
+    assert asyncio.run(replica.similar("a", 3, {})) == answer_of("b", 0.25)
+    assert asyncio.run(replica.search("x", None, 3, {"brand": ["Acme"]})) == answer_of("a", 0.75)
     refusal = asyncio.run(replica.search("", b"?", 3, {}))
     assert refusal == Refusal("image_base64", "unreadable picture: not a picture")
 

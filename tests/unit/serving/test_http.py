@@ -3,16 +3,57 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
-from pixrec.serving.backend import NewItem, Overloaded, Unavailable
-from pixrec.serving.http import image_type, jsonable
+from pixrec.query import Answer, NewItem, Query
+from pixrec.schema import TEXT_FIELDS
+from pixrec.serving.backend import Overloaded, Unavailable
+from pixrec.serving.http import AnswerBody, FilterValue, NewItemBody, RankedItem, RecommendBody, image_type, jsonable
 
-RANKING_KEYS = {"items", "model_version", "index_version", "unknown_items", "fallback"}
+RANKING_KEYS = {"items", "score_kind", "model_version", "index_version", "unknown_items", "fallback"}
+
+
+# What stands at the edge for a type within: a value of JSON, and objects that are told apart by their keys.
+AT_THE_EDGE = [(FilterValue, Any), (NewItemBody, NewItem), (RankedItem, tuple[str, float])]
+
+
+def shape(kind: Any) -> Any:
+    """A type without what the edge adds to check it, and with the one name for lists and mappings."""
+    kind = next((within for edge, within in AT_THE_EDGE if kind == edge), kind)
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return shape(parts[0])
+    if origin in (Union, UnionType):
+        return frozenset(map(shape, parts))
+    name = {Sequence: list, Mapping: dict}.get(origin, origin)
+    return (name, *map(shape, parts)) if origin else kind
+
+
+@pytest.mark.parametrize(("body", "within"), [(RecommendBody, Query), (AnswerBody, Answer)])
+def test_bodies_have_the_fields_of_the_library(body: Any, within: Any) -> None:
+    fields, hints = {field.name: field for field in dataclasses.fields(within)}, get_type_hints(within)
+    edge = get_type_hints(body, include_extras=True)
+    assert set(body.model_fields) == set(fields)
+    for name, field in fields.items():
+        assert shape(edge[name]) == shape(hints[name]), name
+        if body is RecommendBody:  # an answer holds every field
+            described = body.model_fields[name]
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            assert described.is_required() == (default is dataclasses.MISSING), name
+            if default is not dataclasses.MISSING:
+                given = described.get_default(call_default_factory=True)
+                assert (tuple(given) if isinstance(given, list) else given) == default, name
+
+
+def test_a_new_item_says_what_an_item_can_say() -> None:
+    assert set(NewItemBody.model_fields) == {*TEXT_FIELDS, "image_base64"}
+    assert all(field.default is None for field in NewItemBody.model_fields.values())
 
 
 def test_recommend_answers_the_documented_shape(client: Any) -> None:
@@ -20,6 +61,7 @@ def test_recommend_answers_the_documented_shape(client: Any) -> None:
     assert answer.status_code == 200
     assert answer.json() == {
         "items": [{"item_id": "b/ä 1", "score": 1.0}, {"item_id": "c", "score": 0.9}],
+        "score_kind": "cosine",
         "model_version": "model-1",
         "index_version": "index-1",
         "unknown_items": ["ghost"],
@@ -30,7 +72,7 @@ def test_recommend_answers_the_documented_shape(client: Any) -> None:
 @pytest.mark.parametrize("history", [[], ["ghost"], [""]])
 def test_a_history_without_known_items_falls_back(client: Any, history: list[str]) -> None:
     answer = client("POST", "/v1/recommend", json={"history": history}).json()
-    assert answer["fallback"] is True
+    assert (answer["fallback"], answer["score_kind"]) == (True, "purchase_share")
     assert answer["unknown_items"] == history
     assert len(answer["items"]) == 4
 

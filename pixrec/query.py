@@ -1,0 +1,99 @@
+"""What is asked of a recommender and what it answers: one definition for the library, the server and HTTP.
+
+Plain values. Knows no vector, no model and no HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pixrec.errors import InputError
+
+Filters = Mapping[str, Sequence[Any]]
+"""Values by field: an item passes when it holds, in every field named, one of the values given for it."""
+
+ScoreKind = Literal["cosine", "purchase_share"]
+"""What a score is: the cosine of two vectors, or the item's share of all training events; both are at most 1."""
+COSINE: ScoreKind = "cosine"
+PURCHASE_SHARE: ScoreKind = "purchase_share"
+
+MAX_TIMESTAMP = 4 * 10**14
+"""Milliseconds since the epoch: further away lies nobody's purchase, and differences stay far from overflowing."""
+
+
+@dataclass(frozen=True)
+class NewItem:
+    """An item that came after the data set."""
+
+    fields: Mapping[str, Any]
+    """title, brand, category, price, description; what is unknown is left out"""
+    image: bytes | None = None
+    """its picture, the bytes of an image file"""
+
+
+@dataclass(frozen=True)
+class Query:
+    """A shopper's history and what is wanted for it."""
+
+    history: Sequence[str]
+    """item ids, oldest first; unknown ones are passed over"""
+    k: int = 10
+    """how many items to return at most"""
+    exclude: Sequence[str] = ()
+    """items never to return"""
+    exclude_history: bool = True
+    """whether items of the history are left out too"""
+    filters: Filters = field(default_factory=dict)
+    new_items: Mapping[str, NewItem] = field(default_factory=dict)
+    """items of the history that the data set lacks, by id"""
+    timestamps: Sequence[int] | None = None
+    """when each event of the history was, milliseconds since the epoch, never falling; None: unknown"""
+
+    def check(self) -> None:
+        """Raise InputError unless `k` is at least 1 and the timestamps fit the history."""
+        problem = self.problem()
+        if problem is not None:
+            raise InputError(problem[1])
+
+    def problem(self) -> tuple[str, str] | None:
+        """The field at fault and what is wrong with it; None when all is well."""
+        if self.k < 1:
+            return "k", f"k is {self.k}: must be at least 1"
+        message = _misfit(self.timestamps, len(self.history)) if self.timestamps is not None else None
+        return None if message is None else ("timestamps", message)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Ranked items and where they came from."""
+
+    items: list[tuple[str, float]]
+    """(item_id, score), best first; fewer than k when fewer qualify"""
+    score_kind: ScoreKind
+    model_version: str
+    index_version: str
+    unknown_items: list[str] = field(default_factory=list)
+    """items of the history that nobody knows"""
+    fallback: bool = False
+    """True when nothing of the history was known and the most bought items were given instead"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer of `pixrec recommend` and of the HTTP routes."""
+        items = [{"item_id": item_id, "score": score} for item_id, score in self.items]
+        return {**vars(self), "items": items}
+
+
+def _misfit(timestamps: Sequence[int], length: int) -> str | None:
+    """What keeps the timestamps from belonging to a history of this length, oldest first."""
+    if len(timestamps) != length:
+        return f"timestamps holds {len(timestamps)} values for {length} items of history: one each"
+    for place in range(1, length):
+        if timestamps[place] < timestamps[place - 1]:
+            return (
+                f"timestamps[{place}] {timestamps[place]} is before the one ahead of it: give the history oldest first"
+            )
+    if length and not -MAX_TIMESTAMP <= timestamps[0] <= timestamps[-1] <= MAX_TIMESTAMP:
+        return "timestamps are milliseconds since the epoch: some lie more than 10,000 years from now"
+    return None
