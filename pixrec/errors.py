@@ -10,6 +10,11 @@
 Anything else that escapes is a defect of PixRec and exits with 1.
 """
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class PixRecError(Exception):
     """Base of every error whose cure lies with the user."""
@@ -37,3 +42,25 @@ class ArtifactError(PixRecError):
 
 class OutputError(PixRecError):
     pass
+
+
+def user_fault(error: BaseException | None) -> PixRecError | None:
+    """The PixRecError behind an error, also one that happened on a worker, whichever of them it was."""
+    if error is None or isinstance(error, PixRecError):
+        return error
+    failures = getattr(error, "worker_failures", None)  # Ray Train: an exception of each worker that failed
+    inner = [*failures.values()] if isinstance(failures, dict) else []
+    faults = (user_fault(e) for e in (getattr(error, "cause", None), *inner, error.__cause__) if e is not error)
+    return next(filter(None, faults), None)
+
+
+@contextlib.contextmanager
+def surfaced() -> Iterator[None]:
+    """A block (or, as a decorator, a function) that raises the PixRecError itself where one lies behind an error."""
+    try:
+        yield
+    except Exception as error:
+        fault = user_fault(error)
+        if fault is None or fault is error:
+            raise
+        raise fault from None
