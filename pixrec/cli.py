@@ -13,11 +13,15 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from pixrec import __version__, storage
+from pixrec import __version__
 from pixrec.config import Config, load_config
-from pixrec.errors import ConfigError, PixRecError
+from pixrec.errors import InputError, PixRecError, surfaced
+
+if TYPE_CHECKING:
+    from pixrec.console import Console
+    from pixrec.handles import Handle
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,18 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), surfaced():
             summary = _run(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
-        fault = _user_fault(error)
-        if fault is None:
-            traceback.print_exc()
-            return 1
+    except PixRecError as fault:
         print(f"pixrec {arguments.verb}: {' '.join(str(fault).split())}", file=sys.stderr)
         return 2
+    except Exception:
+        traceback.print_exc()
+        return 1
     print(json.dumps(summary), flush=True)  # escaped to ASCII: no locale and no odd id can break the line
     return 0
 
@@ -54,29 +57,59 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     transformers_logging.disable_progress_bar()  # "Loading weights" on stderr, also before a one-line error
     a = arguments
-    base = verbs.demo_config(Config()) if a.verb == "demo" else Config()
-    config = load_config(overrides=a.set, base=_from_file(a.config, base) if a.config else base)
+    base = verbs.demo_config() if a.verb == "demo" else Config()
+    config = load_config(overrides=a.set, base=verbs.read_settings(a.config or None, base))
     with Console() as console:
         match a.verb:
             case "prepare":
-                return verbs.prepare(a.items, a.interactions, a.out, a.source, config, console)
+                data = verbs.prepare(a.items, a.interactions, a.out, source=a.source, config=config, progress=console)
+                return _summary(data, "items", "images", "interactions", "cold", "users", "split")
             case "train":
-                return verbs.train(a.data, a.out, config, a.resume, console)
+                return _summary(verbs.train(a.data, a.out, config=config, resume=a.resume, progress=console))
             case "embed":
-                return verbs.embed(
-                    a.model, a.data, a.out, config, console, list_only=a.list, rollback_to=a.rollback, keep=a.keep
-                )
+                return _embed(a, config, console)
             case "evaluate":
-                return verbs.evaluate(
-                    a.model, a.data, a.index, a.out, config, console, predictions=a.predictions, also=a.also
-                )
+                report = verbs.evaluate(
+                    a.model, a.data, a.out, index=a.index, predictions=a.predictions, also=a.also, config=config,
+                    progress=console,
+                )  # fmt: skip
+                return _summary(report, "users", "results", "guards")
             case "recommend":
                 history = [i for i in a.history.split(",") if i]
-                return verbs.recommend(a.model, a.index, a.data, history, a.k, a.include_history, a.timestamps, console)
+                return verbs.recommend(a.model, a.index, a.data, history, a.k, a.include_history, a.timestamps)
             case "serve":
-                return verbs.serve(a.model, a.index, a.data, config, a.host, a.port, console)
+                return verbs.serve(a.model, a.index, a.data, config, a.host, a.port)
             case _:
-                return verbs.demo(a.out, config, console)
+                return verbs.demo(a.out, config=config, progress=console)
+
+
+def _summary(made: Handle, *keys: str) -> dict[str, Any]:
+    """The place of what was made, and what its JSON file says: of that the named keys, or all."""
+    return {"out": made.uri, **({key: made.info[key] for key in keys} if keys else made.info)}
+
+
+def _embed(a: argparse.Namespace, config: Config, console: Console) -> dict[str, Any]:
+    """Publish a version of `--out`, or list its versions, or go back to one; `--keep` deletes old ones then."""
+    from pixrec import verbs
+    from pixrec.artifact import keep_newest, list_versions, rollback
+
+    if a.keep is not None and a.keep < 1:
+        raise InputError(f"--keep {a.keep}: at least 1 version must stay")
+    if a.list or a.rollback is not None:
+        if a.model is not None or a.data is not None or (a.list and a.keep is not None):
+            raise InputError("--list goes with --out alone, --rollback with --out and --keep")
+    elif (a.model is None) != (a.data is None) or (a.model is None and a.keep is None):
+        raise InputError("embed needs --model and --data; without both: --list, --rollback VERSION or --keep N")
+    if a.list:
+        versions = list_versions(a.out)
+        current = next((found["version"] for found in versions if found["current"]), None)
+        return {"out": a.out, "current": current, "versions": versions}
+    summary: dict[str, Any] = {"out": a.out}
+    if a.rollback is not None:
+        summary |= {"before": rollback(a.out, a.rollback), "current": a.rollback}
+    elif a.model is not None:
+        summary = _summary(verbs.embed(a.model, a.data, a.out, config=config, progress=console))
+    return summary if a.keep is None else {**summary, "deleted": keep_newest(a.out, a.keep)}
 
 
 def _timestamps(text: str) -> list[int]:
@@ -86,13 +119,6 @@ def _timestamps(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(
             f"{text!r} must be whole milliseconds since the epoch, as 0,86400000"
         ) from None
-
-
-def _from_file(place: str, base: Config) -> Config:
-    try:
-        return load_config(storage.read_text(place), base=base)
-    except ConfigError as error:
-        raise ConfigError(f"{place}: {error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -145,13 +171,3 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--port", type=int, default=8000, help="port to listen on (default 8000)")
     verb("demo", "Run everything on a synthetic catalog.", ("out", "folder for data, model, index and report"))
     return parser
-
-
-def _user_fault(error: BaseException | None) -> PixRecError | None:
-    """The PixRecError behind an error, also one that happened on a worker, whichever of them it was."""
-    if error is None or isinstance(error, PixRecError):
-        return error
-    failures = getattr(error, "worker_failures", None)
-    inner = [*failures.values()] if isinstance(failures, dict) else []
-    faults = (_user_fault(e) for e in (getattr(error, "cause", None), *inner, error.__cause__) if e is not error)
-    return next(filter(None, faults), None)

@@ -23,9 +23,10 @@ class Progress(Protocol):
 
 
 class Console:
-    """Use as a context manager; `progress` and `training` are handed to the work."""
+    """Use as a context manager; `progress` and `training` are handed to the work. A quiet one says nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
         self._rich = RichConsole(stderr=True)
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -33,7 +34,7 @@ class Console:
         self._began: dict[str, tuple[float, int]] = {}
 
     def __enter__(self) -> Console:
-        if self._rich.is_terminal:
+        if self._rich.is_terminal and not self._quiet:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bars = Bars(*columns, TextColumn("{task.fields[note]}"), console=self._rich)
             self._bars.start()
@@ -45,10 +46,14 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line for people."""
+        if self._quiet:
+            return
         (self._bars.console if self._bars else self._rich).print(text, markup=False, highlight=False, soft_wrap=True)
 
     def progress(self, stage: str, done: int, total: int | None, note: str = "") -> None:
         """As `Progress`."""
+        if self._quiet:
+            return
         if self._bars:
             if stage not in self._tasks:
                 self._tasks[stage] = self._bars.add_task(stage, total=total, note="")

@@ -15,7 +15,9 @@ can carry, and `raise_fault` raises it again.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 
 
 class PixRecError(Exception):
@@ -60,3 +62,25 @@ def raise_fault(text: str | None) -> None:
     if text is not None:
         name, *arguments = json.loads(text)
         raise globals()[name](*arguments)
+
+
+def user_fault(error: BaseException | None) -> PixRecError | None:
+    """The PixRecError behind an error, also one that happened on a worker, whichever of them it was."""
+    if error is None or isinstance(error, PixRecError):
+        return error
+    failures = getattr(error, "worker_failures", None)  # Ray Train: an exception of each worker that failed
+    inner = [*failures.values()] if isinstance(failures, dict) else []
+    faults = (user_fault(e) for e in (getattr(error, "cause", None), *inner, error.__cause__) if e is not error)
+    return next(filter(None, faults), None)
+
+
+@contextlib.contextmanager
+def surfaced() -> Iterator[None]:
+    """A block (or, as a decorator, a function) that raises the PixRecError itself where one lies behind an error."""
+    try:
+        yield
+    except Exception as error:
+        fault = user_fault(error)
+        if fault is None or fault is error:
+            raise
+        raise fault from None

@@ -1,138 +1,170 @@
-"""What each verb of the command does, as a function: URIs and a config in, a summary out (the last line of stdout)."""
+"""What each verb does, as a function: the library and the command are both thin skins on these.
+
+`prepare`, `train`, `embed` and `evaluate` take places or handles and return a handle; `config` is a Config, a mapping
+of settings or the place of a YAML file. They raise PixRecError where the cure lies with the caller, also for what
+happened on a worker. `progress` True writes to stderr what the command writes there.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import pixrec
 from pixrec import storage
-from pixrec.artifact import (
-    MODEL_MARKER,
-    Model,
-    check_index_writable,
-    keep_newest,
-    list_versions,
-    load_index,
-    load_model,
-    rollback,
-)
+from pixrec.artifact import MODEL_MARKER, Model, check_index_writable, load_index, load_model
 from pixrec.artifact.sources import RECALL
-from pixrec.config import Config, to_dict
+from pixrec.config import Config, change_config, load_config, to_dict
 from pixrec.console import Console
+from pixrec.data.memory import IN_MEMORY, ArrowStream, in_memory, on_storage
 from pixrec.data.sequences import DATASET_MARKER, Dataset, HeldOut, load_dataset, sample_users
-from pixrec.errors import InputError
+from pixrec.errors import ConfigError, InputError, surfaced
 from pixrec.evaluation.audit import audit, audit_elsewhere, dataset_guards, provenance
+from pixrec.evaluation.ceiling import ceilings, verdict
 from pixrec.evaluation.protocol import Ranker, evaluate_scorers, rank_here
 from pixrec.evaluation.results import Evaluation
 from pixrec.evaluation.seeds import aggregate
-from pixrec.evaluation.significance import bootstrap_ci
-from pixrec.metrics import count_ties, target_ranks, user_random_tie_metrics
+from pixrec.handles import METRICS, Place, PreparedData, PublishedIndex, Report, TrainedModel, place
 from pixrec.report import choose_examples, choose_grids, format_table, notes, write_report
 from pixrec.scorers.build import KNOCKOUTS, Sources, build_scorers
 from pixrec.scorers.predictions import load_predictions
 from pixrec.scorers.protocol import AnyScorer
 from pixrec.training.tracking import read_log
 
-METRICS = "metrics.json"
+if TYPE_CHECKING:
+    from pixrec.recommender import Recommender
+
 HEADLINE_SCORERS = ("pixrec", "pixrec_text_only", "popularity")
+
+Table: TypeAlias = Place | ArrowStream
+"""A Parquet file, a folder or s3:// prefix of them, or a table in memory: pyarrow, pandas, Polars."""
+Settings: TypeAlias = Config | Mapping[str, Any] | Place | None
+"""A Config, a mapping (`{"train.epochs": 3}` or `{"train": {"epochs": 3}}`), the place of a YAML file, or nothing."""
+Progress: TypeAlias = bool | Console
 Summary = dict[str, Any]
 
 
+@surfaced()
 def prepare(
-    items: str | None,
-    interactions: str,
-    out: str,
-    source: Literal["tables", "amazon2023"],
-    config: Config,
-    console: Console,
-) -> Summary:
+    items: Table | None,
+    interactions: Table,
+    out: Place,
+    *,
+    source: Literal["tables", "amazon2023"] = "tables",
+    config: Settings = None,
+    progress: Progress = False,
+) -> PreparedData:
+    """Turn an items and an interactions table into the prepared data set `out`.
+
+    Without `items` the catalog is the set of ids seen. Tables in memory are written beside `out` for as long as it
+    takes; a relative `image_uri` in one is relative to the working directory. Raises InputError, OutputError,
+    ConfigError.
+    """
     from pixrec.cluster.prepare import prepare as run
 
-    info = run(items, interactions, out, config.prepare, console.progress, source)
-    return {"out": out, **{key: info[key] for key in ("items", "images", "interactions", "cold", "users", "split")}}
+    settings, out = read_settings(config), place(out)
+    given = {"items": items, "interactions": interactions}
+    tables = {name: table if table is None or in_memory(table) else place(table) for name, table in given.items()}
+    if source != "tables" and any(map(in_memory, tables.values())):
+        raise InputError(f"source {source} names raw files; a table in memory is read as it is: leave source out")
+    with _console(progress) as console, on_storage(tables, out) as at:
+        info = run(at["items"], at["interactions"], out, settings.prepare, console.progress, source)
+        if written := [name for name, table in tables.items() if in_memory(table)]:
+            info = {**info, "inputs": {**info["inputs"], **dict.fromkeys(written, IN_MEMORY)}}
+            storage.write_json(storage.join(out, DATASET_MARKER), info)
+    return PreparedData.of(out, info)
 
 
-def train(data: str, out: str, config: Config, resume: bool, console: Console) -> Summary:
+@surfaced()
+def train(
+    data: Place, out: Place, *, config: Settings = None, resume: bool = False, progress: Progress = False
+) -> TrainedModel:
+    """Fine-tune the towers, and the knockouts of `train.knockouts`, on a prepared data set.
+
+    `resume` continues the unfinished run for the same `out`, with the same `config`. Raises ArtifactError, InputError
+    (also where training diverges), OutputError, ConfigError.
+    """
     from pixrec.cluster.session import connect
     from pixrec.cluster.train import check_ready
     from pixrec.cluster.train import train as run
 
-    check_ready(data, out, config, resume)
-    with connect():
-        info = run(data, out, config, resume=resume, on_row=console.training)
-    return {"out": out, **info}
+    settings, data, out = read_settings(config), place(data), place(out)
+    check_ready(data, out, settings, resume)
+    with _console(progress) as console, connect():
+        info = run(data, out, settings, resume=resume, on_row=console.training)
+    return TrainedModel.of(out, info)
 
 
+@surfaced()
 def embed(
-    model: str | None,
-    data: str | None,
-    out: str,
-    config: Config,
-    console: Console,
-    *,
-    list_only: bool = False,
-    rollback_to: str | None = None,
-    keep: int | None = None,
-) -> Summary:
-    """Publish a version of the index `out`; or list its versions, or go back to one. `keep` deletes old ones then."""
-    if keep is not None and keep < 1:
-        raise InputError(f"--keep {keep}: at least 1 version must stay")
-    if list_only or rollback_to is not None:
-        if model is not None or data is not None or (list_only and keep is not None):
-            raise InputError("--list goes with --out alone, --rollback with --out and --keep")
-    elif (model is None) != (data is None) or (model is None and keep is None):
-        raise InputError("embed needs --model and --data; without both: --list, --rollback VERSION or --keep N")
-    if list_only:
-        versions = list_versions(out)
-        current = next((found["version"] for found in versions if found["current"]), None)
-        return {"out": out, "current": current, "versions": versions}
-    summary: Summary = {"out": out}
-    if rollback_to is not None:
-        summary |= {"before": rollback(out, rollback_to), "current": rollback_to}
-    elif model is not None and data is not None:
-        summary |= _embed(model, data, out, config, console)
-    return summary if keep is None else {**summary, "deleted": keep_newest(out, keep)}
+    model: Place, data: Place, out: Place, *, config: Settings = None, progress: Progress = False
+) -> PublishedIndex:
+    """Publish the vectors of all items of a prepared data set as a version of the index `out`.
 
-
-def _embed(model: str, data: str, out: str, config: Config, console: Console) -> Summary:
+    What the current version or an interrupted run holds already is not computed again. Raises ArtifactError,
+    OutputError, ConfigError.
+    """
     from pixrec.cluster.embed import check_ready
     from pixrec.cluster.embed import embed as run
     from pixrec.cluster.session import connect
 
+    settings, model, data, out = read_settings(config), place(model), place(data), place(out)
     check_ready(model, data, out)
-    with connect():
-        manifest = run(model, data, out, config, progress=console.progress)
-    counts = ("reused", "computed", "resumed", "redone", "text_alone", "pictures_rejected")
-    console.say(f"{manifest['rows']} items: " + ", ".join(f"{manifest[name]} {name}" for name in counts))
-    recall = manifest.get(RECALL, {})
-    if figures := ", ".join(f"{name} {recall[name]:.4f}" for name in recall if name.startswith("recall")):
-        console.say(f"{manifest['dtype']} finds of the exact neighbours by float32: {figures}")
-    return manifest
+    with _console(progress) as console:
+        with connect():
+            manifest = run(model, data, out, settings, progress=console.progress)
+        counts = ("reused", "computed", "resumed", "redone", "text_alone", "pictures_rejected")
+        console.say(f"{manifest['rows']} items: " + ", ".join(f"{manifest[name]} {name}" for name in counts))
+        recall = manifest.get(RECALL, {})
+        if figures := ", ".join(f"{name} {recall[name]:.4f}" for name in recall if name.startswith("recall")):
+            console.say(f"{manifest['dtype']} finds of the exact neighbours by float32: {figures}")
+    return PublishedIndex.of(out, manifest)
 
 
+@surfaced()
 def evaluate(
+    model: Place | None,
+    data: Place,
+    out: Place,
+    *,
+    index: Place | None = None,
+    predictions: Place | None = None,
+    also: Sequence[Place] = (),
+    ceiling: Mapping[str, Any] | None = None,
+    config: Settings = None,
+    progress: Progress = False,
+) -> Report:
+    """Score the held-out events and write metrics.json and the report to `out`.
+
+    `model` None: the predictions or the baselines alone. `index`: its item vectors in place of computing them.
+    `predictions`: somebody else's rankings (Parquet of `user_id` and ranked `item_ids`). `also`: the metrics.json of
+    further seeds, summed up with this run. `ceiling`: the best possible value by metric, and its `name`, drawn beside
+    the figures. Raises ArtifactError, InputError, OutputError, ConfigError.
+    """
+    settings, data, out = read_settings(config), place(data), place(out)
+    model, index, predictions = (None if where is None else place(where) for where in (model, index, predictions))
+    if index and not model:
+        raise InputError("--index holds the vectors of a model's items; name the model with --model")
+    seeds = {file: storage.read_json(file, ("results", "protocol")) for file in map(place, also)}
+    with _console(progress) as console:
+        metrics = _evaluate(model, data, index, out, settings, console, ceiling, predictions, seeds)
+        console.say(format_table(metrics))
+    return Report.of(out, metrics)
+
+
+def _evaluate(
     model: str | None,
     data: str,
     index: str | None,
     out: str,
     config: Config,
     console: Console,
-    ceiling: Mapping[str, Any] | None = None,
-    predictions: str | None = None,
-    also: Sequence[str] = (),
-) -> Summary:
-    """Score the held-out events and write metrics.json and the report.
-
-    `predictions`: somebody else's rankings, with or without a `model` beside them. `also`: the metrics.json of further
-    seeds, summed up with this run. `ceiling` is drawn beside the figures.
-    """
-    if index and not model:
-        raise InputError("--index holds the vectors of a model's items; name the model with --model")
-    seeds = {place: storage.read_json(place, ("results", "protocol")) for place in also}
+    ceiling: Mapping[str, Any] | None,
+    predictions: str | None,
+    seeds: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write the evaluation; returns the content of metrics.json."""
     with storage.staged_folder(out, METRICS, "evaluation") as staging, contextlib.ExitStack() as stack:
         loaded = load_model(model, _device(config.evaluate.device)) if model else None
         dataset = load_dataset(data)
@@ -170,8 +202,7 @@ def evaluate(
         log = read_log(model) if model else []
         title = f"{storage.name(data)}: what {_author(scorers[0].name)} recommends"
         _write_page(staging, title, metrics, dataset, scorers[0], evaluation, log)
-    console.say(format_table(metrics))
-    return {"out": out, **{key: metrics[key] for key in ("users", "results", "guards")}}
+    return metrics
 
 
 def _write_page(
@@ -241,107 +272,126 @@ def _author(scorer: str) -> str:
     return "PixRec" if scorer == "pixrec" else scorer
 
 
+@surfaced()
+def load_recommender(model: Place, index: Place, data: Place | None = None) -> Recommender:
+    """Load a model and an index for ranking.
+
+    `data` is the prepared data set behind the index; by default the place the index remembers.
+    Raises ArtifactError when a part is absent, incomplete, or the index was made by another model.
+    """
+    from pixrec.recommender import load_recommender as load
+
+    return load(place(model), place(index), None if data is None else place(data))
+
+
+@surfaced()
 def recommend(
-    model: str,
-    index: str,
-    data: str | None,
+    model: Place,
+    index: Place,
+    data: Place | None,
     history: list[str],
     k: int,
     include_history: bool,
     timestamps: list[int] | None,
-    console: Console,
 ) -> Summary:
-    recommender = pixrec.load_recommender(model, index, data)
+    recommender = load_recommender(model, index, data)
     from pixrec.query import Query
 
     query = Query(history, k, exclude_history=not include_history, timestamps=timestamps)
     return recommender.answer([query])[0].to_dict()
 
 
-def serve(model: str, index: str, data: str, config: Config, host: str, port: int, console: Console) -> Summary:
+@surfaced()
+def serve(model: Place, index: Place, data: Place, config: Config, host: str, port: int) -> Summary:
     from pixrec.serving.app import run
 
-    run(model, index, data, config, host, port)
+    run(place(model), place(index), place(data), config, host, port)
     return {"served": f"http://{host}:{port}"}
 
 
-def demo(out: str, config: Config, console: Console) -> Summary:
+@surfaced()
+def demo(out: Place, *, config: Settings = None, progress: Progress = False) -> Summary:
     """The whole pipeline on the synthetic catalog: catalog, data, model and knockout, index, report."""
+    settings, out = read_settings(config, demo_config()), place(out)
     places = {name: storage.join(out, name) for name in ("catalog", "data", "model", "index", "report")}
     storage.check_writable(places["data"], DATASET_MARKER, "data set")
     storage.check_writable(places["model"], MODEL_MARKER, "model")
     storage.check_writable(places["report"], METRICS, "evaluation")
     check_index_writable(places["index"])
-
-    from pixrec.cluster.session import connect
-    from pixrec.data.oracle import Oracle
-    from pixrec.data.synthetic import build_world, write_catalog
-
     started = time.monotonic()
-    world = build_world(config.demo)
-    write_catalog(world, places["catalog"], lambda done, total: console.progress("draw the catalog", done, total))
-    with connect():
-        tables = [storage.join(places["catalog"], f"{name}.parquet") for name in ("items", "interactions")]
-        _timed(console, "prepare", lambda: prepare(tables[0], tables[1], places["data"], "tables", config, console))
-        _timed(console, "train", lambda: train(places["data"], places["model"], config, False, console))
-        _timed(console, "embed", lambda: embed(places["model"], places["data"], places["index"], config, console))
-    dataset = load_dataset(places["data"])
-    held_out = sample_users(dataset.held_out("test"), config.evaluate.max_users, config.evaluate.seed)
-    best: dict[str, Summary] = {}
-    for name, text_only in (("both", False), ("text_only", True)):
-        scores = Oracle(world, dataset.items.item_ids, text_only).scores(held_out.histories)
-        ranks, ties = target_ranks(scores, held_out.targets), count_ties(scores, held_out.targets)
-        recalls = {m: v for m, v in user_random_tie_metrics(ranks, ties, (1, 10)).items() if m.startswith("recall")}
-        intervals = {m: list(bootstrap_ci(v, config.evaluate.bootstrap_samples)) for m, v in recalls.items()}
-        best[name] = {**{m: float(v.mean()) for m, v in recalls.items()}, "ci95": intervals}
-    summary = _timed(
-        console,
-        "evaluate",
-        lambda: evaluate(
-            places["model"], places["data"], places["index"], places["report"], config, console,
-            {"name": "best possible scorer", **best["both"], "text_only": best["text_only"]},
-        ),
-    )  # fmt: skip
-    results = summary["results"]
-    console.say(_demo_verdict(results, summary["guards"], best))
-    console.say(f"report: {places['report']}/index.html")
-    console.say(
-        f"serve it: .venv/bin/pixrec serve --model {places['model']} --index {places['index']} --data {places['data']}"
-    )
+    with _console(progress) as console:
+        report, best = _demo(places, settings, console)
+        results, guards = report.info["results"], report.info["guards"]
+        console.say(verdict(results, guards, best))
+        console.say(f"report: {report.page}")
+        served = " ".join(f"--{name} {places[name]}" for name in ("model", "index", "data"))
+        console.say(f"serve it: .venv/bin/pixrec serve {served}")
     return {
         "out": out,
         "seconds": round(time.monotonic() - started, 1),
         "metrics": {name: results[name] for name in HEADLINE_SCORERS if name in results},
-        "text_only_random_ties": summary["guards"]["random_ties"].get("pixrec_text_only"),
+        "text_only_random_ties": guards["random_ties"].get("pixrec_text_only"),
         "ceiling": best,
         **{name: places[name] for name in ("data", "model", "index", "report")},
     }
 
 
-def demo_config(config: Config) -> Config:
-    """The demo's own defaults on top of the general ones; what the user sets comes after."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, knockouts=("text",)))
+def _demo(places: Mapping[str, str], config: Config, console: Console) -> tuple[Report, dict[str, Summary]]:
+    """Make everything at `places`; returns the report and the figures of the best possible scorers."""
+    from pixrec.cluster.session import connect
+    from pixrec.data.synthetic import build_world, write_catalog
+
+    world = build_world(config.demo)
+    write_catalog(world, places["catalog"], lambda done, total: console.progress("draw the catalog", done, total))
+    with connect():
+        items, events = (storage.join(places["catalog"], f"{name}.parquet") for name in ("items", "interactions"))
+        with _timed(console, "prepare"):
+            data = prepare(items, events, places["data"], config=config, progress=console)
+        with _timed(console, "train"):
+            model = train(data, places["model"], config=config, progress=console)
+        with _timed(console, "embed"):
+            index = embed(model, data, places["index"], config=config, progress=console)
+    best = ceilings(world, load_dataset(places["data"]), config.evaluate)
+    ceiling = {"name": "best possible scorer", **best["both"], "text_only": best["text_only"]}
+    with _timed(console, "evaluate"):
+        report = evaluate(model, data, places["report"], index=index, ceiling=ceiling, config=config, progress=console)
+    return report, best
 
 
-def _demo_verdict(results: Mapping[str, Any], guards: Mapping[str, Any], best: Mapping[str, Summary]) -> str:
-    lines = []
-    for metric in ("recall@1", "recall@10"):
-        both = results["pixrec"][metric]
-        line = (
-            f"{metric}: {both:.3f}, best possible {best['both'][metric]:.3f} ({both / best['both'][metric]:.0%} of it)"
-        )
-        if "pixrec_text_only" in results:
-            text = guards["random_ties"]["pixrec_text_only"][metric]
-            ratio = f"{both / text:.1f}x" if text else "far above"
-            line += f"; text alone {text:.3f} (ties broken at random), "
-            line += f"best possible {best['text_only'][metric]:.3f}; pictures: {ratio}"
-        lines.append(line)
-    return "\n".join(lines)
+def demo_config() -> Config:
+    """The demo's own defaults; what the user sets comes on top."""
+    return change_config(Config(), {"train.knockouts": ["text"]})
 
 
-def _timed(console: Console, stage: str, work: Callable[[], Summary]) -> Summary:
+@contextlib.contextmanager
+def _timed(console: Console, stage: str) -> Iterator[None]:
     started = time.monotonic()
     console.say(f"== {stage}")
-    summary = work()
+    yield
     console.say(f"== {stage}: {time.monotonic() - started:.0f} s")
-    return summary
+
+
+def read_settings(config: Settings, base: Config | None = None) -> Config:
+    """The whole Config that `config` stands for; `base` supplies what it leaves out. Raises ConfigError, InputError."""
+    if isinstance(config, Config):
+        return config
+    base = base or Config()
+    if config is None:
+        return base
+    if isinstance(config, Mapping):
+        return change_config(base, config)
+    file = place(config)
+    try:
+        return load_config(storage.read_text(file), base=base)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+@contextlib.contextmanager
+def _console(progress: Progress) -> Iterator[Console]:
+    """A Console of the caller's stays open; one that is made here ends with the block."""
+    if isinstance(progress, Console):
+        yield progress
+    else:
+        with Console(quiet=not progress) as console:
+            yield console

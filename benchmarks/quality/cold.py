@@ -15,7 +15,8 @@ import sys
 import time
 from typing import Any
 
-from pixrec import storage, verbs
+import pixrec
+from pixrec import storage
 from pixrec.cluster.session import connect
 from pixrec.config import Config, EvaluateConfig, ModelConfig, PrepareConfig, TrainConfig, load_config
 from pixrec.console import Console
@@ -41,12 +42,12 @@ def main(words: list[str]) -> int:
             a.items, a.interactions = (
                 storage.join(places["catalog"], f"{n}.parquet") for n in ("items", "interactions")
             )
-        prepared = verbs.prepare(a.items, a.interactions, places["data"], "tables", config, console)
-        verbs.train(places["data"], places["model"], config, False, console)
-        verbs.embed(places["model"], places["data"], places["index"], config, console)
-        verbs.evaluate(places["model"], places["data"], places["index"], places["report"], config, console)
-    metrics = storage.read_json(storage.join(places["report"], verbs.METRICS))
-    cold, left_out = prepared["cold"], prepared["interactions"]["held_out_cold"]
+        data = pixrec.prepare(a.items, a.interactions, places["data"], config=config, progress=console)
+        model = pixrec.train(data, places["model"], config=config, progress=console)
+        index = pixrec.embed(model, data, places["index"], config=config, progress=console)
+        report = pixrec.evaluate(model, data, places["report"], index=index, config=config, progress=console)
+    metrics = report.info
+    cold, left_out = data.info["cold"], data.info["interactions"]["held_out_cold"]
     print(
         f"{cold['items']} of {metrics['items']} items held out, {left_out} events with them; "
         f"{metrics['buckets']['target_cold']['users']} of {metrics['users']} test targets are cold"

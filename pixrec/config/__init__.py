@@ -11,7 +11,7 @@ from pixrec.config.model import CompactConfig, LoraConfig, Modalities, ModelConf
 from pixrec.config.prepare import PrepareConfig
 from pixrec.config.serve import ServeConfig
 from pixrec.config.train import JointConfig, SequenceConfig, StageConfig, TrainConfig
-from pixrec.config.tree import SECRET_KEYS, Config, dump_config, load_config, to_dict
+from pixrec.config.tree import SECRET_KEYS, Config, change_config, dump_config, load_config, to_dict
 
 __all__ = [
     "SECRET_KEYS",
@@ -33,6 +33,7 @@ __all__ = [
     "SyntheticConfig",
     "TinyConfig",
     "TrainConfig",
+    "change_config",
     "dump_config",
     "load_config",
     "to_dict",

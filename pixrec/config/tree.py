@@ -60,11 +60,33 @@ def load_config(text: str = "", overrides: typing.Sequence[str] = (), *, base: C
             parsed = yaml.safe_load(value) if value.strip() else None
         except yaml.YAMLError:
             parsed = value
-        nested: Any = parsed
-        for key in reversed(path.strip().split(".")):
-            nested = {key: nested}
-        config = _build(Config, nested, "", config)
+        config = change_config(config, {path.strip(): parsed})
     return config
+
+
+def change_config(config: Config, settings: typing.Mapping[str, Any]) -> Config:
+    """`config` with `settings` on top: a mapping of dotted keys (`{"train.epochs": 3}`), of sections
+    (`{"train": {"epochs": 3}}`), or of both. Raises ConfigError as `load_config` does.
+
+    What several settings say together is checked together.
+    """
+    tree: dict[str, Any] = {}
+    for path, value in settings.items():
+        nested = value
+        for key in reversed(str(path).split(".")):
+            nested = {key: nested}
+        _merge(tree, nested)
+    return _build(Config, tree, "", config)
+
+
+def _merge(tree: dict[str, Any], more: typing.Mapping[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, typing.Mapping):
+            section = tree.get(key)
+            tree[key] = section if isinstance(section, dict) else {}
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
 
 
 def to_dict(node: Any, *, redact: bool = True) -> Any:

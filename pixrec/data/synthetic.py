@@ -255,29 +255,42 @@ def write_catalog(world: World, folder: str, progress: Callable[[int, int], None
 
     `progress(done, total)` is called after every picture. Raises OutputError when the place cannot be written.
     """
-    n = len(world.item_ids)
     uris = [f"images/{item_id}.jpg" for item_id in world.item_ids]
     for row, uri in enumerate(uris):
         storage.write_bytes(storage.join(folder, uri), picture(world, row))
         if progress:
-            progress(row + 1, n)
-    items = {
+            progress(row + 1, len(uris))
+    items = _items(world).append_column(schema.IMAGE_URI, pa.array(uris, pa.string()))
+    storage.write_table(storage.join(folder, "items.parquet"), items)
+    storage.write_table(storage.join(folder, "interactions.parquet"), _interactions(world))
+
+
+def catalog_tables(world: World) -> tuple[pa.Table, pa.Table]:
+    """The items, with their pictures' bytes in `image`, and the interactions: what `write_catalog` writes, in memory."""
+    pictures = pa.array([picture(world, row) for row in range(len(world.item_ids))], pa.binary())
+    return _items(world).append_column(schema.IMAGE, pictures), _interactions(world)
+
+
+def _items(world: World) -> pa.Table:
+    columns = {
         schema.ITEM_ID: pa.array(world.item_ids, pa.string()),
         schema.TITLE: pa.array(world.title, pa.string()),
         schema.BRAND: pa.array(world.brand, pa.string()),
         schema.CATEGORY: pa.array(world.category, pa.string()),
         schema.PRICE: pa.array(world.price, pa.float64()),
-        schema.DESCRIPTION: pa.nulls(n, pa.string()),
-        schema.IMAGE_URI: pa.array(uris, pa.string()),
+        schema.DESCRIPTION: pa.nulls(len(world.item_ids), pa.string()),
     }
-    storage.write_table(storage.join(folder, "items.parquet"), pa.table(items))
+    return pa.table(columns)
+
+
+def _interactions(world: World) -> pa.Table:
     events = shop(world)
-    interactions = {
+    columns = {
         schema.USER_ID: pa.array([f"u{user:06d}" for user in events.user], pa.string()),
         schema.ITEM_ID: pa.array([world.item_ids[row] for row in events.item], pa.string()),
         schema.TIMESTAMP: pa.array(events.timestamp, pa.int64()),
     }
-    storage.write_table(storage.join(folder, "interactions.parquet"), pa.table(interactions))
+    return pa.table(columns)
 
 
 def picture(world: World, row: int) -> bytes:
