@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-# Columns of the input tables (DESIGN §5).
+# Columns of the input tables; docs/data.md says what each holds.
 ITEM_ID, TITLE, BRAND, CATEGORY, DESCRIPTION, PRICE = "item_id", "title", "brand", "category", "description", "price"
 IMAGE, IMAGE_URI, IMAGE_STATUS = "image", "image_uri", "image_status"
 USER_ID, TIMESTAMP, RATING = "user_id", "timestamp", "rating"

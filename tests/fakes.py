@@ -1,7 +1,7 @@
 """A catalog of coloured squares, shoppers who walk through it in order, and a model of a few thousand weights.
 
 Everything is deterministic and made in memory in milliseconds; `write_*` put the same things on disk in the formats
-of DESIGN §5, without Ray.
+that docs/data.md describes, without Ray.
 """
 
 from __future__ import annotations

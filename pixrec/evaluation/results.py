@@ -1,4 +1,4 @@
-"""What the ranks amount to: the content of metrics.json (DESIGN §6, §8). Knows ranks and users; knows no scorer.
+"""What the ranks amount to: the content of metrics.json. Knows ranks and users; knows no scorer.
 
 Shapes: N items.
 """

@@ -1,6 +1,7 @@
-"""The three parts of the training objective (DESIGN §3) as functions of tensors.
+"""The parts of the training objective (`objective` puts them together) as functions of tensors.
 
-Every part is a sum over examples together with the count it is a sum of, so that workers can be joined exactly.
+Every part is returned as a sum over examples and the number of examples, so that the parts of several workers add up to
+exactly that of the joined batch.
 
 Shapes: P examples (a history and the item that followed it) · U distinct items of one worker · G items gathered
 from all workers · D width of the shared space · V vocabulary.

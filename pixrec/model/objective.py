@@ -1,6 +1,12 @@
-"""The training objective (DESIGN §3) over the outputs of the towers, joined over all workers.
+"""The training objective over the outputs of the towers, joined over all workers.
 
-`TrainingTask` holds it as one forward pass; `gradcache` computes the same with less memory. Knows no optimiser.
+    L = (1 - alpha - |beta|) L_NIG + alpha L_TT + beta L_UT
+
+L_NIG is next-item generation: cross-entropy on the text tokens of the next item. L_TT contrasts v_T|U (the next item
+read after the history) with v_T (the item read alone), and L_UT contrasts v_U (the history) with v_T; both are InfoNCE.
+The form is that of CALRec (Li et al., RecSys 2024, arXiv 2405.02429) and PixRec (arXiv 2601.06458).
+
+`TrainingTask` computes it in one forward pass; `gradcache` computes the same with less memory. Knows no optimiser.
 
 Shapes: B histories · L items in a history · U distinct items of one worker · P examples (a prefix and its next item)
 · G candidates (items gathered from all workers, and extra ones) · N items of the catalog · D width of the shared space.

@@ -1,4 +1,4 @@
-"""Two and four gloo processes against one on the joined batch: each loss part and every gradient (DESIGN §3).
+"""Two and four gloo processes against one on the joined batch: each part of the loss and every gradient.
 
 Under DDP and FSDP2, with and without GradCache, on a batch that the workers cannot share evenly.
 """

@@ -1,4 +1,4 @@
-"""DESIGN §4: a process that trains or recommends without Ray never imports it, nor the web framework."""
+"""A process that trains or recommends without Ray never imports it, nor the web framework."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The names of DESIGN §6 that other programs call: they may grow, not change."""
+"""The public Python names and their signatures: other programs call them, so they may grow but not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README says what is there: its tree, its commands, its settings, its links and targets."""
+"""README and the pages of docs/ say what is there: the tree, the commands, the settings, the links and targets."""
 
 from __future__ import annotations
 
@@ -9,17 +9,26 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import figures
 from pixrec.cli import _parser
 from pixrec.config import Config, load_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-BLOCKS: list[tuple[str, str]] = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*GUIDES, ROOT / "CHANGELOG.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
+GUIDE_TEXTS = {name: TEXTS[name] for name in (page.relative_to(ROOT).as_posix() for page in GUIDES)}
+
+
+def _blocks(text: str) -> list[tuple[str, str]]:
+    """Language and content of every code block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def _tree() -> list[str]:
     """Paths of the tree's lines, relative to the root; a line two spaces in lies in the folder above it."""
-    (block,) = [text for _, text in BLOCKS if text.startswith("pixrec/ ")]
+    (block,) = [text for _, text in _blocks(README) if text.startswith("pixrec/ ")]
     paths, folder = [], ""
     for line in block.splitlines():
         name = line.split()[0]
@@ -28,14 +37,14 @@ def _tree() -> list[str]:
     return paths
 
 
-def _lines(program: str) -> list[list[str]]:
-    """The arguments of every line of the code blocks that runs `program`; continued lines are joined, comments gone."""
-    text = "".join(text for language, text in BLOCKS if not language).replace("\\\n", " ")
-    words = [shlex.split(line, comments=True) for line in text.splitlines() if program in line]
-    return [w[w.index(program) + 1 :] for w in words if program in w]
+def _lines(text: str, *programs: str) -> list[list[str]]:
+    """The arguments of every line of the code blocks that runs one of `programs`; continued lines are joined."""
+    code = "".join(block for language, block in _blocks(text) if not language).replace("\\\n", " ")
+    words = [shlex.split(line, comments=True) for line in code.splitlines() if any(p in line for p in programs)]
+    return [w[w.index(p) + 1 :] for w in words for p in programs if p in w]
 
 
-COMMANDS = _lines(".venv/bin/pixrec")
+COMMANDS = {name: _lines(text, "pixrec", ".venv/bin/pixrec") for name, text in GUIDE_TEXTS.items()}
 
 
 def test_tree_is_there() -> None:
@@ -54,18 +63,22 @@ def test_tree_names_every_room() -> None:
 def test_all_verbs_are_shown() -> None:
     parser = _parser()
     (verbs,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    assert {command[0] for command in COMMANDS} == set(verbs.choices)
+    assert {command[0] for command in COMMANDS["README.md"]} == set(verbs.choices)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_commands_parse(command: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("page", "command"),
+    [(page, command) for page, commands in COMMANDS.items() for command in commands],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_commands_parse(page: str, command: list[str]) -> None:
     arguments = _parser().parse_args(command)
     text = (ROOT / arguments.config).read_text() if arguments.config else ""
     load_config(text, arguments.set)
 
 
 def test_jobs_parse() -> None:
-    jobs = _lines("python")
+    jobs = [line for text in GUIDE_TEXTS.values() for line in _lines(text, "python") if line[0].startswith("jobs/")]
     assert jobs
     for script, *options in jobs:
         assert (ROOT / script).exists()
@@ -73,19 +86,55 @@ def test_jobs_parse() -> None:
         load_config("", arguments.set)
 
 
-def test_settings_named_exist() -> None:
+def test_modules_that_are_run_exist() -> None:
+    run = [line[1] for text in TEXTS.values() for line in _lines(text, "python") if line[:1] == ["-m"]]
+    assert "benchmarks.figures" in run
+    ours = {name.replace(".", "/") for name in run if name.split(".")[0] == "benchmarks"}
+    assert [name for name in ours if not any((ROOT / f"{name}{end}").exists() for end in (".py", "/__main__.py"))] == []
+
+
+@pytest.mark.parametrize("page", GUIDE_TEXTS)
+def test_settings_named_exist(page: str) -> None:
     sections = "|".join(Config.__dataclass_fields__)
-    for section, key in re.findall(rf"`({sections})\.([a-z_]+)(?:=\w+)?`", README):
-        assert hasattr(getattr(Config(), section), key), f"{section}.{key}"
+    for section, path in re.findall(rf"`({sections})((?:\.[a-z_0-9]+)+)(?:=[^`]*)?`", GUIDE_TEXTS[page]):
+        if path in (".json", ".yaml", ".py"):
+            continue
+        value = getattr(Config(), section)
+        for key in path.strip(".").split("."):
+            assert hasattr(value, key), f"{section}{path}"
+            value = getattr(value, key)
 
 
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:^|`)make ([a-z]+)", README, re.MULTILINE))
-    assert {"demo", "test"} <= named <= targets
+    for text in GUIDE_TEXTS.values():
+        assert set(re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE)) <= targets
+    assert {"demo", "test"} <= set(re.findall(r"(?:^|`)make ([a-z]+)", README, re.MULTILINE))
 
 
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\(((?!http)[^)#]+)\)", README)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(((?!http)[^)#]+)\)", TEXTS[page])
+    assert links or page in ("CHANGELOG.md",)
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
+def test_links_to_a_heading_find_it() -> None:
+    for page, text in TEXTS.items():
+        for link, heading in re.findall(r"\]\(((?!http)[^)#]*)#([^)]+)\)", text):
+            target = (ROOT / page).parent.joinpath(link) if link else ROOT / page
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert heading in slugs, f"{page}: {link}#{heading}"
+
+
+def test_every_page_is_reached_from_readme() -> None:
+    linked = set(re.findall(r"\]\((docs/[a-z_]+\.md)\)", README))
+    assert {name for name in TEXTS if name.startswith("docs/")} == linked
+
+
+def test_the_demos_table_and_pictures_are_of_one_run() -> None:
+    assert figures.BEGIN in README
+    assert figures.END in README
+    stamps = {figures.picture_stamp(ROOT / picture) for picture in (figures.REPORT_PICTURE, figures.HISTORIES_PICTURE)}
+    assert stamps == {figures.stamp_in(README)}

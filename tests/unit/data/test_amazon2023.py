@@ -1,4 +1,4 @@
-"""Files made in the published format: https://amazon-reviews-2023.github.io (field names as in DESIGN §5)."""
+"""Files made in the published format, with its field names: https://amazon-reviews-2023.github.io."""
 
 from __future__ import annotations
 
