@@ -1,6 +1,7 @@
 """Progress for people, on stderr: a live line on a terminal, sparse plain lines in a log.
 
-What fails at once leaves nothing in the log but its error: a plain line comes when a stage has lasted or has ended.
+In a log a stage writes its first line after some seconds or at its end, so a run that fails at once leaves only its
+error there.
 """
 
 from __future__ import annotations

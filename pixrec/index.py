@@ -1,4 +1,4 @@
-"""Exact search among item vectors. Knows vectors and rows; knows no model.
+"""Exact nearest-neighbour search among item vectors, by inner product. Knows vectors and rows; knows no model.
 
 Shapes: B queries · N items · D width · k results.
 """

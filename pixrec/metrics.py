@@ -16,7 +16,8 @@ import torch
 from pixrec.index import stable_top
 
 # Scores nearer to each other than this share of the user's largest score are the same score: equal items come out of
-# a float32 matrix product up to a few last bits apart (6e-8 seen), and that noise must not break a tie for the model.
+# a float32 matrix product up to a few last bits apart (6e-8 seen), and that noise must not break a tie in favour of the
+# model.
 TIE_TOLERANCE = 2.0**-22
 
 FAMILIES = ("recall@", "ndcg@", "mrr@", "map@")
@@ -25,7 +26,7 @@ LOGGED = ("recall@", "ndcg@")
 
 
 class Ranked(NamedTuple):
-    """How the targets of B users came out, each (B,) int64."""
+    """The ranks of the targets of B users, each field (B,) int64."""
 
     allowed: np.ndarray
     """pessimistic rank among all items, 1 the best"""
@@ -41,8 +42,9 @@ def rank_targets(scores: Any, targets: Any, seen: Sequence[np.ndarray] | None = 
     """Ranks of each user's target among all items, with its seen items and without them.
 
     scores (B, N), higher is better; targets (B,) rows; seen: per user the rows taken out in `filtered` (repeats
-    allowed; the target itself stays). A candidate that ties with the target counts as better. A score that is NaN
-    counts as -inf, so a NaN target ranks last. Raises ValueError on shapes or rows that do not fit.
+    allowed; the target itself stays). Ties are ranked pessimistically: a candidate that ties with the target counts as
+    better. A score that is NaN counts as -inf, so a NaN target ranks last. Raises ValueError on shapes or rows that do
+    not fit.
     """
     scores_BN, targets_B, low_B, high_B = _checked(scores, targets)
     allowed = _count(scores_BN >= low_B[:, None])  # the target itself is the one that makes ranks start at 1

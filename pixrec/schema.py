@@ -52,7 +52,7 @@ def index_schema(width: int, dtype: str) -> pa.Schema:
     """Schema of an index part: `embedding` is a fixed-size list of `width` values of `dtype`.
 
     dtype float32 or float16 is the vector itself; int8 comes with a float32 column `scale`, and the vector is their
-    product. `has_image`: whether the vector saw a picture; False is text alone, null is not said.
+    product. `has_image`: whether the vector was made from a picture; False is from text alone, null is unknown.
     """
     value = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}[dtype]
     scale = [(SCALE, pa.float32())] if dtype == "int8" else []

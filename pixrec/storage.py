@@ -1,4 +1,4 @@
-"""The only room that knows file systems (local paths and s3://) and Parquet.
+"""The only module that knows file systems (local paths and s3://) and Parquet.
 
 A URI is a local path or `s3://bucket/key`; credentials and endpoint come from the usual AWS_* variables.
 A folder that is published here is complete or invisible: it is written beside its place and moved there whole.
@@ -71,7 +71,7 @@ def name(uri: str) -> str:
 
 
 def resolve(uri: str, folder: str) -> str:
-    """`uri` as it stands when absolute, else below `folder`; `..` steps are taken."""
+    """`uri` itself where it is absolute, else joined to `folder` with `..` resolved."""
     if "://" in uri or uri.startswith("/"):
         return uri
     if is_remote(folder):
@@ -113,7 +113,7 @@ def list_folders(uri: str) -> list[str]:
 
 
 def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
-    """Content of one file. Raises FileNotFoundError, or InputError when it is larger than `max_bytes`."""
+    """The content of one file. Raises FileNotFoundError, or InputError when it is larger than `max_bytes`."""
     fs, path = _locate(uri)
     try:
         with fs.open(path, "rb") as file:
@@ -135,8 +135,8 @@ def read_text(uri: str) -> str:
 
 
 def read_json(uri: str, keys: Sequence[str] = ()) -> Any:
-    """The value in a JSON file. Raises ArtifactError when there is none, or, where `keys` are named, no object with
-    them; InputError when the file cannot be read."""
+    """The value in a JSON file. Raises ArtifactError where it is not JSON, or is not an object that has all of `keys`;
+    InputError where the file cannot be read."""
     try:
         value = json.loads(read_text(uri))
     except ValueError:
@@ -254,7 +254,7 @@ def stream_table(uri: str, columns: list[str] | None, rows_at_a_time: int) -> It
 
 
 def write_table(uri: str, table: pa.Table) -> str:
-    """Write one Parquet file whole; the answer is the hash of its bytes."""
+    """Write one Parquet file whole; returns the hash of its bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     data = sink.getvalue().to_pybytes()
@@ -326,7 +326,7 @@ def staged_folder(uri: str, marker: str, kind: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def scratch_folder(uri: str) -> Iterator[str]:
-    """A place beside `uri` for what is needed until the block ends, whichever way it ends."""
+    """A folder beside `uri` for temporary files, removed when the block ends, whichever way it ends."""
     scratch = _fresh_beside(uri, "scratch")
     try:
         yield scratch

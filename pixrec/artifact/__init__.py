@@ -1,4 +1,4 @@
-"""A model or an index as one versioned unit on storage; no pickle anywhere."""
+"""Models and indexes as folders on storage, each complete or invisible; no pickle anywhere."""
 
 from pixrec.artifact.index import (
     Index,

@@ -1,4 +1,4 @@
-"""Save and load an index as versions. Parquet and JSON only.
+"""Saves and loads the versions of an index. Parquet and JSON only.
 
 An index is a folder of versions; CURRENT names the one in use and is written after that version is whole.
 """
@@ -28,7 +28,7 @@ _ROWS_PER_PART = 20_000
 
 @dataclass(frozen=True)
 class Index:
-    """One published version: N item vectors and what made them."""
+    """One published version: N item vectors and the manifest that says what made them."""
 
     version: str
     item_ids: list[str]

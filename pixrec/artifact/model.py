@@ -1,4 +1,4 @@
-"""Save and load a model as one unit. safetensors, YAML and JSON only.
+"""Saves and loads a model as one folder. safetensors, YAML and JSON only.
 
 A model is a folder: config.yaml (resolved), adapter/ (PEFT's format) or backbone/, heads.safetensors, processor/,
 embedded_ids.json where items have learned vectors, model.json (written last). Its fingerprint names the weights, the
@@ -45,7 +45,7 @@ _DAMAGE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorErr
 
 @dataclass(frozen=True)
 class Model:
-    """A tower with what it takes to use it, and the facts of its making."""
+    """The towers with what it takes to use them, and what model.json says of their training."""
 
     tower: DualTower
     encoder: ItemEncoder
@@ -142,7 +142,7 @@ def load_model(uri: str, device: str = "cpu") -> Model:
 
 
 def knockout_uri(model_uri: str, modality: str) -> str:
-    """Where the knockout that sees only `modality`, trained with the model, lies."""
+    """The folder of the knockout that was trained beside the model on `modality` alone."""
     return storage.join(model_uri, _KNOCKOUTS, f"{modality}_only")
 
 

@@ -1,7 +1,7 @@
-"""Rows that were computed before, wherever they lie, and a new version put together from them.
+"""A new index version put together from rows that were computed before.
 
-Sources are the parts of the current version and of unfinished ones. Each wanted item is taken from exactly one of
-them. Memory: 16 bytes for each row of the sources and for each wanted item, and the rows of one part.
+The sources of rows are the parts of the current version and of unfinished ones. Each wanted item is taken from exactly
+one of them. Memory: 16 bytes for each row of the sources and for each wanted item, and the rows of one part.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Sources:
         return pc.is_in(keys, value_set=self._all_keys()).to_numpy(zero_copy_only=False)
 
     def choose(self, wanted: Sequence[pa.Array]) -> list[Chosen]:
-        """One row for every wanted key, by source. Raises KeyError when a key is nowhere."""
+        """One row for every wanted key, grouped by source. Raises KeyError when no source has a key."""
         positions = pc.index_in(pa.chunked_array(wanted, KEY), value_set=self._all_keys())
         if positions.null_count:
             raise KeyError(f"{positions.null_count} items are in no source")
@@ -90,10 +90,10 @@ def reusable(uri: str, model_fingerprint: str, dtype: str) -> tuple[list[str], d
 
 
 def write_chosen(writer: IndexWriter, chosen: Sequence[Chosen], dtype: str, before: dict[str, Any]) -> None:
-    """Write the chosen rows, and into the facts what storing them as `dtype` costs in exact neighbours.
+    """Write the chosen rows, and into the manifest which share of exact neighbours is still found as `dtype`.
 
-    That is measured on the rows whose float32 vectors are at hand. When these are fewer than half, the figure of the
-    manifest `before` stands.
+    That recall is measured on the rows whose float32 vectors are at hand. When these are fewer than half, the figure of
+    the manifest `before` stands.
     """
     exact = [part for part in chosen if dtype != "float32" and dtype_of(storage.read_schema(part.file)) == "float32"]
     at_hand = {part.file for part in exact}

@@ -1,4 +1,4 @@
-"""Item vectors as an index stores them: float32, float16 or int8, and what a type costs in exact neighbours.
+"""Item vectors as an index stores them (float32, float16 or int8), and the recall of exact neighbours that remains.
 
 Knows Arrow tables of the index schema; knows no file and no version.
 

@@ -1,9 +1,10 @@
-"""Vectors of a version in the making, kept until it is published, so that what was computed is never lost.
+"""Vectors of an index version that is still being computed, kept until it is published, so that a killed run loses
+little.
 
-They lie in a hidden folder among the versions, one for each model, as part files that are written whole. A row is
-named by model, item id and content: whoever needs it may take it, whichever run made it. Before a part is begun a
-marker says how many rows it will have, so that what a killed run lost can be told. A file's name says which run
-writes it, so that a run can clear up what its own killed workers left half written.
+They lie in a hidden folder beside the versions, one for each model, as part files that are complete or absent. A row is
+identified by model, item id and content, so a run can use it whichever run computed it. Before a part is begun a marker
+file says how many rows it will have, which tells how many rows a killed run lost. A file's name says which run writes
+it, so that a run can clear up what its own killed workers left half written.
 """
 
 from __future__ import annotations

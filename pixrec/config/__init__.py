@@ -1,7 +1,7 @@
-"""One tree of frozen dataclasses: load, override, check, dump.
+"""The settings: one tree of frozen dataclasses, read from YAML, overridden, checked and written back.
 
-Every room owns its branch, in a module of its own; a docstring under each field says what it means and in which unit.
-Knows nothing of files beyond turning YAML text into the tree and back.
+Every section has a module of its own, in which a docstring under each field says what it means and in which unit. Knows
+no files: YAML text in, YAML text out.
 """
 
 from pixrec.config.demo import SyntheticConfig

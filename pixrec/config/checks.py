@@ -1,4 +1,6 @@
-"""What a field may hold, checked where its dataclass is made. Knows the places of sections by name alone."""
+"""Checks of field values, which the dataclasses call when they are made. An error gives the field's full name, as
+`train.compact.epochs`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ _SECTIONS = {
 
 
 def _require(node: Any, names: typing.Iterable[str], fits: typing.Callable[[Any], bool], what: str) -> None:
-    """Raise ConfigError unless the named fields fit; None, where a field may be it, always does."""
+    """Raise ConfigError unless `fits` holds for each of the named fields; a field that is None passes."""
     for name in names:
         value = getattr(node, name)
         if value is not None and not fits(value):
@@ -28,7 +30,7 @@ def _require(node: Any, names: typing.Iterable[str], fits: typing.Callable[[Any]
 
 
 def section_of(node: Any) -> str:
-    """Where a section of this type stands in the config."""
+    """The dotted name of the section that this node is."""
     name = type(node).__name__
     return _SECTIONS.get(name) or name.removesuffix("Config").lower()
 

@@ -25,11 +25,11 @@ class EmbedConfig:
     cpus_per_decode: float = 0.5
     """CPUs Ray reserves for each task that reads and decodes items."""
     picture_tokens: str | None = "auto"
-    """Where the model was trained with `model.freeze_vision`: the folder, local or s3://, whose picture tokens are read
-    in place of the pictures that have any there; they differ from fresh ones by rounding. `auto`: the place of --data
-    with `.tokens` behind its name. None: never."""
+    """For a model trained with `model.freeze_vision`: the folder, local or s3://, of stored picture tokens, which are
+    what the frozen vision part made of each picture. A picture that has its tokens there is not encoded again; vectors
+    differ by rounding only. `auto`: the place of --data with `.tokens` appended. None: encode every picture."""
     max_part_items: int = 1024
-    """Items whose vectors are stored at a time: what a killed run loses of each actor's work."""
+    """Items whose vectors an actor stores together; when a run is killed, each actor loses at most that many."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size", "num_actors", "threads_per_actor", "max_part_items")

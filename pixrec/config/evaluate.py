@@ -18,8 +18,8 @@ class EvaluateConfig:
     seen: Literal["allowed", "filtered"] = "allowed"
     """Whether items of the history may be recommended again, in `results`; the other way is reported beside it."""
     scorers: tuple[str, ...] = ("popularity", "recent_popularity", "repeat_last", "item_transition")
-    """What stands beside the model and its knockouts. Also: sasrec, sasrec_full, sasrec_sampled, sasrec_gbce (trained
-    on the spot), content_linear, generative_bm25, rrf, round_robin (both of `fused`), and inference-time knockouts:
+    """Scorers beside the model and its knockouts. Also: sasrec, sasrec_full, sasrec_sampled, sasrec_gbce (trained on
+    the spot), content_linear, generative_bm25, rrf, round_robin (both of `fused`), and inference-time knockouts:
     pixrec_image_constant (one grey picture for all items), pixrec_image_noise (a picture of noise for each),
     pixrec_text_constant (one text for all), pixrec_text_noise (another item's text)."""
     fused: tuple[str, ...] = ("pixrec", "item_transition")
@@ -29,19 +29,19 @@ class EvaluateConfig:
     transition_steps: int = 2
     """Steps over the graph of item transitions; 1 is what followed directly."""
     transition_damping: float = 0.3
-    """Weight of each further step, in weights of the one before."""
+    """Weight of each further step, relative to the step before."""
     generate_beams: int = 4
     """Texts that `generative_bm25` generates for a user."""
     generate_tokens: int = 24
     """Longest text it generates."""
     bootstrap_samples: int = 1000
-    """Resamples of the users behind each 95 % interval, and random signs behind each p-value."""
+    """Bootstrap resamples of the users for each 95 % interval, and random sign flips for each p-value."""
     batch_size: int = 64
     """Histories in one forward pass; fewer where the catalog is so large that their scores would not fit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run and scores are ranked; `auto` takes a GPU where there is one."""
     num_actors: int = 0
-    """Actors of Ray that share the users between them; 0 ranks in this process."""
+    """Ray actors that the users are spread over; 0 ranks in this process."""
     cpus_per_actor: float = 1.0
     """CPUs Ray reserves for each actor."""
     gpus_per_actor: float = 0.0
@@ -70,10 +70,10 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SasrecTowerConfig(CompactConfig):
-    """Shape of SASRec; the settings of id vectors do not concern it."""
+    """Shape of SASRec. It always has id vectors and no content, so `id_embedding` and `id_dropout` have no effect."""
 
     max_history_items: int = 50
-    """Older events of a history are not read."""
+    """Only this many of the newest events of a history are read."""
     layers: int = 1
     """Transformer layers."""
     heads: int = 1
@@ -109,8 +109,9 @@ class SasrecConfig:
     tower: SasrecTowerConfig = field(default_factory=SasrecTowerConfig)
     training: SasrecTrainingConfig = field(default_factory=SasrecTrainingConfig)
     refit: bool = False
-    """Once validation has told the number of epochs, train anew for as many on the validation events too. More events
-    than the towers see: for comparison with tables made that way, not with the towers."""
+    """Once validation has found the number of epochs, train again from the start for that many, on the validation
+    events as well. The towers never see those events: use this to reproduce published tables, not to compare with the
+    towers."""
     seed: int = 0
     """Seed of weights, order and dropout."""
 

@@ -14,7 +14,7 @@ Modalities = Literal["both", "text", "image"]
 
 @dataclass(frozen=True, kw_only=True)
 class TinyConfig:
-    """Shape of `pixrec-tiny`, the embedded default: the SmolVLM class with random weights."""
+    """Shape of `pixrec-tiny`, the default backbone: a small SmolVLM with random weights, built on the spot."""
 
     vocabulary_tokens: int = 2000
     """Upper bound of the tokenizer trained on the catalog's text."""
@@ -64,7 +64,7 @@ class CompactConfig:
     """Shape of the compact user tower: a causal transformer over item vectors."""
 
     max_history_items: int = 200
-    """Older events of a history are not read."""
+    """Only this many of the newest events of a history are read."""
     layers: int = 2
     """Transformer layers."""
     heads: int = 2
@@ -76,17 +76,18 @@ class CompactConfig:
     id_embedding: bool = True
     """Add a learned vector for each item of the training histories to the vector of its content."""
     id_dropout: float = 0.1
-    """Chance that an item is read and ranked by its content alone in a training step."""
-    # Not in `repr`, so not in a model's fingerprint, which is older than they are: its weights tell the forms apart.
+    """Probability, in a training step, that an item loses its id vector and is read and ranked by its content alone."""
+    # Left out of `repr`, which a model's fingerprint hashes, so that models from before these fields keep theirs. The
+    # weights already differ between the variants.
     time: Literal["none", "gaps", "ages", "both"] = field(default="none", repr=False)
-    """What the tower reads of the events' timestamps: `gaps`, the time since the event before, at the input; `ages`,
-    the time from each event to the newest one read, in attention."""
+    """What the tower reads of the events' timestamps: `gaps`, the time since the event before, added to the input;
+    `ages`, the time from each event to the newest one read, as a bias of attention."""
     time_dropout: float = field(default=0.1, repr=False)
-    """Chance that a history is read without its timestamps in a training step, as requests without them are."""
+    """Probability, in a training step, that a history is read without its timestamps, since a request may have none."""
     positions: Literal["rotary", "learned"] = field(default="rotary", repr=False)
-    """How it knows the order of events: by their distance, in attention, or by a vector learned for each place."""
+    """How the tower knows the order of events: rotary positions in attention, or a learned vector for each position."""
     width: int | None = field(default=None, repr=False)
-    """Width of its vectors; none: model.embedding_width."""
+    """Width of the tower's vectors; None: that of `model.embedding_width`."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_history_items", "layers", "heads", "feed_forward_multiple", "width")
@@ -110,15 +111,15 @@ class ModelConfig:
     user_pooling: Literal["mean", "separator"] = "separator"
     """Interleaved tower: mean over all history tokens (the paper's), or the state at the last separator."""
     modalities: Modalities = "both"
-    """What the towers may see; anything but `both` is a knockout."""
+    """Which modalities the towers see; a model that sees one of them serves as a knockout."""
     embedding_width: int = 128
     """Width D of the shared space."""
     max_history_items: int = 10
-    """Older events of a history are not read by the interleaved tower; model.compact has its own."""
+    """How many of the newest events the interleaved tower reads; `model.compact` has its own."""
     max_text_tokens: int = 32
     """An item's text is cut to this many tokens."""
     freeze_vision: bool = False
-    """Leave the vision part and its projection as they are; their output can then be computed once for each item."""
+    """Do not train the vision part and its projection, so that their output can be computed once for each picture."""
     tiny: TinyConfig = field(default_factory=TinyConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     compact: CompactConfig = field(default_factory=CompactConfig)

@@ -15,7 +15,7 @@ class ServeConfig:
     max_batch_size: int = 32
     """Histories encoded in one forward pass."""
     batch_wait_seconds: float = 0.005
-    """How long a batch waits for company."""
+    """Longest time that a request waits for others to fill its batch."""
     num_replicas: int = 1
     """Replicas of the model deployment."""
     cpus_per_replica: float = 0.5
@@ -29,11 +29,11 @@ class ServeConfig:
     cpus_per_ingress: float = 0.1
     """CPUs Ray reserves for each HTTP replica."""
     max_ongoing_requests: int = 256
-    """Requests under way in a replica; must hold at least one full batch."""
+    """Requests that a replica handles at the same time; at least `max_batch_size`."""
     max_queued_requests: int = 512
     """Requests waiting beyond that; more are answered 503 with Retry-After."""
     retry_after_seconds: int = 1
-    """What Retry-After says."""
+    """Value of the Retry-After header."""
     request_timeout_seconds: float = 30.0
     """A request the model has not answered by then is answered 503."""
     max_k: int = 200
@@ -41,7 +41,7 @@ class ServeConfig:
     max_request_items: int = 1000
     """Longest history, exclusion list or list of filter values a request may hold."""
     max_new_items: int = 20
-    """Most items a request may bring that the catalog lacks."""
+    """Most `new_items` (items that the catalog lacks) in one request."""
     max_text_characters: int = 10_000
     """Longest text a search may hold."""
     max_body_bytes: int = 12_000_000

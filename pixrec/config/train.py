@@ -13,12 +13,12 @@ from pixrec.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceConfig:
-    """How a compact tower learns to name the next item from item vectors."""
+    """How a compact tower is trained to predict the next item from the item vectors of the history."""
 
     loss: Literal["full", "sampled", "gbce"] = "full"
     """Softmax over the whole catalog, over sampled negatives, or gBCE of gSASRec over sampled negatives."""
     negatives: int = 256
-    """Items sampled uniformly, for each step (`sampled`) or for each history of it (`gbce`)."""
+    """Negatives drawn uniformly: shared by a step (`sampled`), or drawn for each of its histories (`gbce`)."""
     calibration: float = 0.75
     """t of gBCE: 0 is plain binary cross-entropy, 1 gives calibrated probabilities."""
     learning_rate: float = 1e-3
@@ -30,7 +30,7 @@ class SequenceConfig:
     histories_per_step: int = 128
     """Histories in one optimisation step, over all workers together."""
     epochs: int = 100
-    """At most so many passes over the training histories."""
+    """Most passes over the training histories."""
     validate_every_epochs: int = 3
     """Passes between validations and checkpoints."""
     patience: int = 5
@@ -40,7 +40,7 @@ class SequenceConfig:
     precision: Literal["float32", "bf16"] = "float32"
     """`bf16` does the matrix products in that type: faster where the processor has instructions for it."""
     averaging: float = 0.995
-    """Decay of the running mean of the weights, a step, that is validated and kept; 0 keeps the last weights."""
+    """Decay per step of the moving average of the weights, which is validated and kept; 0 keeps the last weights."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "negatives", "histories_per_step", "epochs", "validate_every_epochs", "patience")
@@ -52,10 +52,10 @@ class SequenceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """A stage of training before that on the data set of --data. What it leaves out is as in `train`."""
+    """A stage of training that comes before the one on --data. A field that is left out is as in `train`."""
 
     name: str = ""
-    """What its part of the log and its checkpoints are called: a-z, 0-9, - and _, at most 40 characters."""
+    """Name of the stage in the log and of its checkpoints: a-z, 0-9, - and _, at most 40 characters."""
     data: tuple[str, ...] = ()
     """Prepared data sets, folders or s3://, whose catalogs and training histories are joined. Empty: that of --data."""
     epochs: int | None = None
@@ -95,13 +95,13 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class JointConfig:
-    """How the compact tower and the item tower go on together, after the compact one on vectors that stand still.
+    """How the compact tower and the item tower are trained together, after the compact tower on fixed item vectors.
 
     Loss, batches and weight decay are those of train.compact.
     """
 
     epochs: int = 0
-    """At most so many passes over the training histories; 0: none, the item tower stays as it is."""
+    """Most passes over the training histories; 0: no joint training, the item tower stays as it is."""
     learning_rate: float = 1e-4
     """Rate of the compact tower after a linear warm-up."""
     item_learning_rate: float = 1e-4
@@ -109,8 +109,8 @@ class JointConfig:
     warmup_steps: int = 50
     """Steps spent warming up."""
     fresh_items_per_step: int = 256
-    """Items of each step's histories, over all workers together, that the item tower encodes anew, with gradient; they
-    are drawn at random where there are more. The vectors of all others come from a table, without gradient."""
+    """Items of a step's histories, over all workers together, that the item tower encodes again, with gradient; drawn
+    at random where there are more. The vectors of all others come from a table, without gradient."""
     micro_batch_items: int = 64
     """Items of one worker that are in memory at a time; loss and gradients stay those of all (GradCache, Gao et al.
     2021)."""
@@ -142,7 +142,7 @@ class TrainConfig:
     epochs: int = 6
     """Passes over the training histories."""
     max_steps: int | None = None
-    """Stops earlier, after this many optimisation steps."""
+    """Stop after this many optimisation steps, if the epochs have not ended before."""
     histories_per_step: int = 16
     """Histories in one optimisation step, over all workers together."""
     bucket_steps: int = 1
@@ -161,17 +161,16 @@ class TrainConfig:
     """torch.compile on the language model."""
     picture_tokens: str | None = "auto"
     """With `model.freeze_vision`: the folder, local or s3://, that keeps what the vision part made of each picture, so
-    that it works once for each. `auto`: the place of --data with `.tokens` behind its name. None: encode at every
-    step."""
+    that each is encoded once. `auto`: the place of --data with `.tokens` appended. None: encode at every step."""
     parallel: Literal["ddp", "fsdp2"] = "ddp"
-    """Whole copies of the weights on every worker, or shards of weights, gradients and optimiser state."""
+    """`ddp`: a whole copy of the weights on every worker; `fsdp2`: shards of weights, gradients and optimiser state."""
     num_workers: int = 2
     """Training processes."""
     max_workers: int | None = None
     """With this, as many processes as the cluster has room for, from `num_workers` up to this many; the run goes on
     from its last checkpoint when their number changes. None: always `num_workers`."""
     cpus_per_worker: float = 0.5
-    """CPUs Ray reserves for each worker; workers that claim all starve the rest."""
+    """CPUs Ray reserves for each worker; where the workers take them all, nothing else can run."""
     threads_per_worker: int = 1
     """Torch threads in each worker."""
     use_gpu: bool = False

@@ -1,4 +1,4 @@
-"""The whole tree: YAML text into it and back. Knows no file."""
+"""The whole tree of settings, read from YAML text and written as YAML text. Knows no file."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _HEADERS = {"User-Agent": f"pixrec/{__version__}", "Accept": "image/*, */*;q=0.1
 
 
 class Download(NamedTuple):
-    """`data`, or the `reason` there is none; `passing` where another attempt may go better."""
+    """`data`, or the `reason` why there is none; `passing` says that another attempt may succeed."""
 
     data: bytes | None
     reason: str | None = None

@@ -1,7 +1,7 @@
 """The bytes of items' pictures, wherever they lie: in the table, in local files, at s3:// and at http(s)://.
 
-Many at a time: while one picture is being decoded the next ones are on their way. Knows no picture's insides. What a
-row holds never raises: it becomes bytes, `missing` or `rejected` with a reason.
+Many are fetched at a time: while one picture is being decoded the next ones are on their way. Does not decode. Whatever
+a row holds, it raises nothing: the result is bytes, `missing`, or `rejected` with a reason.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ answer is a picture or UnreadableImage with one of the reasons below.
 
 JPEGs, which nearly all photographs of a catalog are, go through libjpeg-turbo, which decodes at M/8 of the full size
 for M = 1 .. 8: the smallest that still covers what is wanted. Pillow's own `draft` knows 1, 2, 4 and 8 eighths only,
-so that 1000 px cost a full decode on the way to 512. What libjpeg-turbo refuses (CMYK, anything damaged) Pillow
-decides.
+so that 1000 px cost a full decode on the way to 512. What libjpeg-turbo refuses (CMYK, anything damaged) goes to
+Pillow.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from PIL import Image, UnidentifiedImageError
 from pixrec.errors import UnreadableImage
 
 DECODER = "turbo-m8-bicubic-1"
-"""Names the pixels that `decode_image` makes of given bytes. To be changed with them: what was computed from the old
-pixels (an item's content hash, and with it its vector in an index) is then computed anew."""
+"""Names the way from bytes to pixels, and is part of every item's content hash. Change it whenever `decode_image` gives
+other pixels: vectors in an index that were made from the old ones are then computed again."""
 
 # Reasons of UnreadableImage.
 EMPTY, NOT_A_PICTURE, TRUNCATED, DAMAGED = "empty", "not a picture", "truncated", "damaged"
@@ -94,8 +94,8 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     """The picture, header read and size checked; whatever goes wrong inside the block becomes UnreadableImage."""
     if not data:
         raise UnreadableImage(EMPTY)
-    # Pillow's own remarks on a stranger's file are no news to our user. Not `catch_warnings`: that swaps global
-    # state and is not safe where a server decodes in threads.
+    # Pillow's warnings about a stranger's file do not help our user. Not `catch_warnings`: that swaps global state and
+    # is not safe where a server decodes in threads.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as picture:

@@ -1,8 +1,8 @@
-"""Several prepared data sets as one for a stage of training, and what of them training must not see. Knows no model.
+"""Several prepared data sets joined for a stage of training, and a check for leaks from one to another. Knows no model.
 
-What is handed on holds no test event of any set: each set's own split says which events are its training events, and
-none but the histories and targets of its validation is held out. A user of two sets is two users, an item of two sets
-two items.
+The joined data holds no test event of any set: each set's own split says which of its events are for training, and of
+the events held out only those for validation are passed on. A user who occurs in two sets counts as two users, an item
+in two sets as two items.
 
 Shapes: S sets · N items of all sets · E events.
 """
@@ -59,9 +59,8 @@ def join_datasets(datasets: Sequence[Dataset]) -> TrainingData:
 def count_leaks(target: Dataset, other: Dataset) -> int:
     """How many held-out events of `target`, validation or test, are training events of `other`, another data set.
 
-    An event is known by its user, item and time, an item by its id and text. One that `other` calls by another id or
-    text, or whose time it tells otherwise, is not found: a set that holds test events of the target in such a form
-    gives them away unseen.
+    Events are the same where user, item and time agree, items where id and text do. So an event that `other` holds
+    under another id, text or time is not found: such a leak goes unnoticed.
     """
     held_out = _named(target, ~target.training_visible())
     shared = _named(other, other.training_visible()).join(held_out, held_out.column_names, join_type="inner")

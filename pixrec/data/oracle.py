@@ -1,12 +1,13 @@
 """The best possible scorer of the synthetic shop: the true distribution of the next item, given the history.
 
-It knows the law (`World`) and the history; the taste stays hidden from it, as from everybody, and is inferred by
-exact forward filtering. No scorer that sees the same can do better, so its recall is the ceiling of the data set.
+It knows the distribution of purchases (`World`) and the history. The shopper's taste is hidden from it as well, and is
+inferred exactly, by forward filtering in a hidden Markov model. No scorer that sees the same can do better, so its
+recall is the ceiling of the data set.
 
-The text-only ceiling belongs to an observer who knows the same law but sees of every item only its text: title,
+The text-only ceiling is that of an observer who knows the same distribution but sees only the text of each item: title,
 brand, category and price. All looks of a product share these, so the observer knows how often each text is bought and
-which looks stand behind it, but not which of them was meant. This binds a text-only model that knows the catalog by
-heart just as well as one that does not.
+which looks it may stand for, but not which of them was bought. The ceiling holds for every text-only model, also for
+one that has memorised the catalog.
 
 Shapes: B histories · N items of the caller's table · Z tastes · G texts
 """

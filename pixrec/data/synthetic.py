@@ -1,10 +1,11 @@
-"""The synthetic catalog: a shop whose law is known in full, so that every scorer can be held against the best possible.
+"""The synthetic shop: purchases are drawn from a known distribution, its law, so that every scorer can be compared with
+the best possible one.
 
 As in real shops, a product comes in many looks (colour, pattern, cut), each an item of its own, and all of them share
 title, brand and price word for word: looks are seen in the pictures only. Shoppers go through the categories in a
-ring and carry a hidden taste in looks that drifts slowly. Who wants to foresee the next purchase has to see.
+cycle and have a hidden taste in looks that drifts slowly. Without the pictures the next purchase can only be guessed.
 
-Knows the law and writes it out as tables and pictures; does not know how anything is learned from them.
+Draws products and purchases and writes them as tables and pictures; knows nothing of models.
 
 Shapes: N items · C categories · Z tastes, one for each pair of a favourite colour and a favourite pattern
 """
@@ -88,7 +89,7 @@ _PRODUCTS, _SHOPPERS, _PICTURES = 0, 1, 2
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """The shop and its law. Row i of every item array is the item `item_ids[i]`."""
+    """The products and the distribution of purchases. Row i of every item array is the item `item_ids[i]`."""
 
     config: SyntheticConfig
     item_ids: list[str]

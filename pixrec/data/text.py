@@ -1,4 +1,4 @@
-"""An item's fields as one line of text, and text out of HTML. Knows no tokens: those are the model's business."""
+"""An item's fields as one line of text, and plain text from HTML. Knows no tokenizer."""
 
 from __future__ import annotations
 

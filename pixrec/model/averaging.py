@@ -1,7 +1,8 @@
-"""A running mean of a model's weights: what is validated and kept, while training goes on from the last weights.
+"""An exponential moving average of a model's weights. The average is validated and kept; training continues from the
+latest weights.
 
-Averaging of iterates (Polyak & Juditsky, SIAM J. Control Optim. 1992), with weights that fall exponentially (Morales-
-Brotons et al., TMLR 2024). Plain torch.
+Averaging of iterates (Polyak & Juditsky, SIAM J. Control Optim. 1992), here with exponential weights (Morales-Brotons
+et al., TMLR 2024). Plain torch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _MEAN, _LAST = "mean", "last"
 
 
 class WeightMean:
-    """The mean of the parameters `named`, which loses all but `decay` of what it was in each step; 0 keeps none."""
+    """The moving average of the parameters `named`: each step keeps the share `decay` of it. With 0 there is none."""
 
     def __init__(self, named: Mapping[str, nn.Parameter], decay: float) -> None:
         self.named, self.decay = named, decay
@@ -25,14 +26,14 @@ class WeightMean:
         self._last: dict[str, Tensor] | None = None  # of the parameters, while they have the mean
 
     def update(self, step: int) -> None:
-        """Take the parameters in, after optimisation step `step`, from 1. The first ones are forgotten sooner."""
+        """Add the parameters after optimisation step `step`, from 1. The first steps have a lower decay."""
         if self._mean:
             decay = min(self.decay, step / (step + 9))
             get_ema_multi_avg_fn(decay)(list(self._mean.values()), list(self.named.values()), step)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the parameters have the mean; afterwards what they had before."""
+        """Inside the block the parameters hold the average; afterwards their own values again."""
         self._last = _copies(self.named) if self._mean else None
         self.keep()
         try:
@@ -43,12 +44,12 @@ class WeightMean:
             self._last = None
 
     def keep(self) -> None:
-        """Give the parameters the mean for good."""
+        """Set the parameters to the average for good."""
         if self._mean:
             self._set(self._mean)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The mean and the last weights by name, for safetensors; nothing where none is kept."""
+        """The average and the latest weights by name, for safetensors; empty where no average is kept."""
         if not self._mean:
             return {}
         last = self._last or _copies(self.named)

@@ -1,4 +1,4 @@
-"""The items of a prepared data set, ready to be encoded, and the one function that turns contents into vectors.
+"""The items of a prepared data set, ready to be encoded, and the one class that turns contents into vectors.
 
 Training, batch embedding, evaluation and serving all embed through `Embedder`. Knows no Ray and no HTTP.
 
@@ -92,7 +92,7 @@ def distinct_rows(histories: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.
 class Embedder:
     """A model in use: contents or rows in, unit vectors out as float32 arrays on the CPU.
 
-    `embedded_ids` are the items with a learned vector of their own, in its order; only a compact tower has any.
+    `embedded_ids` are the items that have a learned vector, in the order of those; only a compact tower has any.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Embedder:
 
     @property
     def reads_item_vectors(self) -> bool:
-        """Whether the user tower is content with the item vectors of the history."""
+        """Whether the user tower reads the item vectors of a history, instead of pictures and text."""
         return self.compact is not None
 
     def contents(self, contents: Sequence[Content], item_ids: Sequence[str] | None = None) -> np.ndarray:
@@ -150,8 +150,8 @@ class Embedder:
     ) -> np.ndarray:
         """User vectors (B, D) of histories of rows, oldest first; only the last `max_history_items` are read.
 
-        `item_vectors` (N, D) spare a compact tower the backbone; an interleaved one does not look at them, nor at the
-        `timestamps` of the histories' events (milliseconds or UNKNOWN_TIME; None: all unknown).
+        A compact tower reads `item_vectors` (N, D), which are computed where they are not given, and the `timestamps`
+        of the histories' events (milliseconds or UNKNOWN_TIME; None: all unknown). An interleaved tower ignores both.
         """
         recent = [np.asarray(h)[-self.max_history_items :] for h in histories]
         if self.compact is not None:
@@ -201,8 +201,8 @@ def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 def _ahead(prepare: Callable[[_Given], _Made], values: Iterable[_Given]) -> Iterator[_Made]:
-    """`prepare` of each value; a thread is at the next one while the caller works, so that a model does not wait for
-    its tokenizer."""
+    """`prepare` of each value, in order. A thread prepares the next one while the caller works, so that a model does
+    not wait for its tokenizer."""
     with ThreadPoolExecutor(1) as thread:
         coming: Future[_Made] | None = None
         for value in values:

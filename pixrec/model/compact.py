@@ -1,17 +1,17 @@
 """The compact user tower: a causal transformer over item vectors, in which every position predicts its next item.
 
-`CompactUserTower` reads vectors and does not ask where they come from. `CompactTower` is that with the vectors' making:
-from content, from learned id vectors, or from both. With id vectors alone it is SASRec (Kang & McAuley, ICDM 2018).
-Plain torch: knows neither files nor workers.
+`CompactUserTower` turns the item vectors of a history into user vectors. `CompactTower` adds the item vectors
+themselves, made of content, of learned id vectors, or of both. With id vectors alone it is SASRec (Kang & McAuley, ICDM
+2018). Plain torch: knows neither files nor workers.
 
-Time, where the tower reads it, is differences of timestamps in buckets, never a date: the gap since the event before as
-a vector added to the input, and the age of each event, seen from the newest one read, as a bias of attention, one for
-each head (relative time of TiSASRec, Li et al., WSDM 2020; bias by logarithmic bucket as in HSTU, Zhai et al., ICML
-2024). The moment of the next event, or of the request, is never read.
+Time. Where the tower reads it, it reads differences of timestamps in buckets, never dates: the gap since the event
+before, as a vector added to the input, and the age of each event relative to the newest one read, as a bias of
+attention for each head (relative time of TiSASRec, Li et al., WSDM 2020; bias by logarithmic bucket as in HSTU, Zhai
+et al., ICML 2024). The time of the next event, or of the request, is never read.
 
-Order, in attention: queries and keys are turned by their place, so that their products see how far apart two events
-are and not where (rotary positions; Su et al., RoFormer, Neurocomputing 2024). Or, as in SASRec, a vector learned for
-each place is added to the input.
+Order. Rotary positions in attention (Su et al., RoFormer, Neurocomputing 2024): queries and keys are rotated by their
+position, so that their products depend on how far apart two events are and not on where they are. Or, as in SASRec, a
+learned vector for each position is added to the input.
 
 Shapes: B histories · L items in a history · U items · C width of content vectors · D width of the shared space.
 """
@@ -29,12 +29,12 @@ from pixrec.config import CompactConfig
 
 INITIAL_TEMPERATURE, MIN_TEMPERATURE = 0.2, 0.01
 ID_EMBEDDING_STD = 0.02
-"""Of each number of a learned vector in the beginning; whitened content begins with the same."""
+"""Standard deviation of the numbers of a learned vector at the start; whitened content starts with the same."""
 WHITENING_RIDGE = 0.1
-"""Added to the variance of each direction of the content, in mean variances: the weakest directions are noise."""
+"""Added to the variance of each direction of the content, as a share of the mean variance: the weakest are noise."""
 
 UNKNOWN_TIME = torch.iinfo(torch.int64).min
-"""The timestamp of an event whose moment nobody knows."""
+"""The timestamp of an event whose time is unknown."""
 
 TIME_BUCKETS = 32
 """Bucket 0 is unknown, 1 is less than a second, 2 is 1 to 2 s, 3 is 3 to 6 s and so on, the last 34 years and more."""
@@ -49,15 +49,15 @@ def time_buckets(later: Tensor, earlier: Tensor) -> Tensor:
 
 
 def _rotary_angles(places: int, width: int) -> Tensor:
-    """Cosine and sine (2, places, width / 2) of the angle that each pair of numbers is turned by at each place; the
-    slowest pair angles by about one radian over all of them."""
+    """Cosine and sine (2, places, width / 2) of the angle by which each pair of numbers is rotated at each place; the
+    slowest pair rotates by about one radian over all places."""
     speeds = float(places) ** -(torch.arange(0, width, 2) / width)
     angles = torch.arange(places).unsqueeze(1) * speeds
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def _rotated(x: Tensor, angles: Tensor) -> Tensor:
-    """Queries or keys (..., W) turned by cosines and sines (2, ..., W / 2)."""
+    """Queries or keys (..., W) rotated by cosines and sines (2, ..., W / 2)."""
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = angles
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
@@ -92,7 +92,7 @@ class _Block(nn.Module):
         return self._feed(x, F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(ages)))
 
     def at(self, x: Tensor, last: Tensor, ages: Tensor | None = None) -> Tensor:
-        """The same at one position a history (B,) alone: states (B, 1, D), for less than half the work."""
+        """As `forward`, at position `last` (B,) of each history only: states (B, 1, D), for less than half the work."""
         batch, length, width = x.shape
         normed, one = self.attention_norm(x), last.view(-1, 1, 1).expand(-1, 1, width)
         weight, bias = self.qkv.weight, self.qkv.bias
@@ -109,7 +109,7 @@ class _Block(nn.Module):
         return self._feed(x.gather(1, one), mixed)
 
     def _bias(self, ages: Tensor) -> Tensor:
-        """Buckets (B, Q, L) to what attention adds (B, H, Q, L): minus infinity to what lies in the future."""
+        """The bias of attention (B, H, Q, L) for age buckets (B, Q, L); minus infinity for events in the future."""
         assert self.age is not None
         future = torch.full_like(self.age.weight[:1], -torch.inf)
         return F.embedding(ages, torch.cat([self.age.weight, future])).permute(0, 3, 1, 2)
@@ -148,7 +148,7 @@ class CompactUserTower(nn.Module):
         return self.norm(x)
 
     def at(self, vectors: Tensor, last: Tensor, timestamps: Tensor | None = None) -> Tensor:
-        """The states (B, D) at `last` (B,) alone: what serving needs."""
+        """The states (B, D) at the positions `last` (B,) only, which is what serving needs."""
         timestamps = self._known(timestamps)
         x, ages, (*lower, top) = self._inputs(vectors, timestamps), self._ages(timestamps), self.blocks
         for block in lower:
@@ -156,7 +156,7 @@ class CompactUserTower(nn.Module):
         return self.norm(cast(_Block, top).at(x, last, ages)[:, 0])
 
     def _known(self, timestamps: Tensor | None) -> Tensor | None:
-        """What the tower is to know of the timestamps: in training some histories lose theirs."""
+        """The timestamps that the tower reads, if any; in training, `time_dropout` of the histories lose theirs."""
         if timestamps is None or not self.reads_times:
             return None
         if not self.training or not self.time_dropout:
@@ -193,7 +193,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 class CompactTower(nn.Module):
-    """The user tower with its table of item vectors, and the temperature both meet at.
+    """The user tower, the item vectors that it reads and ranks, and the temperature of their scores.
 
     An item's vector is made of its content (the item tower's vector, C wide, given from outside), of a vector learned
     for it alone, or of their sum; an item that was never trained on has its content only. `content_width` None leaves
@@ -220,10 +220,10 @@ class CompactTower(nn.Module):
 
     @torch.no_grad()
     def whiten(self, content: Tensor) -> None:
-        """Have the projection of content begin as the whitening of these vectors (N, C), seen along random directions.
+        """Start the projection of content as the whitening of these vectors (N, C), followed by its random projection.
 
-        What a language model makes of texts lies in a narrow cone: most of each vector is common to all and says
-        nothing of the item (Su et al., arXiv 2103.15316; in recommenders Hou et al., UniSRec, KDD 2022).
+        A language model's vectors of texts lie in a narrow cone: most of each vector is common to all and says
+        nothing about the item (Su et al., arXiv 2103.15316; in recommenders Hou et al., UniSRec, KDD 2022).
         """
         if self.content is None:
             return
@@ -238,7 +238,7 @@ class CompactTower(nn.Module):
 
     @property
     def temperature(self) -> Tensor:
-        """What scores are divided by; 1 for vectors of any length."""
+        """What scores are divided by; 1 where vectors are not normalised."""
         if not self.unit:
             return torch.ones_like(self.log_temperature)
         return self.log_temperature.exp().clamp(min=MIN_TEMPERATURE)

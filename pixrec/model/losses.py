@@ -37,11 +37,11 @@ def info_nce(
 ) -> Part:
     """InfoNCE (van den Oord et al., 2018) of unit vectors: cross-entropy of each anchor's own candidate among all.
 
-    anchors (P, D), candidates (G, D), target (P,) rows of `candidates`. An id is never a negative of itself, and
-    counts once, whatever number of workers brought it (`once` False: each time). `log_inclusion` (G,) is the log
-    chance of each candidate to be in the batch; negatives are reweighted by it, which makes the expected
+    anchors (P, D), candidates (G, D), target (P,) rows of `candidates`. An item is never a negative of
+    itself, and counts once, however many workers contribute it (`once` False: each time). `log_inclusion` (G,) is the
+    log probability of each candidate to be in the batch; negatives are reweighted by it, which makes the expected
     denominator that of the whole catalog (logQ correction, Yi et al., RecSys 2019; the positive, which is always
-    there, keeps its weight). `excluded` (P, G): candidates that are no negatives of an anchor.
+    there, keeps its weight). `excluded` (P, G): candidates that are not negatives of an anchor.
     """
     logits = anchors @ candidates.T / temperature
     own = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, target.unsqueeze(1), True)

@@ -99,7 +99,7 @@ class TrainingTask(nn.Module):
 
     @property
     def generates(self) -> bool:
-        """Whether the scores of the next items' text are wanted."""
+        """Whether L_NIG has a weight, so that scores of the next items' text are needed."""
         return self.weights()["nig"] > 1e-9
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -112,8 +112,8 @@ class TrainingTask(nn.Module):
         return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def keep_in_graph(self, tensor: Tensor) -> Tensor:
-        """The tensor, bound to all weights that FSDP reduces together: a worker whose share of the batch has no
-        picture, say, must take part with a gradient of zero."""
+        """The tensor with a gradient of zero to all weights that FSDP reduces together. Every worker must take part in
+        that reduction, also one whose share of the batch has no picture, say."""
         if not (self.touches and torch.is_grad_enabled()):
             return tensor
         backbone = self.tower.backbone

@@ -28,7 +28,7 @@ def shard(task: TrainingTask) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of a shard; a collective where it is one."""
+    """The full tensor of a shard, which is a collective operation; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -45,7 +45,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def sum_gradients(parameters: Iterable[Tensor], *, average: bool = False) -> None:
-    """Sum of the gradients over all workers, or their mean; what has a gradient nowhere keeps none."""
+    """Sum of the gradients over all workers, or their mean; a parameter without a gradient on any worker keeps none."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     wanted = list(parameters)

@@ -1,8 +1,8 @@
-"""What a next-item model learns from: the softmax over the whole catalog, or over a sample of it.
+"""Losses of next-item models: softmax over the whole catalog, softmax over sampled negatives, and gBCE.
 
-Every loss is a sum over P examples. The scores of all N items are never held at once: they are made, turned into
-gradients and dropped block by block (as in fused linear cross-entropy; Hsu et al., Liger Kernel, 2024), which keeps
-memory flat and the blocks in the processor's cache.
+Every loss is a sum over P examples. The scores of all N items are never held at once: they are computed, turned
+into gradients and dropped block by block (as in fused linear cross-entropy; Hsu et al., Liger Kernel, 2024), which
+keeps memory flat and the blocks in the processor's cache.
 
 Shapes: P examples · N candidates · D width.
 """

@@ -1,6 +1,7 @@
-"""The item tower and the interleaved user tower, which meet in one space; the compact one joins them trained.
+"""The item tower and the interleaved user tower, whose vectors lie in one space. The compact user tower is attached
+once the item tower is trained.
 
-Plain torch: knows neither files nor workers. What a tower may see is decided before, in `encoding`.
+Plain torch: knows neither files nor workers. What a tower sees of an item is decided in `encoding`.
 
 Shapes: U distinct items · B histories · L items in a history · T tokens · W width of the language model
 · D width of the shared space · P examples (a history and the item that followed it) · M pictures · K tokens a picture
@@ -53,9 +54,10 @@ class TowerOutputs:
 
 
 class InterleavedUserTower(nn.Module):
-    """The paper's: the history's text and pictures, in time order, through the backbone.
+    """The user tower of the PixRec paper: the history's text and pictures, in time order, through the backbone.
 
-    The language model is causal, so the states of one sequence hold v_U of every prefix: each position teaches.
+    The language model is causal, so one pass over a history gives v_U of every prefix, and every position is a training
+    example.
     """
 
     def __init__(self, width: int, config: ModelConfig) -> None:
@@ -83,7 +85,7 @@ class DualTower(nn.Module):
         self.backbone = backbone
         self.item_proj = nn.Linear(backbone.width, config.embedding_width)
         self.user_tower = InterleavedUserTower(backbone.width, config)
-        self.compact: CompactTower | None = None  # joined once the item tower is trained (`artifact.with_compact`)
+        self.compact: CompactTower | None = None  # set once the item tower is trained (`artifact.with_compact`)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
 
     @property

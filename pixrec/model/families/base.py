@@ -44,7 +44,7 @@ class Family(ABC):
 
     @property
     def picture_width(self) -> int:
-        """X: a family whose deeper layers see pictures too keeps what they see behind the token's embedding."""
+        """X, the width of a picture token: W, and more where deeper layers are given picture features as well."""
         return int(self.config.text_config.hidden_size)
 
     @property

@@ -1,8 +1,8 @@
 """PaliGemma and PaliGemma 2: a SigLIP encoder, a linear projection, a Gemma.
 
-PaliGemma was trained with full attention over pictures and prompt. A history cannot be read so, or a prefix would see
-its future. What is kept of it: the tokens of one picture see each other; all else is causal. Every sequence begins
-with <bos>, without which a Gemma is lost; its state is dropped again.
+PaliGemma was trained with full attention over pictures and prompt. A history cannot be read in that way, since a prefix
+would see its future. So the tokens of one picture attend to each other, and everything else is causal. Every sequence
+begins with <bos>, which Gemma needs; the state of <bos> itself is dropped.
 """
 
 from __future__ import annotations
