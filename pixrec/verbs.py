@@ -25,16 +25,21 @@ from pixrec.config import Config, to_dict
 from pixrec.console import Console
 from pixrec.data.sequences import DATASET_MARKER, Dataset, HeldOut, load_dataset, sample_users
 from pixrec.errors import InputError
-from pixrec.evaluation.audit import audit, audit_elsewhere, dataset_guards, provenance
-from pixrec.evaluation.protocol import Ranker, evaluate_scorers, rank_here
-from pixrec.evaluation.results import Evaluation
-from pixrec.evaluation.seeds import aggregate
-from pixrec.evaluation.significance import bootstrap_ci
+from pixrec.evaluation import (
+    Evaluation,
+    Ranker,
+    aggregate,
+    audit_dataset,
+    audit_elsewhere,
+    bootstrap_ci,
+    dataset_guards,
+    evaluate_scorers,
+    provenance,
+    rank_here,
+)
 from pixrec.metrics import count_ties, target_ranks, user_random_tie_metrics
 from pixrec.report import choose_examples, choose_grids, format_table, notes, write_report
-from pixrec.scorers.build import KNOCKOUTS, Sources, build_scorers
-from pixrec.scorers.predictions import load_predictions
-from pixrec.scorers.protocol import AnyScorer
+from pixrec.scorers import KNOCKOUTS, Inputs, Scorer, build_scorers, load_predictions
 from pixrec.training.tracking import read_log
 
 METRICS = "metrics.json"
@@ -140,9 +145,11 @@ def evaluate(
         if not len(held_out.targets):
             raise InputError(f"{data}: no user has a test event with a history before it; choose another prepare.split")
         settings = loaded.config if loaded else config
-        audited = audit(dataset, settings, config) | {"elsewhere": audit_elsewhere(dataset, loaded) if loaded else []}
-        sources = _sources(model, loaded, index, predictions, held_out, dataset, config)
-        scorers, knockouts = build_scorers(dataset, config, sources, console.progress)
+        audited = audit_dataset(dataset, settings, config) | {
+            "elsewhere": audit_elsewhere(dataset, loaded) if loaded else []
+        }
+        inputs = _inputs(model, loaded, index, predictions, held_out, dataset, config)
+        scorers, knockouts = build_scorers(dataset, config, inputs, console.progress)
         if not scorers:
             raise InputError("nothing to evaluate: give --model or --predictions, or name some in evaluate.scorers")
         evaluation = evaluate_scorers(
@@ -158,9 +165,9 @@ def evaluate(
         metrics = evaluation.metrics_json(dataset.info["split"]["kind"])
         metrics["knockouts"] = knockouts
         metrics["guards"] |= {"audit": audited, **dataset_guards(dataset)}
-        if sources.predictions:
-            metrics["predictions"] = {"scorer": sources.predictions.name, **sources.predictions.counts}
-        metrics["provenance"] = provenance(dataset, loaded, sources.index)
+        if inputs.predictions:
+            metrics["predictions"] = {"scorer": inputs.predictions.name, **inputs.predictions.counts}
+        metrics["provenance"] = provenance(dataset, loaded, inputs.index)
         metrics["settings"] = {"evaluate": to_dict(config.evaluate), "sasrec": to_dict(config.sasrec)}
         if ceiling:
             metrics["ceiling"] = dict(ceiling)
@@ -179,7 +186,7 @@ def _write_page(
     title: str,
     metrics: Mapping[str, Any],
     dataset: Dataset,
-    scorer: AnyScorer,
+    scorer: Scorer,
     evaluation: Evaluation,
     log: Sequence[Mapping[str, Any]],
 ) -> None:
@@ -197,7 +204,7 @@ def _write_page(
     )
 
 
-def _sources(
+def _inputs(
     model: str | None,
     loaded: Model | None,
     index: str | None,
@@ -205,17 +212,15 @@ def _sources(
     held_out: HeldOut,
     dataset: Dataset,
     config: Config,
-) -> Sources:
+) -> Inputs:
     published = load_index(index, loaded.fingerprint) if index and loaded else None
     if predictions is None:
-        return Sources(model, loaded, published)
+        return Inputs(model, loaded, published)
     users = sample_users(held_out, config.evaluate.max_users, config.evaluate.seed)
     stem = storage.name(predictions).removesuffix(".parquet")
     taken = {"pixrec", *config.evaluate.scorers} | set(KNOCKOUTS)
     name = "predictions" if stem in taken else stem
-    return Sources(
-        model, loaded, published, load_predictions(predictions, name, users.user_ids, dataset.items.item_ids)
-    )
+    return Inputs(model, loaded, published, load_predictions(predictions, name, users.user_ids, dataset.items.item_ids))
 
 
 def _ranker(data: str, config: Config, stack: contextlib.ExitStack) -> Ranker:
@@ -281,8 +286,8 @@ def demo(out: str, config: Config, console: Console) -> Summary:
     check_index_writable(places["index"])
 
     from pixrec.cluster.session import connect
-    from pixrec.data.oracle import Oracle
     from pixrec.data.synthetic import build_world, write_catalog
+    from pixrec.scorers.oracle import Oracle
 
     started = time.monotonic()
     world = build_world(config.demo)
@@ -296,7 +301,7 @@ def demo(out: str, config: Config, console: Console) -> Summary:
     held_out = sample_users(dataset.held_out("test"), config.evaluate.max_users, config.evaluate.seed)
     best: dict[str, Summary] = {}
     for name, text_only in (("both", False), ("text_only", True)):
-        scores = Oracle(world, dataset.items.item_ids, text_only).scores(held_out.histories)
+        scores = Oracle(world, dataset.items.item_ids, text_only).scores(held_out.users)
         ranks, ties = target_ranks(scores, held_out.targets), count_ties(scores, held_out.targets)
         recalls = {m: v for m, v in user_random_tie_metrics(ranks, ties, (1, 10)).items() if m.startswith("recall")}
         intervals = {m: list(bootstrap_ci(v, config.evaluate.bootstrap_samples)) for m, v in recalls.items()}
