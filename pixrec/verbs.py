@@ -20,16 +20,21 @@ from pixrec.console import Console
 from pixrec.data.memory import IN_MEMORY, ArrowStream, in_memory, on_storage
 from pixrec.data.sequences import DATASET_MARKER, Dataset, HeldOut, load_dataset, sample_users
 from pixrec.errors import ConfigError, InputError, surfaced
-from pixrec.evaluation.audit import audit, audit_elsewhere, dataset_guards, provenance
+from pixrec.evaluation import (
+    Evaluation,
+    Ranker,
+    aggregate,
+    audit_dataset,
+    audit_elsewhere,
+    dataset_guards,
+    evaluate_scorers,
+    provenance,
+    rank_here,
+)
 from pixrec.evaluation.ceiling import ceilings, verdict
-from pixrec.evaluation.protocol import Ranker, evaluate_scorers, rank_here
-from pixrec.evaluation.results import Evaluation
-from pixrec.evaluation.seeds import aggregate
 from pixrec.handles import METRICS, Place, PreparedData, PublishedIndex, Report, TrainedModel, place
 from pixrec.report import choose_examples, choose_grids, format_table, notes, write_report
-from pixrec.scorers.build import KNOCKOUTS, Sources, build_scorers
-from pixrec.scorers.predictions import load_predictions
-from pixrec.scorers.protocol import AnyScorer
+from pixrec.scorers import KNOCKOUTS, Inputs, Scorer, build_scorers, load_predictions
 from pixrec.training.tracking import read_log
 
 if TYPE_CHECKING:
@@ -172,9 +177,11 @@ def _evaluate(
         if not len(held_out.targets):
             raise InputError(f"{data}: no user has a test event with a history before it; choose another prepare.split")
         settings = loaded.config if loaded else config
-        audited = audit(dataset, settings, config) | {"elsewhere": audit_elsewhere(dataset, loaded) if loaded else []}
-        sources = _sources(model, loaded, index, predictions, held_out, dataset, config)
-        scorers, knockouts = build_scorers(dataset, config, sources, console.progress)
+        audited = audit_dataset(dataset, settings, config) | {
+            "elsewhere": audit_elsewhere(dataset, loaded) if loaded else []
+        }
+        inputs = _inputs(model, loaded, index, predictions, held_out, dataset, config)
+        scorers, knockouts = build_scorers(dataset, config, inputs, console.progress)
         if not scorers:
             raise InputError("nothing to evaluate: give --model or --predictions, or name some in evaluate.scorers")
         evaluation = evaluate_scorers(
@@ -190,9 +197,9 @@ def _evaluate(
         metrics = evaluation.metrics_json(dataset.info["split"]["kind"])
         metrics["knockouts"] = knockouts
         metrics["guards"] |= {"audit": audited, **dataset_guards(dataset)}
-        if sources.predictions:
-            metrics["predictions"] = {"scorer": sources.predictions.name, **sources.predictions.counts}
-        metrics["provenance"] = provenance(dataset, loaded, sources.index)
+        if inputs.predictions:
+            metrics["predictions"] = {"scorer": inputs.predictions.name, **inputs.predictions.counts}
+        metrics["provenance"] = provenance(dataset, loaded, inputs.index)
         metrics["settings"] = {"evaluate": to_dict(config.evaluate), "sasrec": to_dict(config.sasrec)}
         if ceiling:
             metrics["ceiling"] = dict(ceiling)
@@ -210,7 +217,7 @@ def _write_page(
     title: str,
     metrics: Mapping[str, Any],
     dataset: Dataset,
-    scorer: AnyScorer,
+    scorer: Scorer,
     evaluation: Evaluation,
     log: Sequence[Mapping[str, Any]],
 ) -> None:
@@ -228,7 +235,7 @@ def _write_page(
     )
 
 
-def _sources(
+def _inputs(
     model: str | None,
     loaded: Model | None,
     index: str | None,
@@ -236,17 +243,15 @@ def _sources(
     held_out: HeldOut,
     dataset: Dataset,
     config: Config,
-) -> Sources:
+) -> Inputs:
     published = load_index(index, loaded.fingerprint) if index and loaded else None
     if predictions is None:
-        return Sources(model, loaded, published)
+        return Inputs(model, loaded, published)
     users = sample_users(held_out, config.evaluate.max_users, config.evaluate.seed)
     stem = storage.name(predictions).removesuffix(".parquet")
     taken = {"pixrec", *config.evaluate.scorers} | set(KNOCKOUTS)
     name = "predictions" if stem in taken else stem
-    return Sources(
-        model, loaded, published, load_predictions(predictions, name, users.user_ids, dataset.items.item_ids)
-    )
+    return Inputs(model, loaded, published, load_predictions(predictions, name, users.user_ids, dataset.items.item_ids))
 
 
 def _ranker(data: str, config: Config, stack: contextlib.ExitStack) -> Ranker:

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import io
 import os
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ from pixrec.data.sequences import (
     SEQUENCES_FOLDER,
     Dataset,
     Events,
+    Users,
 )
 from pixrec.model import vision
 from pixrec.model.catalog import Catalog
@@ -75,6 +76,11 @@ TINY = Config(
     ),
     train=TrainConfig(histories_per_step=4, epochs=2, num_workers=1, validate_every_steps=4),
 )
+
+
+def users_of(histories: Sequence[np.ndarray]) -> Users:
+    """Users with these histories, numbered."""
+    return Users([f"u{i}" for i in range(len(histories))], histories)
 
 
 def tiny_config(**sections: dict[str, Any]) -> Config:

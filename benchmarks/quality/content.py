@@ -37,11 +37,11 @@ from pixrec.artifact import MODEL_MARKER, load_model, new_model, save_model
 from pixrec.config import Config, Modalities, load_config
 from pixrec.data.joined import join_datasets
 from pixrec.data.sequences import Dataset, load_dataset, sample_users
-from pixrec.evaluation.significance import bootstrap_ci, paired_difference_ci, randomisation_p
+from pixrec.evaluation import bootstrap_ci, paired_difference_ci, randomisation_p
 from pixrec.metrics import user_metrics
 from pixrec.model.catalog import Catalog
+from pixrec.scorers import LOSS_OF, Scorer, Users, train_sasrec
 from pixrec.scorers.baselines import Popularity
-from pixrec.scorers.sasrec import LOSS_OF, train_sasrec
 from pixrec.training.compact import CompactTrainer
 from pixrec.training.phases import compact_trainer, interleaved_trainer, joint_trainer
 
@@ -99,15 +99,17 @@ class Run(NamedTuple):
         )
 
 
-class CompactScorer:
+class CompactScorer(Scorer):
     """A compact tower with its table of item vectors."""
+
+    name, needs = "compact", ("model",)
 
     def __init__(self, trainer: CompactTrainer) -> None:
         self.trainer, self.table = trainer, trainer.item_vectors()
 
     @torch.no_grad()
-    def scores(self, histories: list[np.ndarray]) -> torch.Tensor:
-        return self.trainer.user_vectors(histories, self.table) @ self.table.T
+    def scores(self, users: Users) -> torch.Tensor:
+        return self.trainer.user_vectors(users.histories, self.table) @ self.table.T
 
 
 def train_item_tower(run: Run, cell: Cell) -> None:

@@ -18,20 +18,20 @@ import torch
 
 from pixrec.config import load_config
 from pixrec.data.sequences import HeldOut, load_dataset
-from pixrec.evaluation.significance import bootstrap_ci
+from pixrec.evaluation import bootstrap_ci
 from pixrec.metrics import rank_targets, user_metrics
+from pixrec.scorers import Scorer, train_sasrec
 from pixrec.scorers.baselines import Popularity
-from pixrec.scorers.sasrec import train_sasrec
 
 METRICS = ("recall@1", "recall@10", "ndcg@10")
 
 
-def ranks(scorer: Any, held_out: HeldOut) -> dict[str, np.ndarray]:
+def ranks(scorer: Scorer, held_out: HeldOut) -> dict[str, np.ndarray]:
     """Ranks (B,) of the users' targets, seen items allowed and filtered."""
     parts: dict[str, list[np.ndarray]] = {"allowed": [], "filtered": []}
     for start in range(0, len(held_out.targets), 256):
-        histories, targets = held_out.histories[start : start + 256], held_out.targets[start : start + 256]
-        found = rank_targets(scorer.scores(histories), targets, histories)
+        block = held_out.only(np.arange(start, min(start + 256, len(held_out.targets))))
+        found = rank_targets(scorer.scores(block.users), block.targets, block.histories)
         parts["allowed"].append(found.allowed)
         parts["filtered"].append(found.filtered)
     return {seen: np.concatenate(found) for seen, found in parts.items()}

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from benchmarks.timing import Row, seconds_each
 from pixrec.config import EvaluateConfig
 from pixrec.data.sequences import HeldOut
-from pixrec.evaluation.protocol import MAX_SCORES, Collector, Task, evaluate_scorers, users_of
+from pixrec.evaluation import Collector, Task, evaluate_scorers
+from pixrec.evaluation.protocol import MAX_SCORES
+from pixrec.scorers import Scorer, Users
 
 WIDTH = 128
 USERS, ITEMS = 6_040, 3_416  # MovieLens-1M
@@ -26,7 +28,7 @@ PLAIN_BLOCK = 64  # users that the plain script can afford at a time on the larg
 PAPER = 1_000_000  # users and items of the extrapolation
 
 
-class Given:
+class Given(Scorer):
     """Inner products of given vectors; users are numbered."""
 
     name = "given"
@@ -34,8 +36,8 @@ class Given:
     def __init__(self, users: torch.Tensor, items: torch.Tensor) -> None:
         self.users, self.items = users, items
 
-    def scores_of(self, user_ids: list[str]) -> torch.Tensor:
-        return self.users[[int(user_id) for user_id in user_ids]] @ self.items.T
+    def scores(self, users: Users) -> torch.Tensor:
+        return self.users[[int(user_id) for user_id in users.user_ids]] @ self.items.T
 
 
 def problem(num_users: int, num_items: int) -> tuple[Given, HeldOut, np.ndarray]:
@@ -90,7 +92,7 @@ def _large() -> list[Row]:
     scorer, held_out, counts = problem(LARGE_USERS, LARGE_ITEMS)
     task = Task(held_out, counts, None, EvaluateConfig())
     ours = functools.partial(_rank, scorer, task)
-    some = users_of(held_out, np.arange(4 * PLAIN_BLOCK))
+    some = held_out.only(np.arange(4 * PLAIN_BLOCK))
     taken = seconds_each({"ours": ours, "plain": functools.partial(plain, scorer, some, PLAIN_BLOCK)}, rounds=3)
     per_user = taken["ours"] / LARGE_USERS
     hours = per_user * PAPER * (PAPER / LARGE_ITEMS) / 3600
@@ -116,5 +118,5 @@ def _rank(scorer: Given, task: Task) -> float:
     collector, started = Collector(task), time.perf_counter()
     for first in range(0, len(task.held_out.targets), task.users_per_block):
         users = np.arange(first, min(first + task.users_per_block, len(task.held_out.targets)))
-        collector.add(users, task.rank(scorer, users_of(task.held_out, users)))
+        collector.add(users, task.rank(scorer, task.held_out.only(users)))
     return time.perf_counter() - started

@@ -21,11 +21,9 @@ from pixrec.artifact import load_model
 from pixrec.console import Progress
 from pixrec.data.items import load_items
 from pixrec.data.sequences import HeldOut
-from pixrec.evaluation.protocol import Block, Collector, Ranker, Task, rank_here, users_of
-from pixrec.evaluation.results import Outcome
+from pixrec.evaluation import Block, Collector, Outcome, Ranker, Task, rank_here
 from pixrec.schema import TIMESTAMPS, USER_ID
-from pixrec.scorers.build import Recipe, TowerScorer
-from pixrec.scorers.protocol import AnyScorer
+from pixrec.scorers import Recipe, Scorer, TowerScorer
 
 _NUMBER, _HISTORY, _TARGET = "number", "history", "target"
 _RANKS = ("allowed", "filtered", "ties")
@@ -64,7 +62,7 @@ class UserRanker:
 def ranker(data: str) -> Ranker:
     """A ranker of the prepared data set at `data`, which every node must be able to read. Needs a connected Ray."""
 
-    def rank(scorer: AnyScorer, task: Task, progress: Progress) -> Outcome:
+    def rank(scorer: Scorer, task: Task, progress: Progress) -> Outcome:
         if not isinstance(scorer, TowerScorer) or scorer.recipe is None:
             return rank_here(scorer, task, progress)
         recipe = dataclasses.replace(scorer.recipe, model_uri=storage.absolute(scorer.recipe.model_uri))
@@ -75,7 +73,7 @@ def ranker(data: str) -> Ranker:
 
 def _rank_on_actors(scorer: TowerScorer, recipe: Recipe, data: str, task: Task, progress: Progress) -> Outcome:
     config, total = task.config, len(task.held_out.targets)
-    without_users = Task(users_of(task.held_out, np.zeros(0, np.int64)), task.training_counts, task.tie_order, config)
+    without_users = Task(task.held_out.only(np.zeros(0, np.int64)), task.training_counts, task.tie_order, config)
     blocks = list(_blocks(task))
     ranked = ray.data.from_arrow(blocks).map_batches(
         UserRanker,
@@ -111,7 +109,7 @@ def _blocks(task: Task) -> Iterator[pa.Table]:
     per_block = -(-per_block // step) * step
     for first in range(0, total, per_block):
         numbers = np.arange(first, min(first + per_block, total))
-        part = users_of(users, numbers)
+        part = users.only(numbers)
         lengths = [len(history) for history in part.histories]
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
         lists = {_HISTORY: part.histories} | ({} if part.timestamps is None else {TIMESTAMPS: part.timestamps})

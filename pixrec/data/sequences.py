@@ -70,6 +70,16 @@ class Histories(Sequence[np.ndarray]):
         return Histories(self.values, self.starts[which], self.ends[which])
 
 
+class Users(NamedTuple):
+    """B users to recommend to: what a scorer may know of them, and so nothing of what comes next."""
+
+    user_ids: Sequence[str]
+    histories: Sequence[np.ndarray]
+    """Rows of each user's items, oldest first, never empty."""
+    timestamps: Sequence[np.ndarray] | None = None
+    """When each event of the histories was, in milliseconds; None where that is unknown."""
+
+
 class HeldOut(NamedTuple):
     """B users to measure on: given `histories` (rows, oldest first, never empty), each `targets` row is next."""
 
@@ -78,6 +88,11 @@ class HeldOut(NamedTuple):
     targets: np.ndarray
     timestamps: Sequence[np.ndarray] | None = None
     """When each event of the histories was, in milliseconds; None where that is unknown. The targets' are not told."""
+
+    @property
+    def users(self) -> Users:
+        """The users without their targets."""
+        return Users(self.user_ids, self.histories, self.timestamps)
 
     def only(self, users: np.ndarray) -> HeldOut:
         """Some of the users, by number."""

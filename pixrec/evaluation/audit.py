@@ -20,7 +20,7 @@ from pixrec.config import Config, SequenceConfig
 from pixrec.data.joined import count_leaks
 from pixrec.data.sequences import Dataset, HeldOut, Part, load_dataset
 from pixrec.errors import InputError, PixRecError
-from pixrec.scorers.sasrec import LOSS_OF
+from pixrec.scorers import LOSS_OF
 from pixrec.training.compact import WindowSource
 from pixrec.training.interleaved import BatchSource
 
@@ -49,7 +49,7 @@ class _View(NamedTuple):
     user_of: np.ndarray
 
 
-def audit(dataset: Dataset, trained: Config, evaluated: Config) -> dict[str, Any]:
+def audit_dataset(dataset: Dataset, trained: Config, evaluated: Config) -> dict[str, Any]:
     """Check who sees which event; returns how much was checked.
 
     `trained` is the configuration of the model, `evaluated` that of the evaluation, which may train SASRec. Raises

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from pixrec.config import EvaluateConfig
-from pixrec.data.oracle import Oracle
 from pixrec.data.sequences import Dataset, sample_users
 from pixrec.data.synthetic import World
 from pixrec.evaluation.significance import bootstrap_ci
 from pixrec.metrics import count_ties, target_ranks, user_random_tie_metrics
+from pixrec.scorers.oracle import Oracle
 
 
 def ceilings(world: World, dataset: Dataset, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
@@ -21,7 +21,7 @@ def ceilings(world: World, dataset: Dataset, config: EvaluateConfig) -> dict[str
     held_out = sample_users(dataset.held_out("test"), config.max_users, config.seed)
     best: dict[str, dict[str, Any]] = {}
     for name, text_only in (("both", False), ("text_only", True)):
-        scores = Oracle(world, dataset.items.item_ids, text_only).scores(held_out.histories)
+        scores = Oracle(world, dataset.items.item_ids, text_only).scores(held_out.users)
         ranks, ties = target_ranks(scores, held_out.targets), count_ties(scores, held_out.targets)
         recalls = {m: v for m, v in user_random_tie_metrics(ranks, ties, (1, 10)).items() if m.startswith("recall")}
         intervals = {m: list(bootstrap_ci(v, config.bootstrap_samples)) for m, v in recalls.items()}

@@ -21,8 +21,7 @@ from pixrec.data.sequences import HeldOut, sample_users
 from pixrec.errors import InputError
 from pixrec.evaluation.results import Evaluation, Outcome, reported_ks
 from pixrec.metrics import ListStatistics, rank_targets, top_rows
-from pixrec.scorers.baselines import scores_at
-from pixrec.scorers.protocol import AnyScorer, UserScorer
+from pixrec.scorers import Scorer
 
 MAX_SCORES = 2**25
 """Scores of one block (128 MB as float32). A block has at least one user, so this bounds the memory of a catalog of up
@@ -58,18 +57,18 @@ class Task:
     def users_per_block(self) -> int:
         return max(1, min(self.config.batch_size, MAX_SCORES // max(1, self.num_items)))
 
-    def rank(self, scorer: AnyScorer, users: HeldOut) -> Block:
-        """Score and rank a block of users."""
-        scores = scores_of(scorer, users)
-        if scores.shape != (len(users.targets), self.num_items):
+    def rank(self, scorer: Scorer, block: HeldOut) -> Block:
+        """Score and rank a block of users. Raises ValueError where the scores are not (B, N)."""
+        scores = scorer.scores(block.users)
+        if scores.shape != (len(block.targets), self.num_items):
             raise ValueError(
-                f"scorer {scorer.name!r} gave scores {tuple(scores.shape)} for {len(users.targets)} users "
+                f"scorer {scorer.name!r} gave scores {tuple(scores.shape)} for {len(block.targets)} users "
                 f"and {self.num_items} items"
             )
         order = None if self.tie_order is None else torch.from_numpy(self.tie_order)
         filtered, longest = self.config.seen == "filtered", max(reported_ks(self.config))
-        ranked = rank_targets(scores, users.targets, users.histories)
-        lists = top_rows(scores, longest, order, users.histories if filtered else None)
+        ranked = rank_targets(scores, block.targets, block.histories)
+        lists = top_rows(scores, longest, order, block.histories if filtered else None)
         return Block(ranked.allowed, ranked.filtered, ranked.filtered_ties if filtered else ranked.ties, lists)
 
 
@@ -94,34 +93,22 @@ class Collector:
         return Outcome({"allowed": allowed, "filtered": filtered}, ties, self._lists.results())
 
 
-Ranker = Callable[[AnyScorer, Task, Progress], Outcome]
+Ranker = Callable[[Scorer, Task, Progress], Outcome]
 
 
 @torch.no_grad()
-def rank_here(scorer: AnyScorer, task: Task, progress: Progress) -> Outcome:
+def rank_here(scorer: Scorer, task: Task, progress: Progress) -> Outcome:
     """Rank all users of the task in this process, a block after the other."""
     collector, total = Collector(task), len(task.held_out.targets)
     for first in range(0, total, task.users_per_block):
         users = np.arange(first, min(first + task.users_per_block, total))
-        collector.add(users, task.rank(scorer, users_of(task.held_out, users)))
+        collector.add(users, task.rank(scorer, task.held_out.only(users)))
         progress(scorer.name, collector.done, total)
     return collector.outcome()
 
 
-def scores_of(scorer: AnyScorer, users: HeldOut) -> torch.Tensor:
-    """Scores (B, N) of the users, by their ids or by their histories as the scorer wants it."""
-    if isinstance(scorer, UserScorer):
-        return scorer.scores_of(users.user_ids)
-    return scores_at(scorer, users.histories, users.timestamps)
-
-
-def users_of(held_out: HeldOut, users: np.ndarray) -> HeldOut:
-    """Some of the users, by number."""
-    return held_out.only(users)
-
-
 def evaluate_scorers(
-    scorers: Sequence[AnyScorer],
+    scorers: Sequence[Scorer],
     held_out: HeldOut,
     config: EvaluateConfig,
     *,

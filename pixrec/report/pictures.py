@@ -17,11 +17,10 @@ from pixrec.data.images import shrink_image
 from pixrec.data.items import ItemTable
 from pixrec.data.sequences import HeldOut, sample_users
 from pixrec.errors import UnreadableImage
-from pixrec.evaluation.protocol import scores_of, users_of
-from pixrec.evaluation.results import Evaluation
+from pixrec.evaluation import Evaluation
 from pixrec.metrics import top_rows
 from pixrec.schema import TITLE
-from pixrec.scorers.protocol import AnyScorer
+from pixrec.scorers import Scorer
 
 THUMBNAIL_PX = 128  # shown at half of that on a dense screen
 MAX_HISTORY_SHOWN = 9  # a shelf of a desktop's width, with the target after them
@@ -53,12 +52,12 @@ class Grid:
     examples: list[Example]
 
 
-def choose_examples(scorer: AnyScorer, held_out: HeldOut, config: EvaluateConfig, k: int = 10) -> list[Example]:
+def choose_examples(scorer: Scorer, held_out: HeldOut, config: EvaluateConfig, k: int = 10) -> list[Example]:
     """`config.report_histories` users drawn at random by `config.seed`, hits and misses alike, with the first `k`."""
     return _examples(scorer, sample_users(held_out, config.report_histories, config.seed), config, k)
 
 
-def choose_grids(scorer: AnyScorer, evaluation: Evaluation, k: int = 5) -> list[Grid]:
+def choose_grids(scorer: Scorer, evaluation: Evaluation, k: int = 5) -> list[Grid]:
     """Best and worst cases of `scorer`, cold targets, and hits of it that text alone misses, where there are any.
 
     At most `config.report_cases` users a grid, the first `k` recommended to each. Of equal cases, those drawn by
@@ -87,13 +86,13 @@ def choose_grids(scorer: AnyScorer, evaluation: Evaluation, k: int = 5) -> list[
             by_text: list[str] = (
                 [] if text_ranks is None else [f"text alone: rank {text_ranks[user]:,}" for user in chosen]
             )
-            examples = _examples(scorer, users_of(users, chosen), config, k, ranks[chosen].tolist(), by_text)
+            examples = _examples(scorer, users.only(chosen), config, k, ranks[chosen].tolist(), by_text)
             grids.append(Grid(title, reason, examples))
     return grids
 
 
 def _examples(
-    scorer: AnyScorer,
+    scorer: Scorer,
     users: HeldOut,
     config: EvaluateConfig,
     k: int,
@@ -103,7 +102,7 @@ def _examples(
     if not users.user_ids:
         return []
     others = [h[h != target] for h, target in zip(users.histories, users.targets, strict=True)]
-    top = top_rows(scores_of(scorer, users), k, seen=others if config.seen == "filtered" else None)
+    top = top_rows(scorer.scores(users.users), k, seen=others if config.seen == "filtered" else None)
     return [
         Example(
             users.user_ids[i],

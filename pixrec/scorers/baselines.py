@@ -1,32 +1,34 @@
 """What a recommender must beat: scorers without a trained model. Know rows, counts and given vectors; no files.
 
-Each gives `scores(histories) -> (B, N)`, higher is better. Shapes: B users · N items · D width of given vectors
-· E events of training.
+Shapes: B users · N items · D width of given vectors · E events of training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
+from pixrec.data.sequences import Users
+from pixrec.scorers.protocol import Scorer
+
 Histories = Sequence[np.ndarray]
 
 
-class Popularity:
+class Popularity(Scorer):
     """Every user gets the items with the most training events; equally popular items tie."""
 
     name = "popularity"
+    needs = ("events",)
 
     def __init__(self, training_counts: np.ndarray) -> None:
         """training_counts (N,): events of each item that training may see."""
         self._popularity_N = torch.from_numpy(_levels(np.asarray(training_counts)))
 
-    def scores(self, histories: Histories) -> torch.Tensor:
+    def scores(self, users: Users) -> torch.Tensor:
         """(B, N) float32, higher is better, in [0, 1)."""
-        return self._popularity_N.expand(len(histories), -1)
+        return self._popularity_N.expand(len(users.histories), -1)
 
 
 class RecentPopularity(Popularity):
@@ -49,15 +51,15 @@ class RepeatLast(Popularity):
 
     name = "repeat_last"
 
-    def scores(self, histories: Histories) -> torch.Tensor:
+    def scores(self, users: Users) -> torch.Tensor:
         """(B, N) float32, higher is better; the history's items have 1 and more."""
-        scores_BN = super().scores(histories).numpy().copy()
-        for scores, history in zip(scores_BN, histories, strict=True):
+        scores_BN = super().scores(users).numpy().copy()
+        for scores, history in zip(scores_BN, users.histories, strict=True):
             scores[history] = np.arange(1, len(history) + 1)  # of a repeated item the last, most recent place holds
         return torch.from_numpy(scores_BN)
 
 
-class ItemTransition:
+class ItemTransition(Scorer):
     """What followed the user's last item in training histories, smoothed over the graph of such steps.
 
     With P the row-normalised counts of consecutive items, an item's walk is the mean of its rows of P, P², ... P^steps,
@@ -66,6 +68,7 @@ class ItemTransition:
     """
 
     name = "item_transition"
+    needs = ("events",)
 
     def __init__(
         self, histories: Sequence[np.ndarray], num_items: int, *, steps: int = 2, damping: float = 0.3,
@@ -86,12 +89,12 @@ class ItemTransition:
         self._weights = damping ** np.arange(steps) / (damping ** np.arange(steps)).sum()
         self._backoff = backoff_events
 
-    def scores(self, histories: Histories) -> torch.Tensor:
+    def scores(self, users: Users) -> torch.Tensor:
         """(B, N) float32: the logarithm of each item's chance to be next, not below log(1e-12).
 
         As logarithms, because the chances of rare items lie closer together than what counts as a tie.
         """
-        last, place = np.unique([h[-1] for h in histories], return_inverse=True)
+        last, place = np.unique([h[-1] for h in users.histories], return_inverse=True)
         return torch.from_numpy(np.stack([self._scores_after(int(item)) for item in last])[place])
 
     def _scores_after(self, item: int) -> np.ndarray:
@@ -114,7 +117,7 @@ class ItemTransition:
         return np.bincount(self._next[edges], weights=flow, minlength=len(step))
 
 
-class ContentLinear:
+class ContentLinear(Scorer):
     """A linear user model on frozen item vectors: how far content goes without a user tower.
 
     A user is the mean of the history's vectors, each item's weight `decay` times that of the one after it; a matrix
@@ -122,6 +125,7 @@ class ContentLinear:
     """
 
     name = "content_linear"
+    needs = ("model", "events")
 
     def __init__(
         self, histories: Sequence[np.ndarray], vectors: np.ndarray, *, decay: float = 0.8, ridge: float = 1e-3,
@@ -139,10 +143,10 @@ class ContentLinear:
         self._map = np.linalg.solve(gram + ridge_term, cross).astype(np.float32)
         self._items = torch.from_numpy(self._vectors)
 
-    def scores(self, histories: Histories) -> torch.Tensor:
+    def scores(self, users: Users) -> torch.Tensor:
         """(B, N) float32: the inner product of the mapped user with each item."""
-        users = np.stack([self._user(h[-self._longest :]) for h in histories])
-        return torch.from_numpy(users @ self._map) @ self._items.T
+        means = np.stack([self._user(h[-self._longest :]) for h in users.histories])
+        return torch.from_numpy(means @ self._map) @ self._items.T
 
     def _user(self, history: np.ndarray) -> np.ndarray:
         weights = self._decay ** np.arange(len(history))[::-1]
@@ -158,73 +162,6 @@ class ContentLinear:
             sums = self._decay * sums[:alive] + self._vectors[[h[place] for h in by_length[:alive]]]
             weight = (1 - self._decay ** (place + 1)) / (1 - self._decay) if self._decay < 1 else place + 1
             yield sums / np.float32(weight), np.array([h[place + 1] for h in by_length[:alive]])
-
-
-class _Scorer(Protocol):
-    name: str
-
-    def scores(self, histories: Histories) -> torch.Tensor: ...
-
-
-@runtime_checkable
-class TimedScorer(Protocol):
-    """A scorer that can use when the events of the histories were."""
-
-    def scores_at(self, histories: Histories, timestamps: Histories | None) -> torch.Tensor:
-        """Scores (B, N); `timestamps` beside the rows of each history, in milliseconds, or None where unknown."""
-        ...
-
-
-def scores_at(scorer: _Scorer, histories: Histories, timestamps: Histories | None) -> torch.Tensor:
-    """Scores (B, N) of `scorer`, which is told the `timestamps` if it can use them."""
-    if isinstance(scorer, TimedScorer):
-        return scorer.scores_at(histories, timestamps)
-    return scorer.scores(histories)
-
-
-class ReciprocalRankFusion:
-    """The sum over scorers of 1 / (60 + rank), which needs no common scale (Cormack et al., SIGIR 2009)."""
-
-    def __init__(self, name: str, scorers: Sequence[_Scorer], constant: float = 60.0) -> None:
-        self.name, self._scorers, self._constant = name, scorers, constant
-
-    def scores(self, histories: Histories) -> torch.Tensor:
-        """(B, N) float32: the logarithm of that sum, which keeps far places apart."""
-        return self.scores_at(histories, None)
-
-    def scores_at(self, histories: Histories, timestamps: Histories | None) -> torch.Tensor:
-        """As `scores`, by scorers that are told the timestamps."""
-        ranks = [pessimistic_ranks(scores_at(scorer, histories, timestamps)) for scorer in self._scorers]
-        return torch.stack([1 / (self._constant + r) for r in ranks]).sum(0).log().float()
-
-
-class RoundRobin:
-    """The scorers take turns, the first one first, each giving its next best item: the quasi-round-robin of CALRec
-    (Li et al., RecSys 2024). An item stands where the scorer that ranks it highest would put it."""
-
-    def __init__(self, name: str, scorers: Sequence[_Scorer]) -> None:
-        self.name, self._scorers = name, scorers
-
-    def scores(self, histories: Histories) -> torch.Tensor:
-        """(B, N) float32: minus the turn at which an item is first given."""
-        return self.scores_at(histories, None)
-
-    def scores_at(self, histories: Histories, timestamps: Histories | None) -> torch.Tensor:
-        """As `scores`, by scorers that are told the timestamps."""
-        return take_turns([scores_at(scorer, histories, timestamps) for scorer in self._scorers])
-
-
-def take_turns(rankings: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Minus the turn (B, N) float32 at which each item is given when rankings, scores (B, N) each, take turns."""
-    turns = [(pessimistic_ranks(scores) - 1) * len(rankings) + place for place, scores in enumerate(rankings)]
-    return -torch.stack(turns).amin(0).float()
-
-
-def pessimistic_ranks(scores: torch.Tensor) -> torch.Tensor:
-    """The rank (B, N) float64 of every item by scores (B, N), 1 the best; of tied items all have the worst place."""
-    scores = torch.nan_to_num(scores.double(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    ascending = scores.sort(dim=1).values.contiguous()
-    return (scores.shape[1] - torch.searchsorted(ascending, scores.contiguous())).double()
 
 
 def _levels(counts: np.ndarray) -> np.ndarray:

@@ -9,7 +9,6 @@ Shapes: B users · N items · M generated texts of a user · T tokens · V vocab
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,21 +16,24 @@ import torch
 from pixrec.artifact import Model
 from pixrec.config import EvaluateConfig
 from pixrec.data.items import ItemTable
+from pixrec.data.sequences import Users
 from pixrec.errors import InputError
 from pixrec.model.catalog import Catalog
 from pixrec.model.vision import PictureTokens
-from pixrec.scorers.baselines import take_turns
+from pixrec.scorers.fusion import take_turns
+from pixrec.scorers.protocol import Scorer
 
 _WORD = re.compile(r"\w+")
 
 
-class GenerativeBM25:
+class GenerativeBM25(Scorer):
     """Beam search over the interleaved model's language head, each text looked up, the rankings merged in turns.
 
     A beam is as long as half of the catalog's texts are: training says what a text holds, not where it ends.
     """
 
     name = "generative_bm25"
+    needs = ("model",)
 
     def __init__(
         self, model: Model, items: ItemTable, config: EvaluateConfig, tokens: PictureTokens | None = None
@@ -45,9 +47,9 @@ class GenerativeBM25:
         self._length = max(1, min(config.generate_tokens, int(np.median(lengths))))
         self._banned = sorted({*model.encoder.tokenizer.all_special_ids, model.encoder.separator_id})
 
-    def scores(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
+    def scores(self, users: Users) -> torch.Tensor:
         """(B, N) float32: minus the turn at which an item is given; items that share no word with any text are last."""
-        found = [[self._index.scores(text) for text in self.generate(history)] for history in histories]
+        found = [[self._index.scores(text) for text in self.generate(history)] for history in users.histories]
         return torch.cat([take_turns([torch.from_numpy(scores)[None] for scores in texts]) for texts in found])
 
     @torch.inference_mode()

@@ -14,17 +14,20 @@ import pyarrow.compute as pc
 import torch
 
 from pixrec import storage
+from pixrec.data.sequences import Users
 from pixrec.errors import InputError
 from pixrec.schema import ITEM_IDS, USER_ID
+from pixrec.scorers.protocol import Scorer
 
 MAX_LIST_ITEMS = 4_000_000  # a place in a longer list would not fit into a float32 score
 
 
-class Predictions:
+class Predictions(Scorer):
     """Ranked lists of the users to be evaluated.
 
     A listed item scores by its place, any other -inf: it ranks behind all listed ones and ties with all that are not
-    listed, and a tie counts against the scorer. So does a user without a list. `counts` says what did not fit.
+    listed. Ties are ranked pessimistically, so that a target which is not listed comes last, and so does that of a user
+    without a list. `counts` says what did not fit.
     """
 
     def __init__(self, name: str, user_of: dict[str, int], starts: np.ndarray, rows: np.ndarray, num_items: int,
@@ -33,10 +36,10 @@ class Predictions:
         self.name, self.counts = name, counts
         self._user_of, self._starts, self._rows, self._num_items = user_of, starts, rows, num_items
 
-    def scores_of(self, user_ids: Sequence[str]) -> torch.Tensor:
+    def scores(self, users: Users) -> torch.Tensor:
         """Scores (B, N) float32."""
-        scores_BN = np.full((len(user_ids), self._num_items), -np.inf, dtype=np.float32)
-        for scores, user_id in zip(scores_BN, user_ids, strict=True):
+        scores_BN = np.full((len(users.user_ids), self._num_items), -np.inf, dtype=np.float32)
+        for scores, user_id in zip(scores_BN, users.user_ids, strict=True):
             user = self._user_of.get(user_id)
             if user is not None:
                 rows = self._rows[self._starts[user] : self._starts[user + 1]]

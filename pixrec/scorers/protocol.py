@@ -5,32 +5,24 @@ Shapes: B users · N items.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol
 
-import numpy as np
 import torch
+
+from pixrec.data.sequences import Users
+
+Need = Literal["model", "events"]
+"""What a scorer may be made of: a trained model (with its published index, where one is given), or the training events
+of the data set."""
 
 
 class Scorer(Protocol):
-    """Anything that can rank: a model, a knockout of it, a baseline."""
+    """Anything that can rank: a model, a knockout of it, a baseline, somebody else's lists."""
 
     name: str
+    needs: ClassVar[tuple[Need, ...]] = ()
+    """What it cannot be made without; empty: nothing."""
 
-    def scores(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
-        """Scores (B, N) float32 of all items for each history of rows, oldest first; higher is better, -inf: never."""
+    def scores(self, users: Users) -> torch.Tensor:
+        """Scores (B, N) float32 of all items for each user; higher is better, -inf: never."""
         ...
-
-
-@runtime_checkable
-class UserScorer(Protocol):
-    """A scorer that must know who the users are, such as rankings read from a file."""
-
-    name: str
-
-    def scores_of(self, user_ids: Sequence[str]) -> torch.Tensor:
-        """Scores (B, N) as `Scorer.scores`."""
-        ...
-
-
-AnyScorer = Scorer | UserScorer

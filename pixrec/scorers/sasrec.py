@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from pixrec.config import SasrecConfig, SequenceConfig
-from pixrec.data.sequences import Dataset, sample_users
+from pixrec.data.sequences import Dataset, Users, sample_users
 from pixrec.model.compact import CompactTower
 from pixrec.model.seeding import seeded
+from pixrec.scorers.protocol import Scorer
 from pixrec.training.compact import CompactTrainer
 
 LOSS_OF: dict[str, Literal["full", "sampled", "gbce"] | None] = {
@@ -29,8 +30,10 @@ LOSS_OF: dict[str, Literal["full", "sampled", "gbce"] | None] = {
 }
 
 
-class Sasrec:
+class Sasrec(Scorer):
     """A trained SASRec. Items without a training event have no vector: they rank last."""
+
+    needs = ("events",)
 
     def __init__(self, name: str, trainer: CompactTrainer, counts: np.ndarray, figures: dict[str, float]) -> None:
         self.name, self.figures = name, figures
@@ -39,9 +42,9 @@ class Sasrec:
         self._cold = torch.from_numpy(counts == 0).to(self._table.device)
 
     @torch.no_grad()
-    def scores(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
-        """Scores (B, N) float32 for histories of rows, oldest first."""
-        queries = self._trainer.user_vectors(histories, self._table)
+    def scores(self, users: Users) -> torch.Tensor:
+        """Scores (B, N) float32 by the users' histories."""
+        queries = self._trainer.user_vectors(users.histories, self._table)
         return (queries @ self._table.T).masked_fill(self._cold, float("-inf"))
 
 

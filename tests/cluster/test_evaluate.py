@@ -24,8 +24,8 @@ from pixrec import cli
 from pixrec.artifact import fingerprint
 from pixrec.cluster.evaluate import UserRanker, _blocks
 from pixrec.config import EvaluateConfig
-from pixrec.evaluation.protocol import Task
-from pixrec.scorers.build import tower_scorers
+from pixrec.evaluation import Task
+from pixrec.scorers.towers import tower_scorers
 
 
 @pytest.fixture
@@ -70,11 +70,11 @@ def test_stored_picture_tokens_spare_the_vision_part(place: Path, monkeypatch: p
     actor(next(_blocks(task)))
     assert theirs.pictures == 0
 
-    ours, histories = Seen(monkeypatch, model), task.held_out.histories[:5]
+    ours, users = Seen(monkeypatch, model), task.held_out.only(np.arange(5)).users
     scorer = tower_scorers(uri, model, dataset.items, None, lambda *_: None, data=dataset.uri)[0][0]
     assert np.sum(scorer.vectors * fresh.vectors, axis=1) == pytest.approx(1, abs=1e-3)
     assert ours.pictures == 0, "its knockout by text sees none, its knockout by image sees tokens too"
-    np.testing.assert_allclose(scorer.scores(histories), fresh.scores(histories), atol=2e-3)
+    np.testing.assert_allclose(scorer.scores(users), fresh.scores(users), atol=2e-3)
     tower_scorers(uri, model, dataset.items, None, lambda *_: None, ["pixrec_image_noise"], dataset.uri)
     assert ours.pictures >= len(dataset.items)
 

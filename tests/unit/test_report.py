@@ -13,20 +13,21 @@ from PIL import Image
 from pixrec.config import EvaluateConfig
 from pixrec.data.items import ItemTable
 from pixrec.data.sequences import HeldOut
-from pixrec.evaluation.protocol import evaluate_scorers
+from pixrec.evaluation import evaluate_scorers
 from pixrec.report import Example, choose_examples, choose_grids, format_table, notes, write_report
 from pixrec.report.plots import curves, round_ticks, trainings
 from pixrec.report.words import guard_sentences, meaning, metric_name, probability, protocol_sentences, warnings
+from pixrec.scorers import Scorer, Users
 
 MALICIOUS = '"><script src="https://evil.example/x.js"></script><img src=https://evil.example onerror=alert(1)>'
 
 
-class Rising:
+class Rising(Scorer):
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def scores(self, histories: list[np.ndarray]) -> torch.Tensor:
-        return torch.arange(4.0).expand(len(histories), -1)
+    def scores(self, users: Users) -> torch.Tensor:
+        return torch.arange(4.0).expand(len(users.histories), -1)
 
 
 HELD_OUT = HeldOut(["u0", "<u1>"], [np.array([3, 0]), np.array([1])], np.array([2, 3]))
@@ -53,8 +54,8 @@ def items() -> ItemTable:
 
 
 class Falling(Rising):
-    def scores(self, histories: list[np.ndarray]) -> torch.Tensor:
-        return -super().scores(histories)
+    def scores(self, users: Users) -> torch.Tensor:
+        return -super().scores(users)
 
 
 SCORERS = (Rising("pixrec"), Rising("popularity"))

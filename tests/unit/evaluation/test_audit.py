@@ -14,7 +14,7 @@ from pixrec import cli
 from pixrec.artifact import Model
 from pixrec.data.sequences import Dataset, HeldOut
 from pixrec.errors import InputError
-from pixrec.evaluation.audit import audit, audit_elsewhere, dataset_guards, provenance
+from pixrec.evaluation.audit import audit_dataset, audit_elsewhere, dataset_guards, provenance
 from pixrec.training.compact import WindowSource
 from pixrec.training.interleaved import BatchSource
 
@@ -29,7 +29,7 @@ EVERYBODY = tiny_config(
 @pytest.mark.parametrize("split", ["leave_one_out", "temporal"])
 def test_no_leak_in_what_training_and_scorers_are_given(split):
     dataset = tiny_dataset(split=split, num_events=9)
-    found = audit(dataset, *CHECKED)
+    found = audit_dataset(dataset, *CHECKED)
     assert found["leaks"] == 0
     assert found["training_events"] == dataset.training_counts().sum()
     assert found["targets_checked"]["test"] == len(dataset.held_out("test").targets) > 0
@@ -39,7 +39,7 @@ def test_no_leak_in_what_training_and_scorers_are_given(split):
 @pytest.mark.parametrize("split", ["leave_one_out", "temporal"])
 def test_everybody_who_trains_is_checked(split):
     """A refit may see validation events, and is found to see no test event."""
-    found = audit(tiny_dataset(split=split, num_events=9), EVERYBODY, EVERYBODY)
+    found = audit_dataset(tiny_dataset(split=split, num_events=9), EVERYBODY, EVERYBODY)
     assert list(found["windows_of"]) == ["the towers", "the compact tower", "sasrec", "the refitted sasrec"]
     assert min(found["windows_of"].values()) >= 10
     assert found["training_windows_checked"] == sum(found["windows_of"].values())
@@ -49,7 +49,7 @@ def test_a_repeated_item_is_no_leak():
     """The target may well be an item of the history: events are told apart, not items."""
     dataset = tiny_dataset(num_events=6)
     same = dataclasses.replace(dataset.events, rows=np.zeros_like(dataset.events.rows))
-    assert audit(dataclasses.replace(dataset, events=same), *CHECKED)["leaks"] == 0
+    assert audit_dataset(dataclasses.replace(dataset, events=same), *CHECKED)["leaks"] == 0
 
 
 class TrainsOnTheTest(Dataset):
@@ -101,7 +101,7 @@ def test_a_leak_is_found_and_named(kind, message):
     dataset = tiny_dataset(num_events=6)
     leaking = kind(dataset.uri, dataset.items, dataset.info, dataset.events)
     with pytest.raises(InputError, match=f"^leak: .*{message}"):
-        audit(leaking, EVERYBODY, EVERYBODY)
+        audit_dataset(leaking, EVERYBODY, EVERYBODY)
 
 
 def test_a_window_that_reaches_beyond_training_is_found(monkeypatch):
@@ -111,7 +111,7 @@ def test_a_window_that_reaches_beyond_training_is_found(monkeypatch):
     with pytest.raises(
         InputError, match=r"item 'i.*' of user 'u.*' is the valid target and also in a training window of the to"
     ):
-        audit(dataset, *CHECKED)
+        audit_dataset(dataset, *CHECKED)
 
 
 class BeyondTheEnd(WindowSource):
@@ -127,7 +127,7 @@ def test_a_window_of_a_sequence_trainer_that_reaches_beyond_training_is_found(mo
     monkeypatch.setattr("pixrec.evaluation.audit.WindowSource", BeyondTheEnd)
     config = dataclasses.replace(EVERYBODY, model=dataclasses.replace(EVERYBODY.model, user_tower=tower))
     with pytest.raises(InputError, match=f"is the valid target and also in a training window of {whose};"):
-        audit(tiny_dataset(num_events=6), config, config)
+        audit_dataset(tiny_dataset(num_events=6), config, config)
 
 
 def test_a_refit_that_reaches_beyond_validation_is_found(monkeypatch):
@@ -137,7 +137,7 @@ def test_a_refit_that_reaches_beyond_validation_is_found(monkeypatch):
 
     monkeypatch.setattr("pixrec.evaluation.audit.WindowSource", OnlyOfARefit)
     with pytest.raises(InputError, match="is the test target and also in a training window of the refitted sasrec;"):
-        audit(tiny_dataset(num_events=6), EVERYBODY, EVERYBODY)
+        audit_dataset(tiny_dataset(num_events=6), EVERYBODY, EVERYBODY)
 
 
 def test_a_leak_ends_the_command_with_one_line_and_no_report(monkeypatch, tmp_path, capsys):
@@ -168,7 +168,7 @@ def test_training_after_the_temporal_cut_is_found():
             return dataset.held_out(part)._replace(targets=np.array([], dtype=np.int64), histories=[], user_ids=[])
 
     with pytest.raises(InputError, match="lies in a period held out from training and is in a training history"):
-        audit(HoldsOutLate(dataset.uri, dataset.items, late, dataset.events), *CHECKED)
+        audit_dataset(HoldsOutLate(dataset.uri, dataset.items, late, dataset.events), *CHECKED)
 
 
 def test_guards_and_provenance():

@@ -12,9 +12,10 @@ from pixrec.config import EvaluateConfig, SasrecConfig, SasrecTrainingConfig
 from pixrec.data.sequences import HeldOut
 from pixrec.errors import InputError
 from pixrec.evaluation import protocol
-from pixrec.evaluation.protocol import Collector, evaluate_scorers, sample_users, users_of
-from pixrec.scorers.baselines import ItemTransition, Popularity, ReciprocalRankFusion, RepeatLast, RoundRobin
-from pixrec.scorers.sasrec import train_sasrec
+from pixrec.evaluation.protocol import Collector, evaluate_scorers, sample_users
+from pixrec.scorers import Scorer, Users, train_sasrec
+from pixrec.scorers.baselines import ItemTransition, Popularity, RepeatLast
+from pixrec.scorers.fusion import ReciprocalRankFusion, RoundRobin
 
 NUM_ITEMS = 6
 LISTS = ("coverage", "novelty")
@@ -27,14 +28,14 @@ HELD_OUT = HeldOut(
 )
 
 
-class Table:
+class Table(Scorer):
     """A scorer that gives every user the same scores."""
 
     def __init__(self, name: str, scores: list[float]) -> None:
         self.name, self._scores = name, torch.tensor(scores)
 
-    def scores(self, histories: list[np.ndarray]) -> torch.Tensor:
-        return self._scores.expand(len(histories), -1)
+    def scores(self, users: Users) -> torch.Tensor:
+        return self._scores.expand(len(users.histories), -1)
 
 
 FALLING = Table("pixrec", [6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
@@ -63,9 +64,10 @@ class Timed(Table):
         super().__init__("timed", [6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
         self.told: list[list[int]] = []
 
-    def scores_at(self, histories: list[np.ndarray], timestamps: list[np.ndarray] | None) -> torch.Tensor:
-        self.told += [[]] * len(histories) if timestamps is None else [times.tolist() for times in timestamps]
-        return self.scores(histories)
+    def scores(self, users: Users) -> torch.Tensor:
+        times = users.timestamps
+        self.told += [[]] * len(users.histories) if times is None else [each.tolist() for each in times]
+        return super().scores(users)
 
 
 def test_a_scorer_that_reads_time_is_told_it_also_within_a_fusion():
@@ -278,9 +280,9 @@ def test_no_more_scores_at_a_time_than_the_bound(monkeypatch):
     sizes = []
 
     class Watched(Table):
-        def scores(self, histories):
-            sizes.append(len(histories))
-            return super().scores(histories)
+        def scores(self, users):
+            sizes.append(len(users.histories))
+            return super().scores(users)
 
     expected = evaluate([FALLING]).metrics_json("x")
     monkeypatch.setattr(protocol, "MAX_SCORES", 2 * NUM_ITEMS + 1)
@@ -292,12 +294,12 @@ def test_no_more_scores_at_a_time_than_the_bound(monkeypatch):
 
 
 def test_a_scorer_may_ask_who_the_users_are():
-    class ByName:
+    class ByName(Scorer):
         name = "by_name"
 
-        def scores_of(self, user_ids):
+        def scores(self, users):
             wanted = dict(zip(HELD_OUT.user_ids, HELD_OUT.targets, strict=True))
-            return torch.nn.functional.one_hot(torch.tensor([wanted[u] for u in user_ids]), NUM_ITEMS).float()
+            return torch.nn.functional.one_hot(torch.tensor([wanted[u] for u in users.user_ids]), NUM_ITEMS).float()
 
     assert evaluate([ByName()]).metrics_json("x")["results"]["by_name"]["recall@1"] == 1
 
@@ -315,7 +317,7 @@ def test_blocks_may_come_in_any_order():
     expected = evaluate_scorers([FALLING], HELD_OUT, config, rank=rank, **known).outcomes["pixrec"]
     collector = Collector(tasks[0])
     for users in (np.array([3, 1]), np.array([0]), np.array([2])):
-        collector.add(users, tasks[0].rank(FALLING, users_of(HELD_OUT, users)))
+        collector.add(users, tasks[0].rank(FALLING, HELD_OUT.only(users)))
     outcome = collector.outcome()
     assert outcome.lists == pytest.approx(expected.lists)
     for seen in ("allowed", "filtered"):

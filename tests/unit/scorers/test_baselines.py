@@ -5,23 +5,21 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from fakes import users_of
 
 from pixrec.scorers.baselines import (
     ContentLinear,
     ItemTransition,
     Popularity,
     RecentPopularity,
-    ReciprocalRankFusion,
     RepeatLast,
-    RoundRobin,
-    pessimistic_ranks,
 )
 
 COUNTS = np.array([5, 0, 7, 5])
 
 
 def test_popularity_orders_by_count_and_keeps_ties():
-    scores = Popularity(COUNTS).scores([np.array([1]), np.array([2, 3])])
+    scores = Popularity(COUNTS).scores(users_of([np.array([1]), np.array([2, 3])]))
     assert scores.shape == (2, 4)
     assert scores.dtype == torch.float32
     assert scores[0].equal(scores[1])
@@ -29,35 +27,37 @@ def test_popularity_orders_by_count_and_keeps_ties():
 
 
 def test_popularity_keeps_large_counts_apart():
-    scores = Popularity(np.array([2**24, 2**24 + 1])).scores([np.array([0])])
+    scores = Popularity(np.array([2**24, 2**24 + 1])).scores(users_of([np.array([0])]))
     assert scores[0, 1] > scores[0, 0]
 
 
 def test_repeat_last_puts_the_own_items_first_most_recent_leading():
-    scores = RepeatLast(COUNTS).scores([np.array([1, 3, 1]), np.array([0])])
+    scores = RepeatLast(COUNTS).scores(users_of([np.array([1, 3, 1]), np.array([0])]))
     assert scores.argsort(dim=1, descending=True, stable=True).tolist() == [[1, 3, 2, 0], [0, 2, 3, 1]]
 
 
 def test_repeat_last_leaves_no_trace_between_users():
     scorer = RepeatLast(COUNTS)
-    first = scorer.scores([np.array([1])])
-    scorer.scores([np.array([3])])
-    assert scorer.scores([np.array([1])]).equal(first)
+    first = scorer.scores(users_of([np.array([1])]))
+    scorer.scores(users_of([np.array([3])]))
+    assert scorer.scores(users_of([np.array([1])])).equal(first)
 
 
 def test_recent_popularity_counts_the_last_stretch_first():
     rows, times = np.array([0, 0, 0, 1, 2, 1]), np.array([1, 2, 3, 4, 9, 10])
-    scores = RecentPopularity(rows, times, 4, recent_share=0.4).scores([np.array([0])])
+    scores = RecentPopularity(rows, times, 4, recent_share=0.4).scores(users_of([np.array([0])]))
     assert scores[0].argsort(descending=True, stable=True).tolist() == [1, 2, 0, 3]  # of late: 1 once or twice, 2 once
-    ever = RecentPopularity(rows, times, 4, recent_share=1.0).scores([np.array([0])])
+    ever = RecentPopularity(rows, times, 4, recent_share=1.0).scores(users_of([np.array([0])]))
     assert ever[0].argsort(descending=True, stable=True).tolist() == [0, 1, 2, 3]
 
 
 def test_recent_popularity_takes_all_of_one_moment():
-    scores = RecentPopularity(np.array([0, 1, 2]), np.array([5, 5, 5]), 3, recent_share=0.01).scores([np.array([0])])
+    scores = RecentPopularity(np.array([0, 1, 2]), np.array([5, 5, 5]), 3, recent_share=0.01).scores(
+        users_of([np.array([0])])
+    )
     assert len(scores[0].unique()) == 1
     empty = np.array([], dtype=np.int64)
-    assert RecentPopularity(empty, empty, 3, recent_share=0.5).scores([np.array([0])]).shape == (1, 3)
+    assert RecentPopularity(empty, empty, 3, recent_share=0.5).scores(users_of([np.array([0])])).shape == (1, 3)
 
 
 def dense_transitions(histories, n, steps, damping, backoff):
@@ -82,13 +82,13 @@ def test_transitions_equal_the_whole_matrices(steps):
     scorer = ItemTransition(histories, 25, steps=steps, damping=0.4, backoff_events=3)
     asked = [np.array([3, item]) for item in (0, 7, 24, 7)]
     expected = dense_transitions(histories, 25, steps, 0.4, 3)[[0, 7, 24, 7]]
-    np.testing.assert_allclose(scorer.scores(asked).numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(scorer.scores(users_of(asked)).numpy(), expected, rtol=1e-5)
 
 
 def test_transitions_know_what_follows_and_what_follows_that():
     histories = [np.array([0, 1]), np.array([0, 1]), np.array([1, 2])]
-    near = ItemTransition(histories, 4, steps=1, backoff_events=0.1).scores([np.array([0])])[0]
-    far = ItemTransition(histories, 4, steps=2, backoff_events=0.1).scores([np.array([0])])[0]
+    near = ItemTransition(histories, 4, steps=1, backoff_events=0.1).scores(users_of([np.array([0])]))[0]
+    far = ItemTransition(histories, 4, steps=2, backoff_events=0.1).scores(users_of([np.array([0])]))[0]
     assert near.argmax() == far.argmax() == 1
     assert far[2] - far[3] > near[2] - near[3]  # item 2 is two steps away
     assert torch.isfinite(far).all()
@@ -100,7 +100,7 @@ def test_content_linear_learns_where_histories_go():
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     histories = [(start + 3 * np.arange(5)) % 12 for start in range(12)]
     scorer = ContentLinear(histories, vectors, decay=0.0, ridge=1e-6)
-    scores = scorer.scores([np.array([4, 7]), np.array([1])])
+    scores = scorer.scores(users_of([np.array([4, 7]), np.array([1])]))
     assert scores.argmax(dim=1).tolist() == [10, 4]
 
 
@@ -118,33 +118,4 @@ def test_content_linear_is_the_ridge_solution_over_all_pairs():
     gram = users.T @ users
     solution = np.linalg.solve(gram + 0.01 * np.trace(gram) / 4 * np.eye(4), users.T @ following)
     expected = np.stack([user @ solution @ vectors.T for user in users[:3]])
-    np.testing.assert_allclose(scorer.scores([past for past, _ in pairs[:3]]).numpy(), expected, atol=1e-4)
-
-
-class Fixed:
-    def __init__(self, scores: list[float]) -> None:
-        self.name, self._scores = "fixed", torch.tensor([scores])
-
-    def scores(self, histories: list[np.ndarray]) -> torch.Tensor:
-        return self._scores.expand(len(histories), -1)
-
-
-HISTORY = [np.array([0])]
-
-
-def test_pessimistic_ranks():
-    ranks = pessimistic_ranks(torch.tensor([[3.0, 1.0, 1.0, float("-inf"), float("nan")]]))
-    assert ranks.tolist() == [[1, 3, 3, 5, 5]]
-
-
-def test_fusion_sums_reciprocal_ranks_whatever_the_scale():
-    fused = ReciprocalRankFusion("rrf", [Fixed([9.0, 8.0, 1.0]), Fixed([0.1, 0.3, 0.2])])
-    expected = np.log([1 / 61 + 1 / 63, 1 / 62 + 1 / 61, 1 / 63 + 1 / 62])
-    np.testing.assert_allclose(fused.scores(HISTORY)[0].numpy(), expected, rtol=1e-6)
-    assert fused.name == "rrf"
-
-
-def test_round_robin_takes_turns():
-    merged = RoundRobin("round_robin", [Fixed([5.0, 4.0, 3.0, 2.0, 1.0]), Fixed([1.0, 2.0, 0.0, 4.0, 5.0])])
-    order = merged.scores(HISTORY)[0].argsort(descending=True, stable=True).tolist()
-    assert order == [0, 4, 1, 3, 2]
+    np.testing.assert_allclose(scorer.scores(users_of([past for past, _ in pairs[:3]])).numpy(), expected, atol=1e-4)

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from fakes import tiny_config, tiny_dataset, tiny_model
+from fakes import tiny_config, tiny_dataset, tiny_model, users_of
 
 from pixrec.config import EvaluateConfig
 from pixrec.data.items import ItemTable
@@ -51,7 +51,7 @@ def test_as_many_texts_as_beams_and_none_longer_than_half_of_the_catalogs(items:
 def test_items_rank_by_the_words_of_the_generated_texts(items: ItemTable, monkeypatch: pytest.MonkeyPatch):
     generative = scorer(items)
     monkeypatch.setattr(generative, "generate", lambda history: ["Tile unheard-of", "square by Bob"])
-    scores = generative.scores([HISTORY, HISTORY])
+    scores = generative.scores(users_of([HISTORY, HISTORY]))
     assert scores.shape == (2, 12)
     titles = [items.fields(row)["title"] for row in range(12)]
     brands = [items.fields(row)["brand"] for row in range(12)]
@@ -80,5 +80,7 @@ def test_what_is_missing_is_said(items: ItemTable, monkeypatch: pytest.MonkeyPat
 def test_it_takes_part_like_any_other_scorer(items: ItemTable):
     dataset = tiny_dataset(items)
     assert dataset.held_out("test").histories
-    scores = scorer(items, generate_tokens=2, generate_beams=2).scores(dataset.held_out("test").histories[:3])
+    scores = scorer(items, generate_tokens=2, generate_beams=2).scores(
+        dataset.held_out("test").only(np.arange(3)).users
+    )
     assert scores.isfinite().all()

@@ -12,11 +12,15 @@ from pixrec.config import EvaluateConfig
 from pixrec.errors import InputError
 from pixrec.evaluation.protocol import evaluate_scorers
 from pixrec.metrics import rank_targets
+from pixrec.scorers import Users
 from pixrec.scorers.predictions import load_predictions
-from pixrec.scorers.protocol import UserScorer
 
 ITEMS = ["a", "b", "c", "d", "e"]
 USERS = ["u0", "u1", "u2"]
+
+
+def named(*user_ids: str) -> Users:
+    return Users(user_ids, [np.array([0])] * len(user_ids))
 
 
 def write(folder: Path, columns: dict[str, object], schema: pa.Schema | None = None) -> str:
@@ -28,8 +32,7 @@ def write(folder: Path, columns: dict[str, object], schema: pa.Schema | None = N
 def test_listed_items_rank_by_place_and_all_others_last(tmp_path: Path):
     uri = write(tmp_path, {"user_id": ["u1", "u0"], "item_ids": [["e", "b"], ["c"]]})
     predictions = load_predictions(uri, "mine", USERS, ITEMS)
-    assert isinstance(predictions, UserScorer)
-    scores = predictions.scores_of(["u1", "u1", "u0", "u2"])
+    scores = predictions.scores(named("u1", "u1", "u0", "u2"))
     ranked = rank_targets(scores, [1, 0, 2, 2])
     assert ranked.allowed.tolist() == [2, 5, 1, 5]  # an unlisted target and a user without a list: last
     assert ranked.ties.tolist() == [0, 2, 0, 4]
@@ -46,14 +49,14 @@ def test_what_does_not_fit_is_counted(tmp_path: Path):
         "items_unknown": 2,
         "items_repeated": 1,
     }
-    finite = np.isfinite(predictions.scores_of(["u0", "u1"]).numpy())
+    finite = np.isfinite(predictions.scores(named("u0", "u1")).numpy())
     assert finite.tolist() == [[True, True, False, False, False], [False] * 5]
 
 
 def test_kinds_of_strings_and_lists_do_not_matter(tmp_path: Path):
     schema = pa.schema([("user_id", pa.large_string()), ("item_ids", pa.large_list(pa.large_string()))])
     uri = write(tmp_path, {"user_id": ["u2"], "item_ids": [["d"]]}, schema)
-    assert load_predictions(uri, "mine", USERS, ITEMS).scores_of(["u2"]).argmax() == 3
+    assert load_predictions(uri, "mine", USERS, ITEMS).scores(named("u2")).argmax() == 3
 
 
 FAULTS = {

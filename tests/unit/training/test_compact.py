@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from fakes import tiny_dataset, tiny_items
+from fakes import tiny_dataset, tiny_items, users_of
 
 from pixrec.config import CompactConfig, SasrecConfig, SasrecTowerConfig, SasrecTrainingConfig, SequenceConfig
 from pixrec.data.sequences import HeldOut
@@ -170,7 +170,7 @@ def test_sasrec_ranks_what_follows_and_puts_what_nobody_bought_last():
     dataset = tiny_dataset(tiny_items(ITEMS), num_users=5, num_events=5)
     config = SasrecConfig(width=16, training=SasrecTrainingConfig(**{**dataclasses.asdict(FAST), "loss": "sampled"}))
     scorer = train_sasrec("sasrec_full", dataset, config)
-    scores = scorer.scores([np.array([0, 1]), np.array([2])])
+    scores = scorer.scores(users_of([np.array([0, 1]), np.array([2])]))
     assert scores.argmax(1).tolist() == [2, 3]
     cold = dataset.training_counts() == 0
     assert cold.any()
@@ -183,7 +183,7 @@ def test_a_refit_sees_the_validation_events_and_no_test_event():
     plain = train_sasrec("sasrec", dataset, SasrecConfig(width=16, training=training))
     refit = train_sasrec("sasrec", dataset, SasrecConfig(width=16, training=training, refit=True))
     validation, test = dataset.held_out("valid").targets, dataset.held_out("test").targets
-    ranked = [~torch.isneginf(scorer.scores([np.array([0])]))[0].numpy() for scorer in (plain, refit)]
+    ranked = [~torch.isneginf(scorer.scores(users_of([np.array([0])])))[0].numpy() for scorer in (plain, refit)]
     assert not ranked[0][validation].all()
     assert ranked[1][validation].all()
     assert not ranked[1][test].all()

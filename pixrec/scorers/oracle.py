@@ -14,18 +14,18 @@ Shapes: B histories · N items of the caller's table · Z tastes · G texts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pixrec.data.sequences import Users
 from pixrec.data.synthetic import World
 from pixrec.errors import InputError
+from pixrec.scorers.protocol import Scorer
 
 
-class Oracle:
-    """A scorer (`evaluation.Scorer`) whose scores are the probabilities of the next item.
+class Oracle(Scorer):
+    """A scorer whose scores are the probabilities of the next item.
 
     `item_ids` is the row order of the caller's item table; it may leave out items of the world (then a row of scores
     sums to less than one), and raises InputError when it names others.
@@ -55,10 +55,10 @@ class Oracle:
             belief = (belief / belief.sum()) @ transition
         return belief
 
-    def scores(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
+    def scores(self, users: Users) -> torch.Tensor:
         """(B, N) float32, P(next item | history). Items an observer cannot tell apart have exactly equal scores."""
-        belief = np.stack([self.tastes(history) for history in histories])
-        last = np.array([self._department[history[-1]] for history in histories])
+        belief = np.stack([self.tastes(history) for history in users.histories])
+        last = np.array([self._department[history[-1]] for history in users.histories])
         category = self._world.category_transition[last][:, self._group_department]
         by_group = category * (belief @ self._emission.T) / self._size
         return torch.from_numpy(by_group[:, self._group].astype(np.float32))

@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
 import torch
+from fakes import users_of
 
 from pixrec.config import SyntheticConfig
 from pixrec.data.drawing import PATTERNS
-from pixrec.data.oracle import Oracle
 from pixrec.data.synthetic import build_world, shop
 from pixrec.errors import InputError
 from pixrec.metrics import count_ties, random_tie_metrics, target_ranks
+from pixrec.scorers.oracle import Oracle
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def recalls(world, histories):
     """Recall of both oracles and of popularity on the last event of every shopper."""
     past, targets = [h[:-1] for h in histories], np.array([h[-1] for h in histories])
     popularity = np.bincount(np.concatenate(past), minlength=len(world.item_ids))
-    scores = {name: Oracle(world, world.item_ids, name == "text").scores(past) for name in ("both", "text")}
+    scores = {name: Oracle(world, world.item_ids, name == "text").scores(users_of(past)) for name in ("both", "text")}
     scores["popularity"] = torch.from_numpy(popularity).expand(len(past), -1)
     return {name: expected_recall(s, targets, (1, 10)) for name, s in scores.items()}
 
@@ -64,13 +65,13 @@ def brute_force(world, history, text_only):
 def test_the_forward_filter_equals_the_sum_over_all_paths(text_only):
     world = build_world(SyntheticConfig(num_items=60))
     history = np.array([3, 41])
-    scores = Oracle(world, world.item_ids, text_only).scores([history])[0]
+    scores = Oracle(world, world.item_ids, text_only).scores(users_of([history]))[0]
     assert scores.numpy() == pytest.approx(brute_force(world, history, text_only), rel=1e-5)
 
 
 @pytest.mark.parametrize("text_only", [False, True])
 def test_scores_are_probabilities(world, histories, text_only):
-    scores = Oracle(world, world.item_ids, text_only).scores(histories[:20])
+    scores = Oracle(world, world.item_ids, text_only).scores(users_of(histories[:20]))
     assert scores.shape == (20, len(world.item_ids))
     assert scores.dtype == torch.float32
     assert scores.sum(dim=1).numpy() == pytest.approx(np.ones(20), abs=1e-5)
@@ -87,7 +88,7 @@ def test_tastes_are_a_distribution_and_recent_purchases_give_them_away(world):
 
 
 def test_text_alone_cannot_tell_apart_items_that_share_their_text(world, histories):
-    scores = Oracle(world, world.item_ids, text_only=True).scores(histories[:3])
+    scores = Oracle(world, world.item_ids, text_only=True).scores(users_of(histories[:3]))
     texts = list(zip(world.title, world.brand, world.category, world.price, strict=True))
     rows = [row for row, text in enumerate(texts) if text == texts[0]]
     assert len(rows) > 1
@@ -96,10 +97,10 @@ def test_text_alone_cannot_tell_apart_items_that_share_their_text(world, histori
 
 def test_the_order_and_choice_of_rows_are_the_callers(world):
     history = [world.item_ids[5], world.item_ids[80]]
-    whole = Oracle(world, world.item_ids, text_only=False).scores([np.array([5, 80])])[0]
+    whole = Oracle(world, world.item_ids, text_only=False).scores(users_of([np.array([5, 80])]))[0]
     chosen = [*reversed(world.item_ids[:100])]
     rows = np.array([chosen.index(item_id) for item_id in history])
-    part = Oracle(world, chosen, text_only=False).scores([rows])[0]
+    part = Oracle(world, chosen, text_only=False).scores(users_of([rows]))[0]
     assert torch.allclose(part, whole[:100].flip(0))
 
 
