@@ -1,4 +1,4 @@
-"""The names of DESIGN §6 that other programs call: they may grow, not change."""
+"""The names that other programs call: they may grow, not change."""
 
 from __future__ import annotations
 

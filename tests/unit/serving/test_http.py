@@ -115,6 +115,15 @@ def test_similar_and_search_answer_the_same_shape(client: Any) -> None:
         assert set(answer.json()) == RANKING_KEYS
 
 
+def test_what_a_catalog_can_be_filtered_by(client: Any) -> None:
+    assert client("GET", "/v1/filters").json() == {
+        "filters": {
+            "brand": [{"value": "Acme", "items": 3}, {"value": "Øre", "items": 1}],
+            "year": [{"value": 2001, "items": 2}],
+        }
+    }
+
+
 BAD_BODIES = [
     ("/v1/recommend", {}, "history"),
     ("/v1/recommend", {"history": "a"}, "history"),
@@ -252,6 +261,7 @@ def test_state_version_page_and_documentation(client: Any) -> None:
         "/v1/recommend",
         "/v1/similar",
         "/v1/search",
+        "/v1/filters",
         "/v1/items/{item_id}",
         "/v1/items/{item_id}/image",
         "/healthz",
@@ -273,6 +283,7 @@ def test_trouble_is_503_with_retry_after(
         ("POST", "/v1/recommend", {"history": []}),
         ("POST", "/v1/similar", {"item_id": "a"}),
         ("POST", "/v1/search", {"text": "a"}),
+        ("GET", "/v1/filters", None),
         ("GET", "/v1/items/a", None),
         ("GET", "/v1/items/a/image", None),
         ("GET", "/version", None),
