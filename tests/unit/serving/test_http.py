@@ -11,7 +11,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
-from pixrec.query import Answer, NewItem, Query
+from pixrec.query import Answer, NewItem, Query, ScoreKind
 from pixrec.schema import TEXT_FIELDS
 from pixrec.serving.backend import Overloaded, Unavailable
 from pixrec.serving.http import AnswerBody, FilterValue, NewItemBody, RankedItem, RecommendBody, image_type, jsonable
@@ -268,6 +268,12 @@ def test_state_version_page_and_documentation(client: Any) -> None:
         "/version",
     }
     assert {"200", "401", "413", "422", "503"} <= set(described["/v1/search"]["post"]["responses"])
+
+
+def test_the_page_has_words_for_every_kind_of_score(client: Any) -> None:
+    page = client("GET", "/").text
+    for kind in get_args(ScoreKind):
+        assert f"{kind}: (score)" in page
 
 
 @pytest.mark.parametrize(
