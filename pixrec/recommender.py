@@ -76,7 +76,10 @@ class Recommender:
     def recommend(
         self, history: Sequence[str], k: int = 10, *, exclude: Sequence[str] = (), exclude_history: bool = True
     ) -> list[tuple[str, float]]:
-        """The `k` items nearest to the user, as (item_id, cosine), best first. Raises InputError on k < 1."""
+        """The `k` items nearest to the user, as (item_id, cosine), best first. Raises InputError on k < 1.
+
+        Where nothing of the history is known: the most bought items, and their share of all purchases.
+        """
         return self.answer([Query(list(history), k, exclude, exclude_history)])[0].items
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:

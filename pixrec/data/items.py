@@ -81,6 +81,21 @@ class ItemTable:
             name for name, column in self._columns.items() if name not in _NOT_A_FILTER and _filterable(column.type)
         ]
 
+    def filter_values(self, most: int) -> dict[str, list[tuple[Any, int]]]:
+        """For each of `filter_fields` its `most` frequent values, each with the number of items that hold it.
+
+        A text field that joins several values with `|`, and a list field, count each of them.
+        """
+        found = {}
+        for name in self.filter_fields:
+            counts = pc.value_counts(pa.chunked_array(_values(self._columns[name])[0]))
+            values, numbers = counts.field("values"), counts.field("counts")
+            plain = pc.is_finite(values) if pa.types.is_floating(values.type) else pc.is_valid(values)
+            values, numbers = values.filter(plain), numbers.filter(plain)
+            order = np.argsort(-numbers.to_numpy(), kind="stable")[:most]
+            found[name] = list(zip(values.take(order).to_pylist(), numbers.take(order).to_pylist(), strict=True))
+        return found
+
     def filter_mask(self, filters: Mapping[str, Sequence[Any]]) -> np.ndarray:
         """bool (N,): the items that hold, in every field named, one of the values given for it.
 
@@ -137,19 +152,12 @@ class _Filter:
     """One column, turned around: which rows hold a value. Built on first use, then a lookup per request."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
-        kind = column.type
-        whole = np.arange(len(column))
-        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-            values, rows = pc.list_flatten(column), pc.list_parent_indices(column).to_numpy()
-        elif kind == pa.string():
-            parts = pc.split_pattern(column, "|")
-            several = pc.fill_null(pc.greater(pc.list_value_length(parts), 1), False)
-            joined = pc.filter(column, several)
-            values = pa.chunked_array([*pc.utf8_trim_whitespace(pc.list_flatten(parts)).chunks, *joined.chunks], kind)
-            rows = np.concatenate([pc.list_parent_indices(parts).to_numpy(), whole[several.to_numpy()]])
-        else:
-            values, rows = column, whole
-        encoded = pa.chunked_array(values).combine_chunks().dictionary_encode()
+        values, rows = _values(column)
+        if column.type == pa.string():
+            several = pc.fill_null(pc.match_substring(column, "|"), False)
+            values = pa.chunked_array([*values.chunks, *pc.filter(column, several).chunks], column.type)
+            rows = np.concatenate([rows, np.flatnonzero(several.to_numpy())])
+        encoded = values.combine_chunks().dictionary_encode()
         present = encoded.is_valid().to_numpy(zero_copy_only=False)
         self._rows = rows[present]
         self._codes = encoded.indices.drop_null().to_numpy()
@@ -161,6 +169,16 @@ class _Filter:
         mask = np.zeros(num_rows, dtype=bool)
         mask[self._rows[np.isin(self._codes, codes)]] = True
         return mask
+
+
+def _values(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray]:
+    """The single values of a column and the row of each: list entries, and the parts of a text joined with `|`."""
+    if column.type == pa.string():
+        column = pc.split_pattern(column, "|")
+        return pc.utf8_trim_whitespace(pc.list_flatten(column)), pc.list_parent_indices(column).to_numpy()
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return pc.list_flatten(column), pc.list_parent_indices(column).to_numpy()
+    return column, np.arange(len(column))
 
 
 def _filterable(kind: pa.DataType) -> bool:

@@ -30,7 +30,7 @@ API_KEY_VARIABLE = "PIXREC_API_KEY"
 
 _STATUS_SECONDS = 5.0
 
-# What each artifact holds when it is complete (DESIGN §5), and what makes it.
+# What each artifact holds when it is complete, and the verb that makes it.
 _MARKERS = {"model": ("model.json", "train"), "index": ("CURRENT", "embed"), "data": ("dataset.json", "prepare")}
 
 

@@ -10,6 +10,9 @@ from typing import Any, Protocol
 
 from pixrec.query import Answer, Filters, Query
 
+FilterValues = dict[str, list[tuple[Any, int]]]
+"""Most frequent values of each field that a request may filter by, and how many items hold each."""
+
 
 @dataclass(frozen=True)
 class Versions:
@@ -52,6 +55,8 @@ class Backend(Protocol):
     async def similar(self, item_id: str, k: int, filters: Filters) -> Answer | Refusal | None: ...
 
     async def search(self, text: str, image: bytes | None, k: int, filters: Filters) -> Answer | Refusal: ...
+
+    async def filters(self) -> FilterValues: ...
 
     async def fields(self, item_id: str) -> dict[str, Any] | None: ...
 

@@ -21,13 +21,15 @@ from ray.serve.handle import DeploymentHandle
 from pixrec.config import ServeConfig
 from pixrec.errors import InputError, UnreadableImage
 from pixrec.query import Answer, Filters, Query
-from pixrec.serving.backend import Overloaded, Refusal, Unavailable, Versions
+from pixrec.serving.backend import FilterValues, Overloaded, Refusal, Unavailable, Versions
 from pixrec.serving.http import create_api
 
 if TYPE_CHECKING:
     from pixrec.recommender import Recommender
 
 logger = logging.getLogger(__name__)
+
+FILTER_VALUES_OFFERED = 50
 
 RECOMMENDER, INGRESS = "Recommender", "Ingress"
 
@@ -42,6 +44,7 @@ class RecommenderReplica:
         self._recommender = load()
         self._versions = Versions(self._recommender.model_version, self._recommender.index_version)
         self._filter_fields = list(self._recommender.items.filter_fields)
+        self._filter_values: FilterValues | None = None
         # One thread computes: two forward passes at once would fight over the same cores. The event loop stays free
         # to gather the next batch.
         self._computing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recommender")
@@ -81,6 +84,11 @@ class RecommenderReplica:
         except UnreadableImage as error:
             return Refusal("image_base64", str(error))
 
+    async def filters(self) -> FilterValues:
+        if self._filter_values is None:
+            self._filter_values = await asyncio.to_thread(self._recommender.items.filter_values, FILTER_VALUES_OFFERED)
+        return self._filter_values
+
     async def fields(self, item_id: str) -> dict[str, Any] | None:
         row = self._recommender.items.row_of.get(item_id)
         return None if row is None else self._recommender.items.fields(row)
@@ -118,6 +126,9 @@ class ServeBackend:
 
     async def search(self, text: str, image: bytes | None, k: int, filters: Filters) -> Answer | Refusal:
         return await self._ask("search", text, image, k, filters)
+
+    async def filters(self) -> FilterValues:
+        return await self._ask("filters")
 
     async def fields(self, item_id: str) -> dict[str, Any] | None:
         return await self._ask("fields", item_id)

@@ -109,6 +109,15 @@ class AnswerBody(BaseModel):
     fallback: bool = Field(description="No item of the history is known: these are the popular ones.")
 
 
+class FilterValueCount(BaseModel):
+    value: str | bool | int | float
+    items: int = Field(description="How many items hold it.")
+
+
+class FiltersBody(BaseModel):
+    filters: dict[str, list[FilterValueCount]] = Field(description="By field, the most frequent values first.")
+
+
 class Problem(BaseModel):
     detail: str
 
@@ -180,6 +189,13 @@ def _ranking_routes(backend: Backend, config: ServeConfig) -> APIRouter:
         if not text and not image:
             raise _field_error("text", "text and image_base64 are both empty: give one of them")
         return _answered(await backend.search(text, image, k, body.filters))
+
+    @router.get("/filters", response_model=FiltersBody)
+    async def filters() -> Response:
+        """The fields that `filters` may name, each with its most frequent values."""
+        found = await backend.filters()
+        counted = {name: [{"value": v, "items": n} for v, n in values] for name, values in found.items()}
+        return JsonResponse(jsonable({"filters": counted}))
 
     return router
 

@@ -137,6 +137,8 @@ def test_every_route_answers(client: Client, recommender: Any) -> None:
     assert client("/v1/similar", {"item_id": "item/3", "filters": {"brand": ["Øre"]}, "k": 100})[1]["items"]
     assert client("/v1/items/item%2F3")[1]["title"] == "Lamp 3"
     assert client("/v1/items/item/3/image") == (200, image)
+    brands = client("/v1/filters")[1]["filters"]["brand"]
+    assert sorted((brand["value"], brand["items"]) for brand in brands) == [("Acme", 15), ("Øre", 15)]
     assert client("/healthz")[1]["status"] == "ok"
     assert client("/version")[1]["index_version"] == recommender.index_version
     assert b"<title>PixRec</title>" in client("/")[1]

@@ -100,6 +100,22 @@ def test_filter_mask(items: ItemTable, filters: dict, rows: list[int]):
     assert items.filter_mask(filters).nonzero()[0].tolist() == rows  # the second time from the cache
 
 
+def test_the_most_frequent_values_of_each_filter_field():
+    odd = ItemTable(table(year=[1995.5, 1995.5, float("nan")], size=pa.nulls(3, pa.string())))
+    assert odd.filter_values(2) == {
+        "brand": [("Ann", 2)],
+        "category": [("Shoes", 2), ("Sport", 1)],
+        "year": [(1995.5, 2)],
+        "tags": [("new", 1), ("sale", 1)],
+        "size": [],
+    }
+    assert odd.filter_values(1)["tags"] == [("new", 1)]
+    several_chunks = ItemTable(pa.concat_tables([table(), table(item_id=["d", "e", "f"])]))
+    assert several_chunks.filter_values(1)["category"] == [("Shoes", 4)]
+    for name, values in several_chunks.filter_values(9).items():  # the number is that of the items which pass
+        assert all(several_chunks.filter_mask({name: [value]}).sum() == items for value, items in values)
+
+
 @pytest.mark.parametrize("name", ["colour", "title", "image", "item_id"])
 def test_an_unknown_filter_field_is_the_callers_fault(items: ItemTable, name: str):
     with pytest.raises(InputError, match=f"'{name}' is no filter field.*brand, category, year, tags"):

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from pixrec.config import ServeConfig
 from pixrec.query import COSINE, PURCHASE_SHARE, Answer, Filters, Query
-from pixrec.serving.backend import Refusal, Versions
+from pixrec.serving.backend import FilterValues, Refusal, Versions
 from pixrec.serving.http import create_api
 
 JPEG = b"\xff\xd8\xff and so on"
@@ -46,6 +46,10 @@ class FakeBackend:
         if image == b"not a picture":
             return Refusal("image_base64", "unreadable picture: not a picture")
         return self._rank("search", k, filters, set(), text, image)
+
+    async def filters(self) -> FilterValues:
+        self._ask("filters")
+        return {"brand": [("Acme", 3), ("Øre", 1)], "year": [(2001, 2)]}
 
     async def fields(self, item_id: str) -> dict[str, Any] | None:
         self._ask("fields", item_id)

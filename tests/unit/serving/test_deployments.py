@@ -122,6 +122,7 @@ def test_the_replica_answers_with_its_versions(replica: RecommenderReplica) -> N
 def test_what_the_catalog_lacks_is_none(replica: RecommenderReplica) -> None:
     assert asyncio.run(replica.fields("a")) == {"item_id": "a", "brand": "Acme"}
     assert asyncio.run(replica.image("a")) == b"jpeg"
+    assert asyncio.run(replica.filters()) == {"brand": [("Acme", 1)]}
     missing = (replica.similar("ghost", 1, {}), replica.fields("ghost"), replica.image("ghost"), replica.image("b"))
     for answer in missing:
         assert asyncio.run(answer) is None

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
-from pixrec.query import Answer, NewItem, Query
+from pixrec.query import Answer, NewItem, Query, ScoreKind
 from pixrec.schema import TEXT_FIELDS
 from pixrec.serving.backend import Overloaded, Unavailable
 from pixrec.serving.http import AnswerBody, FilterValue, NewItemBody, RankedItem, RecommendBody, image_type, jsonable
@@ -113,6 +113,15 @@ def test_similar_and_search_answer_the_same_shape(client: Any) -> None:
         answer = client("POST", path, json=body)
         assert answer.status_code == 200, answer.text
         assert set(answer.json()) == RANKING_KEYS
+
+
+def test_what_a_catalog_can_be_filtered_by(client: Any) -> None:
+    assert client("GET", "/v1/filters").json() == {
+        "filters": {
+            "brand": [{"value": "Acme", "items": 3}, {"value": "Øre", "items": 1}],
+            "year": [{"value": 2001, "items": 2}],
+        }
+    }
 
 
 BAD_BODIES = [
@@ -252,12 +261,19 @@ def test_state_version_page_and_documentation(client: Any) -> None:
         "/v1/recommend",
         "/v1/similar",
         "/v1/search",
+        "/v1/filters",
         "/v1/items/{item_id}",
         "/v1/items/{item_id}/image",
         "/healthz",
         "/version",
     }
     assert {"200", "401", "413", "422", "503"} <= set(described["/v1/search"]["post"]["responses"])
+
+
+def test_the_page_has_words_for_every_kind_of_score(client: Any) -> None:
+    page = client("GET", "/").text
+    for kind in get_args(ScoreKind):
+        assert f"{kind}: (score)" in page
 
 
 @pytest.mark.parametrize(
@@ -273,6 +289,7 @@ def test_trouble_is_503_with_retry_after(
         ("POST", "/v1/recommend", {"history": []}),
         ("POST", "/v1/similar", {"item_id": "a"}),
         ("POST", "/v1/search", {"text": "a"}),
+        ("GET", "/v1/filters", None),
         ("GET", "/v1/items/a", None),
         ("GET", "/v1/items/a/image", None),
         ("GET", "/version", None),
