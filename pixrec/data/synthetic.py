@@ -266,7 +266,7 @@ def write_catalog(world: World, folder: str, progress: Callable[[int, int], None
 
 
 def catalog_tables(world: World) -> tuple[pa.Table, pa.Table]:
-    """The items, with their pictures' bytes in `image`, and the interactions: what `write_catalog` writes, in memory."""
+    """Items, with their pictures' bytes in `image`, and interactions: what `write_catalog` writes, in memory."""
     pictures = pa.array([picture(world, row) for row in range(len(world.item_ids))], pa.binary())
     return _items(world).append_column(schema.IMAGE, pictures), _interactions(world)
 
