@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -49,13 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging as transformers_logging
-
     from pixrec import verbs
     from pixrec.console import Console
 
-    transformers_logging.disable_progress_bar()  # "Loading weights" on stderr, also before a one-line error
     a = arguments
     base = verbs.demo_config() if a.verb == "demo" else Config()
     config = load_config(overrides=a.set, base=verbs.read_settings(a.config or None, base))

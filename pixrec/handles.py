@@ -122,6 +122,7 @@ class PublishedIndex(Handle):
 
     @property
     def version(self) -> str:
+        """The name of the version, which sorts by time."""
         return str(self.info["version"])
 
     def _facts(self) -> dict[str, int | str]:

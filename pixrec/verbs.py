@@ -90,11 +90,11 @@ def train(
     `resume` continues the unfinished run for the same `out`, with the same `config`. Raises ArtifactError, InputError
     (also where training diverges), OutputError, ConfigError.
     """
+    settings, data, out = read_settings(config), place(data), place(out)
     from pixrec.cluster.session import connect
     from pixrec.cluster.train import check_ready
     from pixrec.cluster.train import train as run
 
-    settings, data, out = read_settings(config), place(data), place(out)
     check_ready(data, out, settings, resume)
     with _console(progress) as console, connect():
         info = run(data, out, settings, resume=resume, on_row=console.training)
@@ -110,11 +110,11 @@ def embed(
     What the current version or an interrupted run holds already is not computed again. Raises ArtifactError,
     OutputError, ConfigError.
     """
+    settings, model, data, out = read_settings(config), place(model), place(data), place(out)
     from pixrec.cluster.embed import check_ready
     from pixrec.cluster.embed import embed as run
     from pixrec.cluster.session import connect
 
-    settings, model, data, out = read_settings(config), place(model), place(data), place(out)
     check_ready(model, data, out)
     with _console(progress) as console:
         with connect():

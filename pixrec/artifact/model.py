@@ -7,10 +7,11 @@ tokenizer and what the towers may see.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+import transformers.utils.logging
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -128,7 +130,7 @@ def load_model(uri: str, device: str = "cpu") -> Model:
     """Load a model folder (local or s3://). Raises ArtifactError when it is absent, incomplete or altered."""
     if not storage.exists(storage.join(uri, MODEL_MARKER)):
         raise ArtifactError(f"{uri} holds no complete model (no {MODEL_MARKER}); make one with pixrec train")
-    with storage.local_folder(uri) as folder:
+    with storage.local_folder(uri) as folder, _without_bars():
         try:
             model = _read_model(Path(folder))
         except _DAMAGE as error:
@@ -139,6 +141,18 @@ def load_model(uri: str, device: str = "cpu") -> Model:
             f"{uri} is not the model its model.json names (weights or tokenizer altered); train it again"
         )
     return model
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers shows no "Loading weights" on stderr, not even before an error of one line."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def knockout_uri(model_uri: str, modality: str) -> str:

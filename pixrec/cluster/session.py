@@ -22,6 +22,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how long a worker's report waits to be heard; 2 s by default
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",  # its threads do not outlive a fork, of which it warns when unset
 }
 _CHATTY = (  # warn at every start of what is as it should be
     "ray._private.authentication.authentication_token_setup",

@@ -267,7 +267,7 @@ def write_catalog(world: World, folder: str, progress: Callable[[int, int], None
 
 
 def catalog_tables(world: World) -> tuple[pa.Table, pa.Table]:
-    """Items, with the bytes of their pictures in `image`, and interactions: what `write_catalog` writes, in memory."""
+    """Items, with their pictures' bytes in `image`, and interactions: what `write_catalog` writes, in memory."""
     pictures = pa.array([picture(world, row) for row in range(len(world.item_ids))], pa.binary())
     return _items(world).append_column(schema.IMAGE, pictures), _interactions(world)
 
