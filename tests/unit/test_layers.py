@@ -48,6 +48,7 @@ KEPT_TO = {
     "aiohttp": {"data"},
     "simplejpeg": {"data"},
     "bm25s": {"scorers"},
+    "lance": {"data"},
 }
 NEVER = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
