@@ -1,6 +1,6 @@
 """Random reads of pictures by row: the picture store beside the other ways to keep many blobs.
 
-    python -m benchmarks.speed.store [--pictures 10000] [--open-rows 1000000] [--s3-pictures 1000] [--only NAME ...]
+    python -m benchmarks.speed.store [--pictures 10000] [--open-rows 1000000] [--s3-pictures 2000] [--only NAME ...]
 
 Blobs of 25 KB, each of other bytes, in batches of 256 rows drawn at random. Each figure comes from processes of its
 own: warm after one pass over the rows, cold after the page cache was told to forget the files (`POSIX_FADV_DONTNEED`).
@@ -438,7 +438,7 @@ def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--pictures", type=int, default=10_000)
     ask.add_argument("--open-rows", type=int, default=1_000_000)
-    ask.add_argument("--s3-pictures", type=int, default=1000)
+    ask.add_argument("--s3-pictures", type=int, default=2000)
     ask.add_argument("--only", nargs="*", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     given = ask.parse_args()
 

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from pixrec import storage
-from pixrec.data.rows import Rows, publish, write_rows
+from pixrec.data.rows import Rows, publish, remove_others, write_rows
 from pixrec.errors import ArtifactError
 
 PICTURE, PICTURE_HASH, PRESENT = "picture", "picture_hash", "present"
@@ -69,7 +69,9 @@ def complete(uri: str, parts: int) -> int:
     if missing:
         raise ArtifactError(f"{uri} lacks {len(missing)} of its {parts} parts, the first is {missing[0]}; {_CURE}")
     contents: list[dict[str, Any]] = [json.loads(data) for data in said if data is not None]
-    publish(uri, SCHEMA, [file for content in contents for file in content["files"]])
+    files = [file for content in contents for file in content["files"]]
+    publish(uri, files, SCHEMA)
+    remove_others(uri, files)
     return sum(content["rows"] for content in contents)
 
 

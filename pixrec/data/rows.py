@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,8 +25,10 @@ os.environ.setdefault("LANCE_LOG", "error")  # else it warns of each new folder
 import lance
 from lance.fragment import FragmentMetadata, write_fragments
 
-_FILE_FORMAT = "2.1"
+_DATA, _FILE_FORMAT = "data", "2.1"
 _CACHE_BYTES = 32 * 1024**2  # in each process, for what Lance remembers of files and pages; its default is 6 GB
+# It would say so at every fork, also where another program follows at once; no process of ours is a fork.
+warnings.filterwarnings("ignore", "lance is not fork-safe", UserWarning)
 _TROUBLE = (OSError, ValueError, RuntimeError)  # what Lance raises
 
 
@@ -48,25 +51,40 @@ def write_rows(uri: str, table: pa.Table) -> list[dict[str, Any]]:
     return [file.to_json() for file in files]
 
 
-def publish(uri: str, schema: pa.Schema, files: Sequence[dict[str, Any]]) -> int:
+def publish(uri: str, files: Sequence[dict[str, Any]], schema: pa.Schema) -> int:
     """Make the data set at `uri` consist of these files' rows, in order; the answer is the version that names it.
 
-    Readers see the rows that were there or the new ones. Files that are in neither are removed, so all writers must
-    have ended. Raises ArtifactError when one of `files` is gone, OutputError when the place cannot be written.
+    Readers see the rows that were there or the new ones. Raises ArtifactError when one of `files` is gone, OutputError
+    when the place cannot be written.
     """
-    names = {file["path"] for content in files for file in content["files"]}
-    there = {storage.name(file) for file in storage.list_files(storage.join(uri, "data"))}
-    if lost := names - there:
+    names = _names(files)
+    if lost := names - _names_there(uri):
         raise ArtifactError(f"{uri}: {len(lost)} of its {len(names)} files are gone; remove the folder and begin again")
     numbered = [FragmentMetadata.from_json(json.dumps({**content, "id": at})) for at, content in enumerate(files)]
     with _writing(uri):
-        options, place = storage.object_store_options(uri), storage.absolute(uri)
-        data = lance.LanceDataset.commit(
-            place, lance.LanceOperation.Overwrite(schema, numbered), storage_options=options
+        made = lance.LanceDataset.commit(
+            storage.absolute(uri),
+            lance.LanceOperation.Overwrite(schema, numbered),
+            storage_options=storage.object_store_options(uri),
         )
-    for left_behind in there - names:
-        storage.remove(storage.join(uri, "data", left_behind))
-    return data.version
+    return made.version
+
+
+def remove_others(uri: str, files: Sequence[dict[str, Any]]) -> None:
+    """Remove what killed and repeated writers left behind: every file of rows but these.
+
+    All writers must have ended.
+    """
+    for left_behind in _names_there(uri) - _names(files):
+        storage.remove(storage.join(uri, _DATA, left_behind))
+
+
+def _names(files: Sequence[dict[str, Any]]) -> set[str]:
+    return {file["path"] for content in files for file in content["files"]}
+
+
+def _names_there(uri: str) -> set[str]:
+    return {storage.name(file) for file in storage.list_files(storage.join(uri, _DATA))}
 
 
 class Rows:
@@ -88,6 +106,10 @@ class Rows:
     def __len__(self) -> int:
         return self._rows
 
+    @property
+    def schema(self) -> pa.Schema:
+        return self._data.schema
+
     def take(self, rows: Sequence[int] | np.ndarray, column: str) -> pa.Array:
         """(len(rows),) one column of any rows, in the order asked for. Raises IndexError for a row that is none."""
         wanted = np.asarray(rows, np.int64)
@@ -97,8 +119,8 @@ class Rows:
             raise IndexError(f"{self._uri} has rows 0 to {self._rows - 1}, asked for {wanted.min()} to {wanted.max()}")
         distinct, places = np.unique(wanted, return_inverse=True)
         with self._reading("it is damaged"):
-            found = self._data.take(pa.array(distinct), columns=[column]).column(0)
-        return found.take(pa.array(places))
+            found = self._data.take(pa.array(distinct), columns=[column]).column(0).combine_chunks()
+        return found if np.array_equal(distinct, wanted) else found.take(pa.array(places))
 
     def column(self, column: str) -> pa.ChunkedArray:
         """(N,) one whole column, which should be a small one; others are not read."""
