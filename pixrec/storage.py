@@ -53,6 +53,14 @@ def arrow_location(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), path
 
 
+def object_store_options(uri: str) -> dict[str, str]:
+    """For libraries that reach s3:// by the Rust crate `object_store` (Lance): what it does not take from AWS_*."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+    if not is_remote(uri) or not endpoint:
+        return {}
+    return {"aws_endpoint": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}
+
+
 def absolute(uri: str) -> str:
     return uri.rstrip("/") if is_remote(uri) else os.path.abspath(os.path.expanduser(uri))
 
@@ -123,6 +131,24 @@ def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
     if max_bytes is not None and len(data) > max_bytes:
         raise InputError(f"{uri} is larger than {max_bytes} bytes")
     return data
+
+
+def read_files(uris: Sequence[str]) -> list[bytes | None]:
+    """The content of many small files, from s3:// side by side; None for one that is not there."""
+    if not uris:
+        return []
+    located = [_locate(uri) for uri in uris]
+    try:
+        found = located[0][0].cat([path for _, path in located], on_error="return")
+    except _TROUBLE as error:
+        raise _failed(uris[0], error) from None
+    contents: list[bytes | None] = []
+    for uri, (_, path) in zip(uris, located, strict=True):
+        content = found[path]
+        if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+            raise _failed(uri, content) from None
+        contents.append(None if isinstance(content, Exception) else content)
+    return contents
 
 
 def read_text(uri: str) -> str:
@@ -393,8 +419,10 @@ def _move(source: str, target: str, marker: str) -> None:
 
 def copy_folder(source: str, target: str) -> None:
     """Copy all files below one folder to another place, across file systems, one file in memory at a time."""
-    for file in list_files(source):
-        write_bytes(target.rstrip("/") + file[len(absolute(source)) :], read_bytes(file))
+    fs, path = _locate(source)
+    scheme = "s3://" if is_remote(source) else ""
+    for file in fs.find(path):  # also those in folders that begin with `_`, which belong to data sets
+        write_bytes(target.rstrip("/") + file[len(path) :], read_bytes(f"{scheme}{file}"))
 
 
 @contextlib.contextmanager

@@ -185,10 +185,9 @@ def write_tokens(place: str | Path, model: Model, items: ItemTable) -> str:
     backbone = model.tower.backbone
     folder = vision.store_folder(str(place), vision.vision_fingerprint(backbone))
     pictures = [picture for row in range(len(items)) if (picture := items.image(row)) is not None]
-    for number, start in enumerate(range(0, len(pictures), 3)):
-        rows = vision.encode_pictures(backbone, pictures[start : start + 3])
-        vision.write_part(folder, number, rows, backbone.family.tokens_per_picture)
-    vision.complete_store(folder, len(pictures))
+    for start in range(0, len(pictures), 3):
+        vision.write_part(folder, vision.encode_pictures(backbone, pictures[start : start + 3]))
+    vision.complete_store(folder, vision.token_schema(backbone))
     return folder
 
 

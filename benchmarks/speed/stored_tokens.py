@@ -59,8 +59,8 @@ def fill_store(place: Path, model: Model) -> None:
     table, backbone = load_items(str(place / "data")), model.tower.backbone
     pictures = list({picture for row in range(len(table)) if (picture := table.image(row)) is not None})
     folder = vision.store_folder(f"{place / 'data'}.tokens", vision.vision_fingerprint(backbone))
-    vision.write_part(folder, 0, vision.encode_pictures(backbone, pictures), backbone.family.tokens_per_picture)
-    vision.complete_store(folder, len(pictures))
+    vision.write_part(folder, vision.encode_pictures(backbone, pictures))
+    vision.complete_store(folder, vision.token_schema(backbone))
 
 
 def embedding_rates(place: Path) -> dict[str | None, list[float]]:

@@ -157,9 +157,7 @@ class ItemEmbedder:
     def vectors(self, block: pa.Table) -> np.ndarray:
         """Item vectors (U, D) of decoded items; items of like length share a forward pass, so little is padding."""
         texts, item_ids = block.column(TEXT).to_pylist(), block.column(ITEM_ID).to_pylist()
-        pictures = [
-            self._picture(*row) for row in zip(block.column(PIXELS), block.column(TOKENS_OF).to_pylist(), strict=True)
-        ]
+        pictures = self._pictures(block)
         order = sorted(range(len(texts)), key=lambda row: (pictures[row] is not None, len(texts[row])))
         batches = []
         for start in range(0, len(order), self._config.batch_size):
@@ -168,15 +166,16 @@ class ItemEmbedder:
         sorted_vectors = list(self._embedder.content_batches(batches))
         return np.concatenate(sorted_vectors)[np.argsort(order)]
 
-    def _picture(self, pixels: pa.BinaryScalar, tokens_of: bytes | None) -> np.ndarray | None:
-        """What `Content` takes: pixels (S, S, 3), stored tokens (K, X), or nothing."""
-        if tokens_of is not None:
-            tokens = None if self._tokens is None else self._tokens.of_hash(tokens_of)
-            if tokens is None:
-                raise ArtifactError(f"{self._store}: its picture tokens went while they were in use; run it again")
-            return tokens
-        size = self._embedder.encoder.image_size_px
-        return np.frombuffer(pixels.as_buffer(), np.uint8).reshape(size, size, 3) if pixels.is_valid else None
+    def _pictures(self, block: pa.Table) -> list[np.ndarray | None]:
+        """Of each item what `Content` takes: pixels (S, S, 3), stored tokens (K, X), or nothing."""
+        hashes, size = block.column(TOKENS_OF).to_pylist(), self._embedder.encoder.image_size_px
+        stored = [None] * len(hashes) if self._tokens is None else self._tokens.of_hashes(hashes)
+        if any(wanted is not None and tokens is None for wanted, tokens in zip(hashes, stored, strict=True)):
+            raise ArtifactError(f"{self._store}: its picture tokens went while they were in use; run it again")
+        return [
+            np.frombuffer(pixels.as_buffer(), np.uint8).reshape(size, size, 3) if pixels.is_valid else tokens
+            for pixels, tokens in zip(block.column(PIXELS), stored, strict=True)
+        ]
 
     @cached_property
     def _tokens(self) -> PictureTokens | None:

@@ -2,75 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import cast
+from collections.abc import Sequence
+from functools import cached_property
 
 import pyarrow as pa
+import ray
 import ray.data
 import torch
 
 from pixrec import storage
 from pixrec.artifact import untrained_model
 from pixrec.config import Config, dump_config, load_config
-from pixrec.data.items import load_items
+from pixrec.data.sequences import DATASET_MARKER
+from pixrec.model.backbone import Backbone
 from pixrec.model.vision import (
+    TOKENS,
     complete_store,
+    covered,
     encode_pictures,
-    no_rows,
-    open_store,
+    index_parts,
     store_folder,
     stored_pictures,
+    token_schema,
     tokens_place,
     vision_fingerprint,
     write_part,
 )
 from pixrec.schema import IMAGE, ITEMS
 
+_PART_BYTES = 64 * 1024**2  # of tokens, about
+
 
 class PictureEncoder:
-    """One actor: builds the model once, turns blocks of prepared items into rows of the store. Usable without Ray."""
+    """One actor: stores the tokens of those pictures that the store lacks. Builds the model at the first of them.
+
+    Usable without Ray.
+    """
 
     def __init__(self, config: str, vocabulary: Sequence[str], folder: str) -> None:
-        """folder: the store, whose pictures are passed over."""
-        settings = load_config(config)
-        torch.set_num_threads(settings.embed.threads_per_actor)
-        device = "cuda" if settings.embed.gpus_per_actor and torch.cuda.is_available() else "cpu"
-        self._backbone = untrained_model(settings, vocabulary, device).tower.backbone
+        """folder: the store, of which the pictures that it had at its last indexing are passed over."""
+        self._settings, self._vocabulary, self._folder = load_config(config), vocabulary, folder
         self._stored = stored_pictures(folder)
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        pictures = [picture for picture in block.column(IMAGE).to_pylist() if picture is not None]
-        new = [picture for picture in pictures if self._stored.hash_of(picture) is None]
-        return encode_pictures(self._backbone, new) if new else no_rows(self._backbone)
+        """One part of the store from a block of prepared items; the receipt says how many `pictures` are new in it."""
+        pictures = (picture.as_py() for picture in block.column(IMAGE) if picture.is_valid)
+        new = list(dict.fromkeys(picture for picture in pictures if self._stored.hash_of(picture) is None))
+        size = self._settings.embed.batch_size
+        parts = [encode_pictures(self._backbone, new[start : start + size]) for start in range(0, len(new), size)]
+        if parts:
+            write_part(self._folder, pa.concat_tables(parts))
+        return pa.table({"pictures": [len(new)]})
+
+    @cached_property
+    def _backbone(self) -> Backbone:
+        torch.set_num_threads(self._settings.embed.threads_per_actor)
+        device = "cuda" if self._settings.embed.gpus_per_actor and torch.cuda.is_available() else "cpu"
+        return untrained_model(self._settings, self._vocabulary, device).tower.backbone
 
 
 def vision_once(data: str, config: Config, vocabulary: Sequence[str] = ()) -> None:
     """Add those of the data set's pictures to their store that it lacks; a killed run's share is there already.
 
     The vision part is that of the untrained model: frozen, it stays so. `vocabulary`: the data sets whose text trains
-    the tokenizer of `pixrec-tiny`, on which its weights depend; by default this one alone.
+    the tokenizer of `pixrec-tiny`, on which its weights depend; by default this one alone. Neither pictures nor
+    tokens come to the driver.
     """
     vocabulary = list(vocabulary) or [storage.absolute(data)]
     place = tokens_place(data, config.model, config.train.picture_tokens)
     if place is None:
         return
     backbone = untrained_model(config, vocabulary).tower.backbone
-    store = open_store(place, backbone)
-    if store is not None and store.hold(load_items(data)):
+    folder = storage.absolute(store_folder(place, vision_fingerprint(backbone)))
+    fingerprint = storage.read_json(storage.join(data, DATASET_MARKER), ["fingerprint"])["fingerprint"]
+    if fingerprint in covered(folder):
         return
-    folder = store_folder(place, vision_fingerprint(backbone))
-    settings = config.embed
+    schema, settings = token_schema(backbone), config.embed
+    on_worker = ray.remote(num_cpus=settings.cpus_per_actor)
+    ray.get(on_worker(index_parts).remote(folder, schema))  # what a killed run has stored
+    part_pictures = _PART_BYTES // (2 * schema.field(TOKENS).type.list_size)
     filesystem, path = storage.arrow_location(storage.join(data, ITEMS))
-    tokens = ray.data.read_parquet(path, filesystem=filesystem, columns=[IMAGE]).map_batches(
+    receipts = ray.data.read_parquet(path, filesystem=filesystem, columns=[IMAGE]).map_batches(
         PictureEncoder,
-        fn_constructor_args=(dump_config(config), vocabulary, storage.absolute(folder)),
-        batch_size=settings.batch_size,
+        fn_constructor_args=(dump_config(config), vocabulary, folder),
+        batch_size=settings.batch_size * min(max(part_pictures // settings.batch_size, 1), 16),
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=settings.num_actors),
         num_cpus=settings.cpus_per_actor,
         num_gpus=settings.gpus_per_actor or None,
     )
-    blocks = cast(Iterable[pa.Table], tokens.iter_batches(batch_format="pyarrow", batch_size=None))
-    for number, block in enumerate(blocks):
-        write_part(folder, number, block, backbone.family.tokens_per_picture)
-    complete_store(folder, len(stored_pictures(folder)))
+    for _ in receipts.iter_batches(batch_format="pyarrow", batch_size=None):
+        pass
+    ray.get(on_worker(complete_store).remote(folder, schema, [fingerprint]))

@@ -18,6 +18,7 @@ import torch
 from pixrec.config import Modalities
 from pixrec.data.images import decode_image
 from pixrec.data.items import ItemTable
+from pixrec.data.pictures import picture_hash
 from pixrec.model.compact import UNKNOWN_TIME
 from pixrec.model.encoding import Content, Histories, ItemEncoder, Items
 from pixrec.model.towers import DualTower
@@ -58,7 +59,7 @@ class Catalog:
         if modalities == "text":
             pixels: list[np.ndarray | None] = [None] * len(rows)
         else:
-            pixels = [self._picture(int(r)) for r in rows]
+            pixels = self._pictures(rows)
         return self.encoder.items_from_tokens([self._text_ids[int(r)] for r in rows], pixels, modalities)
 
     def histories(
@@ -69,14 +70,19 @@ class Catalog:
         items = self.items(distinct, modalities)
         return distinct, items, self.encoder.histories(items, local)
 
-    def _picture(self, row: int) -> np.ndarray | None:
-        """Pixels (S, S, 3) uint8 or stored tokens (K, X) float16."""
+    def _pictures(self, rows: np.ndarray) -> list[np.ndarray | None]:
+        """Of each row pixels (S, S, 3) uint8 or stored tokens (K, X) float16; None where there is no picture."""
+        data = [None if int(row) in self._pixels else self.table.image(int(row)) for row in rows]
+        if self.tokens is None:
+            return [self._decoded(int(row), picture) for row, picture in zip(rows, data, strict=True)]
+        stored = self.tokens.of_hashes([None if picture is None else picture_hash(picture) for picture in data])
+        each = zip(rows, data, stored, strict=True)
+        return [self._decoded(int(row), picture) if found is None else found for row, picture, found in each]
+
+    def _decoded(self, row: int, data: bytes | None) -> np.ndarray | None:
+        """Pixels of the picture `data`, kept under its row; `data` may be None where they are kept already."""
         if row in self._pixels:
             return self._pixels[row]
-        data = self.table.image(row)
-        tokens = None if data is None or self.tokens is None else self.tokens.of(data)
-        if tokens is not None:
-            return tokens
         if len(self._pixels) >= self._room:
             self._pixels.pop(next(iter(self._pixels)))
         self._pixels[row] = None if data is None else decode_image(data, self.encoder.image_size_px)

@@ -5,6 +5,10 @@ decoder. In it a picture is found by the hash of its bytes. So neither a new vis
 stale tokens: they are not found, and the picture itself is read. Tokens are kept as float16, so vectors differ from
 the uncached path's by rounding: cosines by less than 1e-3.
 
+Whoever makes tokens writes them, as parts (`pixrec.data.rows`) that `parts/` lists. `index_parts` makes the parts one
+data set and writes which row of it holds which picture: sorted hashes, 24 bytes a picture, which readers map.
+`tokens.json` marks a store as whole, and names the data sets whose pictures are all in it.
+
 Shapes: P pictures · K tokens a picture · X numbers of a picture token · S side in pixels.
 """
 
@@ -12,9 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,29 +30,26 @@ from pixrec import storage
 from pixrec.config import Config, ModelConfig
 from pixrec.data.images import DECODER, decode_image
 from pixrec.data.items import ItemTable
+from pixrec.data.pictures import HASH_BYTES, picture_hash
+from pixrec.data.rows import Rows, publish, write_rows
 from pixrec.errors import ArtifactError, InputError
 from pixrec.model.backbone import Backbone
 
 HASH, TOKENS = "picture", "tokens"
-_MARKER, _HASHES, _TOKENS = "tokens.json", ".hashes", ".npy"
-_HASH_BYTES = 16
+_MARKER, _INDEX, _PARTS, _HASHES = "tokens.json", "index.json", "parts", "hashes"
+_CURE = "remove it, it will be made again"
 _LARGEST = float(np.finfo(np.float16).max)
 
 
 class StoredPictures:
-    """Which pictures a store has, found by bisection: 24 bytes a picture."""
+    """Which pictures a store has and in which of its rows, found by bisection."""
 
-    def __init__(self, hashes: bytes) -> None:
-        """hashes: those of all pictures, one behind the other."""
-        words = np.frombuffer(hashes, np.uint64).reshape(-1, 2)
-        order = np.argsort(words[:, 0], kind="stable")
-        new = np.ones(len(order), dtype=bool)  # a picture that is there twice counts once
-        new[1:] = (np.diff(words[order], axis=0) != 0).any(axis=1)
-        self._order = order[new]
-        self._first, self._second = words[self._order].T.copy()
+    def __init__(self, columns: np.ndarray) -> None:
+        """columns: (3, P) uint64 as `sort_hashes` gives them, usually mapped."""
+        self._first, self._second, self._rows = columns
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._rows)
 
     def hash_of(self, picture: bytes) -> bytes | None:
         """The hash of a picture that is there; None for another."""
@@ -54,41 +57,74 @@ class StoredPictures:
         return None if self.place(found) is None else found
 
     def place(self, picture: bytes) -> int | None:
-        """Where the picture of this hash stands in the store; None where it is not there."""
+        """The row of the picture of this hash in the store; None where it is not there."""
         first, second = np.frombuffer(picture, np.uint64)
         at = int(np.searchsorted(self._first, first))
-        if at == len(self) or self._first[at] != first or self._second[at] != second:
-            return None
-        return int(self._order[at])
+        while at < len(self) and self._first[at] == first:  # more than once for 1 picture in 10^12 at most
+            if self._second[at] == second:
+                return int(self._rows[at])
+            at += 1
+        return None
+
+    def not_in(self, others: Sequence[StoredPictures]) -> int:
+        """How many of the pictures none of the others has."""
+        hashes = zip(self._first, self._second, strict=True)
+        names = (np.array(pair).tobytes() for pair in hashes)
+        return sum(all(other.place(name) is None for other in others) for name in names)
+
+
+def sort_hashes(hashes: bytes) -> np.ndarray:
+    """(3, P) uint64, sorted: both halves of each distinct hash, and the row where it stands first in `hashes`."""
+    words = np.frombuffer(hashes, np.uint64).reshape(-1, 2)
+    order = np.lexsort((words[:, 1], words[:, 0]))  # stable
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (np.diff(words[order], axis=0) != 0).any(axis=1)
+    return np.stack([*words[order[new]].T, order[new].astype(np.uint64)])
 
 
 class PictureTokens:
-    """A store that is open: picture bytes to their tokens, which stay on disk until asked for."""
+    """Stores that are open: picture bytes to their tokens, which stay where they lie until asked for."""
 
-    def __init__(self, pictures: StoredPictures, parts: Sequence[np.ndarray]) -> None:
-        """parts: tokens (P, K, X) of the pictures, in order."""
-        self._pictures, self._parts = pictures, parts
-        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+    def __init__(self, stores: Sequence[tuple[StoredPictures, Rows]], shape: tuple[int, int]) -> None:
+        """stores: which pictures each has, and its rows; shape: K, X."""
+        self._stores, self._shape = stores, shape
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        pictures = [pictures for pictures, _ in self._stores]
+        return sum(store.not_in(pictures[:at]) if at else len(store) for at, store in enumerate(pictures))
 
     def hold(self, items: ItemTable) -> bool:
         """Whether the tokens of every picture of `items` are here."""
         pictures = (items.image(row) for row in range(len(items)))
-        return all(picture is None or self._pictures.hash_of(picture) is not None for picture in pictures)
+        return all(picture is None or self._find(picture_hash(picture)) for picture in pictures)
 
     def of(self, picture: bytes) -> np.ndarray | None:
-        """(K, X) float16, read from disk where it is used; None for a picture that is not here."""
-        return self.of_hash(picture_hash(picture))
+        """(K, X) float16; None for a picture that is not here."""
+        return self.of_hashes([picture_hash(picture)])[0]
 
     def of_hash(self, picture: bytes) -> np.ndarray | None:
         """As `of`, by the picture's hash."""
-        place = self._pictures.place(picture)
-        if place is None:
-            return None
-        part = int(np.searchsorted(self._starts, place, side="right")) - 1
-        return self._parts[part][place - self._starts[part]]
+        return self.of_hashes([picture])[0]
+
+    def of_hashes(self, pictures: Sequence[bytes | None]) -> list[np.ndarray | None]:
+        """As `of`, by the hashes of many pictures, which are read together; None for no picture."""
+        found: list[np.ndarray | None] = [None] * len(pictures)
+        places = [None if picture is None else self._find(picture) for picture in pictures]
+        for store, (_, rows) in enumerate(self._stores):
+            wanted = [at for at, place in enumerate(places) if place is not None and place[0] == store]
+            taken = rows.take([places[at][1] for at in wanted], TOKENS)  # type: ignore[index]
+            tokens = taken.flatten().to_numpy(zero_copy_only=False).reshape(len(wanted), *self._shape)
+            for at, of_picture in zip(wanted, tokens, strict=True):
+                found[at] = of_picture
+        return found
+
+    def _find(self, picture: bytes) -> tuple[int, int] | None:
+        """The store that has the picture of this hash, and the row there."""
+        for store, (pictures, _) in enumerate(self._stores):
+            place = pictures.place(picture)
+            if place is not None:
+                return store, place
+        return None
 
 
 def vision_fingerprint(backbone: Backbone) -> str:
@@ -103,12 +139,8 @@ def vision_fingerprint(backbone: Backbone) -> str:
     return digest.hexdigest()
 
 
-def picture_hash(picture: bytes) -> bytes:
-    return hashlib.blake2b(picture, digest_size=_HASH_BYTES).digest()
-
-
 def encode_pictures(backbone: Backbone, pictures: Sequence[bytes]) -> pa.Table:
-    """Rows of a store for stored pictures: `picture` (hash), `tokens` (K·X float16). Equal pictures give one row."""
+    """Rows of a store for stored pictures, as `token_schema` says. Equal pictures give one row."""
     distinct = {picture_hash(p): p for p in pictures}
     size, device = backbone.family.image_size_px, backbone.pixel_mean.device
     pixels = np.stack([decode_image(p, size) for p in distinct.values()])
@@ -116,13 +148,7 @@ def encode_pictures(backbone: Backbone, pictures: Sequence[bytes]) -> pa.Table:
         tokens = backbone.picture_tokens(torch.from_numpy(pixels).to(device)).float().cpu().numpy()
     flat = np.clip(tokens, -_LARGEST, _LARGEST).astype(np.float16).reshape(len(distinct), -1)
     values = pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), flat.shape[1])
-    return pa.table({HASH: pa.array(list(distinct), pa.binary(_HASH_BYTES)), TOKENS: values})
-
-
-def no_rows(backbone: Backbone) -> pa.Table:
-    """What `encode_pictures` gives for no picture at all."""
-    numbers = backbone.family.tokens_per_picture * backbone.family.picture_width
-    return pa.schema([(HASH, pa.binary(_HASH_BYTES)), (TOKENS, pa.list_(pa.float16(), numbers))]).empty_table()
+    return pa.table([pa.array(list(distinct), pa.binary(HASH_BYTES)), values], schema=token_schema(backbone))
 
 
 def store_folder(place: str, fingerprint: str) -> str:
@@ -130,25 +156,55 @@ def store_folder(place: str, fingerprint: str) -> str:
     return storage.join(place, fingerprint)
 
 
-def write_part(folder: str, number: int, rows: pa.Table, tokens_per_picture: int) -> None:
-    """Add rows of `encode_pictures` to a store, which may be in use; a part is there once its hashes are.
+def write_part(folder: str, rows: pa.Table) -> None:
+    """Add rows of `encode_pictures` to a store, which may be in use; they are seen after `index_parts`.
 
     The name tells what is in it, so that two runs at a time do not write one part over the other's.
     """
-    if not rows.num_rows:
-        return
-    flat = rows.column(TOKENS).combine_chunks().flatten().to_numpy()
+    if rows.num_rows:
+        name = picture_hash(b"".join(rows.column(HASH).to_pylist())).hex()
+        storage.write_json(storage.join(folder, _PARTS, f"{name}.json"), write_rows(folder, rows))
+
+
+def token_schema(backbone: Backbone) -> pa.Schema:
+    """The columns of a store: `picture` (hash), `tokens` (K·X float16)."""
+    numbers = backbone.family.tokens_per_picture * backbone.family.picture_width
+    return pa.schema([(HASH, pa.binary(HASH_BYTES)), (TOKENS, pa.list_(pa.float16(), numbers))])
+
+
+def index_parts(folder: str, schema: pa.Schema) -> int:
+    """Make all parts that are there one data set, and index it; the answer is the number of pictures.
+
+    Holds 80 bytes a picture meanwhile. Raises ArtifactError where a part is damaged.
+    """
+    parts = storage.read_files(storage.list_files(storage.join(folder, _PARTS), ".json"))
+    files = [file for part in parts if part is not None for file in json.loads(part)]
+    version = publish(folder, files, schema)
+    hashes = Rows(folder, _CURE, version).column(HASH)
+    columns = sort_hashes(b"".join(memoryview(chunk.cast(pa.binary()).buffers()[2]) for chunk in hashes.chunks))
     sink = io.BytesIO()
-    np.save(sink, flat.reshape(rows.num_rows, tokens_per_picture, -1))
-    hashes = b"".join(rows.column(HASH).to_pylist())
-    part = storage.join(folder, f"part-{number:06d}-{picture_hash(hashes).hex()}")
-    storage.write_bytes(f"{part}{_TOKENS}", sink.getvalue())
-    storage.write_bytes(f"{part}{_HASHES}", hashes)
+    np.save(sink, columns)
+    name = f"{_HASHES}-{version}.npy"
+    storage.write_bytes(storage.join(folder, name), sink.getvalue())
+    facts = {"pictures": columns.shape[1], "version": version, "hashes": name}
+    storage.write_json(storage.join(folder, _INDEX), facts)
+    return columns.shape[1]
 
 
-def complete_store(folder: str, pictures: int) -> None:
-    """Mark a store as whole, with `pictures` in it; without the mark it is not read."""
-    storage.write_json(storage.join(folder, _MARKER), {"pictures": pictures})
+def complete_store(folder: str, schema: pa.Schema, data: Sequence[str] = ()) -> None:
+    """Index a store and mark it as whole; without the mark it is not read.
+
+    data: fingerprints of data sets of which every picture is in it, beside those that it names already.
+    """
+    known = {*data, *covered(folder)}
+    pictures = index_parts(folder, schema)
+    storage.write_json(storage.join(folder, _MARKER), {"pictures": pictures, "data": sorted(known)})
+
+
+def covered(folder: str) -> list[str]:
+    """Fingerprints of the data sets of which every picture is in the store; none where it is not whole."""
+    marker = storage.join(folder, _MARKER)
+    return storage.read_json(marker, ["data"])["data"] if storage.exists(marker) else []
 
 
 def fitting_store(place: str, backbone: Backbone) -> str | None:
@@ -158,49 +214,55 @@ def fitting_store(place: str, backbone: Backbone) -> str | None:
 
 
 def open_store(place: str, backbone: Backbone) -> PictureTokens | None:
-    """The tokens in `fitting_store`, open. From s3:// they are copied to local disk, for as long as they are in use.
-
-    Raises ArtifactError when the store is damaged.
-    """
+    """The tokens in `fitting_store`, open. Raises ArtifactError when the store is damaged."""
     return open_stores([place], backbone)
 
 
 def open_stores(places: Sequence[str], backbone: Backbone) -> PictureTokens | None:
     """As `open_store`, several stores as one; None where one of them is lacking."""
-    hashes: list[bytes] = []
-    parts: list[np.ndarray] = []
+    shape = (backbone.family.tokens_per_picture, backbone.family.picture_width)
+    stores = []
     for place in places:
         folder = fitting_store(place, backbone)
         if folder is None:
             return None
-        shape = (backbone.family.tokens_per_picture, backbone.family.picture_width)
-        files = storage.list_files(folder, _HASHES)
-        of_parts = [storage.read_bytes(file) for file in files]
-        tokens = [_tokens(f"{file.removesuffix(_HASHES)}{_TOKENS}") for file in files]
-        if [part.shape for part in tokens] != [(len(h) // _HASH_BYTES, *shape) for h in of_parts]:
-            raise ArtifactError(f"{folder} is damaged: its parts do not fit together; remove it, it will be made again")
-        hashes, parts = hashes + of_parts, parts + tokens
-    return PictureTokens(StoredPictures(b"".join(hashes)), parts)
+        facts = _index_facts(folder)
+        rows = Rows(folder, _CURE, facts["version"])
+        if rows.schema != token_schema(backbone):
+            raise ArtifactError(f"{folder} is damaged: its tokens are not {shape[0]} of {shape[1]} numbers; {_CURE}")
+        stores.append((_mapped(folder, facts), rows))
+    return PictureTokens(stores, shape)
 
 
 def stored_pictures(folder: str) -> StoredPictures:
-    """Which pictures the store in `folder` has."""
-    return StoredPictures(b"".join(storage.read_bytes(file) for file in storage.list_files(folder, _HASHES)))
+    """Which pictures the store in `folder` has, as of the last `index_parts`."""
+    if not storage.exists(storage.join(folder, _INDEX)):
+        return StoredPictures(np.empty((3, 0), np.uint64))
+    return _mapped(folder, _index_facts(folder))
 
 
-def _tokens(file: str) -> np.ndarray:
-    """The array in a file, read as it is used."""
+def _index_facts(folder: str) -> dict[str, Any]:
+    return storage.read_json(storage.join(folder, _INDEX), ["pictures", "version", "hashes"])
+
+
+def _mapped(folder: str, facts: dict[str, Any]) -> StoredPictures:
+    """The index of a store; from s3:// it is copied to local disk, for as long as it is in use."""
+    file = storage.join(folder, facts["hashes"])
     try:
         if not storage.is_remote(file):
-            return np.load(storage.absolute(file), mmap_mode="r")
-        with tempfile.NamedTemporaryFile(prefix="pixrec-") as local:  # the disk has it back once the array is gone
-            with storage.open_stream(file) as stream:
-                shutil.copyfileobj(stream, local)
-            local.flush()
-            return np.load(local.name, mmap_mode="r")
+            columns = np.load(storage.absolute(file), mmap_mode="r")
+        else:
+            with tempfile.NamedTemporaryFile(prefix="pixrec-") as local:  # gone from the disk with the array
+                with storage.open_stream(file) as stream:
+                    shutil.copyfileobj(stream, local)
+                local.flush()
+                columns = np.load(local.name, mmap_mode="r")
     except (OSError, ValueError, EOFError, InputError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ArtifactError(f"{file} is damaged: {reason}; remove its folder, it will be made again") from None
+    if columns.shape != (3, facts["pictures"]):
+        raise ArtifactError(f"{file} is damaged: it does not fit {_INDEX}; remove its folder, it will be made again")
+    return StoredPictures(columns)
 
 
 def tokens_place(data: str, model: ModelConfig, where: str | None) -> str | None:

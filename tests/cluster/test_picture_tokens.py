@@ -14,7 +14,7 @@ from pixrec.cluster import vision
 from pixrec.cluster.vision import PictureEncoder, vision_once
 from pixrec.config import dump_config
 from pixrec.data.items import load_items
-from pixrec.model.vision import find_tokens, fitting_store, stored_pictures
+from pixrec.model.vision import find_tokens, fitting_store, index_parts, stored_pictures, token_schema
 from pixrec.schema import IMAGE
 
 CONFIG = tiny_config(model={"freeze_vision": True}, embed={"batch_size": 4, "threads_per_actor": 1})
@@ -25,13 +25,16 @@ def test_an_actor_passes_over_what_is_stored(tmp_path: Path):
     data, folder = str(tmp_path / "data"), str(tmp_path / "store")
     encoder = PictureEncoder(dump_config(CONFIG), [data], folder)
     pictures = [load_items(data).image(row) for row in range(3)]
-    rows = encoder(pa.table({IMAGE: [*pictures, None, pictures[0]]}))
-    assert rows.num_rows == 3
-    vision.write_part(folder, 0, rows, encoder._backbone.family.tokens_per_picture)
+    new = encoder(pa.table({IMAGE: [*pictures, None, pictures[0]]}))
+    assert new.column("pictures").to_pylist() == [3]
+    assert index_parts(folder, token_schema(encoder._backbone)) == 3
     again = PictureEncoder(dump_config(CONFIG), [data], folder)
-    assert again(pa.table({IMAGE: pa.array([*pictures, None], pa.binary())})) == rows.slice(0, 0)
+    files = storage.list_files(folder)
+    assert again(pa.table({IMAGE: pa.array([*pictures, None], pa.binary())})).column("pictures").to_pylist() == [0]
+    assert storage.list_files(folder) == files
+    assert "_backbone" not in vars(again), "no model is built for nothing"
     more = load_items(data).image(7)
-    assert again(pa.table({IMAGE: [*pictures, more]})).num_rows == 1
+    assert again(pa.table({IMAGE: [*pictures, more]})).column("pictures").to_pylist() == [1]
 
 
 def test_a_store_grows(ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -44,15 +47,18 @@ def test_a_store_grows(ray_session: None, tmp_path: Path, monkeypatch: pytest.Mo
     )
     model = untrained_model(config, [first])
     folder, backbone = write_tokens(place, model, load_items(first)), model.tower.backbone
-    files = storage.list_files(folder)
+    files = storage.list_files(folder, ".lance")
     storage.remove(storage.join(folder, "tokens.json"))  # as a killed run leaves it
     vision_once(second, config, [first])
     assert fitting_store(place, backbone) == folder
     assert set(files) <= set(storage.list_files(folder))
     assert len(stored_pictures(folder)) == 12 + 4  # a picture of the second set is one of the first's
+    files = storage.list_files(folder, ".lance")
+    vision_once(first, config, [first])
+    assert storage.list_files(folder, ".lance") == files, "what is there is not computed again"
     monkeypatch.setattr(vision, "PictureEncoder", None)
     for data in (first, second):
         tokens = find_tokens(data, config, backbone)
         assert tokens is not None
         assert tokens.hold(load_items(data))
-        vision_once(data, config, [first])  # nothing left to do
+        vision_once(data, config, [first])  # nothing left to do, and nothing is read to see it

@@ -49,6 +49,7 @@ KEPT_TO = {
     "simplejpeg": {"data"},
     "bm25s": {"scorers"},
     "IPython": {"report"},
+    "lance": {"data"},
 }
 NEVER = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 

@@ -4,7 +4,8 @@ import pyarrow as pa
 import pytest
 
 from pixrec import storage
-from pixrec.errors import InputError, OutputError
+from pixrec.data.pictures import complete, open_pictures, write_part
+from pixrec.errors import ArtifactError, InputError, OutputError
 
 BUCKET = "s3://shop"
 
@@ -73,3 +74,25 @@ def test_what_is_absent_is_said_in_one_line():
         storage.read_table(f"{BUCKET}/nowhere")
     with pytest.raises(OutputError, match="cannot be written"):
         storage.check_writable("s3://no-such-bucket/x", "done.json", "thing")
+
+
+def test_many_small_files_are_read_together():
+    for number in range(3):
+        storage.write_bytes(f"{BUCKET}/many/{number}", bytes([number]))
+    assert storage.read_files([f"{BUCKET}/many/{number}" for number in (2, 0, 7)]) == [b"\2", b"\0", None]
+
+
+def test_a_picture_store_is_read_by_row_where_it_lies():
+    pictures = [None if row % 4 == 1 else bytes([row]) * 5000 for row in range(30)]
+    with storage.staged_folder(f"{BUCKET}/prepared", "dataset.json", "thing") as staging:
+        store = storage.join(staging, "pictures")
+        for number in (2, 0, 1, 0):
+            write_part(store, number, pictures[10 * number : 10 * number + 10])
+        assert complete(store, 3) == 30
+        storage.write_json(storage.join(staging, "dataset.json"), {})
+    found = open_pictures(f"{BUCKET}/prepared/pictures")
+    assert found.read([29, 3, 3, 1]) == [pictures[29], pictures[3], pictures[3], None]
+    assert found.read_range(5, 25) == pictures[5:25]
+    assert len(storage.list_files(f"{BUCKET}/prepared/pictures/data")) == 3
+    with pytest.raises(ArtifactError, match="no complete one"):
+        open_pictures(f"{BUCKET}/elsewhere")

@@ -1,21 +1,25 @@
 """Picture tokens computed once: the same vectors as without, and never a stale one."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from fakes import Seen, square, tiny_config, tiny_items, tiny_model, write_tokens
 
 from pixrec import storage
+from pixrec.data.pictures import picture_hash
 from pixrec.errors import ArtifactError
 from pixrec.model.catalog import Catalog
 from pixrec.model.vision import (
     StoredPictures,
+    complete_store,
     encode_pictures,
     find_tokens,
-    no_rows,
     open_store,
-    picture_hash,
+    sort_hashes,
     store_folder,
+    stored_pictures,
+    token_schema,
     tokens_place,
     vision_fingerprint,
     write_part,
@@ -34,9 +38,9 @@ def frozen_model():
 
 def stored(place, model, items=ITEMS):
     folder, backbone = write_tokens(place, model, items), model.tower.backbone
-    again = encode_pictures(backbone, PICTURES[2:4])  # pictures that are there twice
-    write_part(folder, 90, again, backbone.family.tokens_per_picture)
-    write_part(folder, 91, no_rows(backbone), backbone.family.tokens_per_picture)
+    write_part(folder, encode_pictures(backbone, PICTURES[2:4]))  # pictures that are there twice
+    write_part(folder, token_schema(backbone).empty_table())
+    complete_store(folder, token_schema(backbone))
     return open_store(str(place), backbone)
 
 
@@ -124,46 +128,86 @@ def test_a_store_that_is_not_whole_is_not_used(tmp_path):
     assert open_store(str(tmp_path), model.tower.backbone) is None
 
 
-@pytest.mark.parametrize("harm", ["a part is gone", "hashes cut short", "cut short", "another shape"])
+@pytest.mark.parametrize("harm", ["a part is gone", "hashes cut short", "cut short", "another shape", "hashes of more"])
 def test_a_damaged_store_is_said(tmp_path, harm):
     model = frozen_model()
-    folder = write_tokens(tmp_path, model, ITEMS)
-    part, hashes = (storage.list_files(folder, suffix)[1] for suffix in (".npy", ".hashes"))
+    folder, backbone = write_tokens(tmp_path, model, ITEMS), model.tower.backbone
+    part, (hashes,) = storage.list_files(folder, ".lance")[1], storage.list_files(folder, ".npy")
     if harm == "another shape":
-        np.save(part, np.load(part)[:, :-1])
+        schema = token_schema(backbone)
+        storage.remove(storage.join(folder, "parts"))
+        complete_store(folder, schema.set(1, pa.field("tokens", pa.list_(pa.float16(), 7))))
     elif harm == "cut short":
         storage.write_bytes(part, storage.read_bytes(part)[:-10])
     elif harm == "hashes cut short":
-        storage.write_bytes(hashes, storage.read_bytes(hashes)[:16])
+        storage.write_bytes(hashes, storage.read_bytes(hashes)[:-10])
+    elif harm == "hashes of more":
+        np.save(hashes, np.concatenate([np.load(hashes)] * 2, axis=1))
     else:
         storage.remove(part)
     with pytest.raises(ArtifactError, match=r"is damaged: .*; remove"):
-        open_store(str(tmp_path), model.tower.backbone)
+        open_store(str(tmp_path), backbone).of_hashes([picture_hash(picture) for picture in PICTURES])
+
+
+def test_a_part_that_went_is_not_left_out_in_silence(tmp_path):
+    model = frozen_model()
+    folder = write_tokens(tmp_path, model, ITEMS)
+    storage.remove(storage.list_files(folder, ".lance")[1])
+    with pytest.raises(ArtifactError, match="1 of its 3 files are gone; remove the folder"):
+        complete_store(folder, token_schema(model.tower.backbone))
 
 
 def test_a_part_that_is_still_being_written_is_not_read(tmp_path):
-    """Its hashes come last; until then the store is the one that it was."""
+    """Until it is indexed the store is the one that it was."""
     model = frozen_model()
-    folder = write_tokens(tmp_path, model, ITEMS)
-    hashes = storage.list_files(folder, ".hashes")[0]
-    first = storage.read_bytes(hashes)
-    storage.remove(hashes)
-    tokens = open_store(str(tmp_path), model.tower.backbone)
-    assert len(tokens) == len(PICTURES) - 3
-    assert tokens.of_hash(first[:16]) is None
-    assert tokens.of(PICTURES[4]) is not None
+    folder, backbone = write_tokens(tmp_path, model, tiny_items(with_pictures=range(3))), model.tower.backbone
+    early = open_store(str(tmp_path), backbone)
+    write_part(folder, encode_pictures(backbone, PICTURES[3:]))
+    tokens = open_store(str(tmp_path), backbone)
+    assert len(tokens) == len(early) == 3
+    assert tokens.of_hash(picture_hash(PICTURES[3])) is None
+    assert tokens.of(PICTURES[2]) is not None
+    complete_store(folder, token_schema(backbone))
+    assert open_store(str(tmp_path), backbone).hold(ITEMS)
+    assert early.of(PICTURES[4]) is None, "who opened it before goes on with what there was"
+    assert np.array_equal(early.of(PICTURES[2]), tokens.of(PICTURES[2]))
+
+
+def test_many_pictures_are_read_together_in_the_order_asked_for(tmp_path):
+    model = frozen_model()
+    tokens = stored(tmp_path, model)
+    hashes = [picture_hash(picture) for picture in PICTURES]
+    asked = [hashes[5], None, picture_hash(b"another"), hashes[0], hashes[5]]
+    found = tokens.of_hashes(asked)
+    assert [of is None for of in found] == [False, True, True, False, False]
+    family = model.tower.backbone.family
+    for at, picture in ((0, 5), (3, 0), (4, 5)):
+        assert found[at].shape == (family.tokens_per_picture, family.picture_width)
+        np.testing.assert_array_equal(found[at], tokens.of(PICTURES[picture]))
+
+
+def test_a_store_without_pictures_is_whole(tmp_path):
+    backbone = frozen_model().tower.backbone
+    folder = store_folder(str(tmp_path), vision_fingerprint(backbone))
+    assert len(stored_pictures(folder)) == 0
+    complete_store(folder, token_schema(backbone))
+    tokens = open_store(str(tmp_path), backbone)
+    assert len(tokens) == 0
+    assert tokens.of(PICTURES[0]) is None
 
 
 def test_pictures_are_found_by_their_hash_alone():
     hashes = [picture_hash(bytes([number])) for number in range(50)]
-    pictures = StoredPictures(b"".join([*hashes, *hashes[:7]]))
+    same_beginning = hashes[3][:8] + bytes(8)
+    pictures = StoredPictures(sort_hashes(b"".join([*hashes, *hashes[:7]])))
     assert len(pictures) == 50
     assert [pictures.place(picture) for picture in hashes] == list(range(50))
     assert pictures.hash_of(bytes([3])) == hashes[3]
-    same_beginning = hashes[3][:8] + bytes(8)
     assert pictures.place(same_beginning) is None
     assert pictures.hash_of(b"another") is None
-    assert StoredPictures(b"").place(hashes[0]) is None
+    assert StoredPictures(sort_hashes(b"")).place(hashes[0]) is None
+    both = StoredPictures(sort_hashes(same_beginning + hashes[3]))
+    assert (both.place(same_beginning), both.place(hashes[3])) == (0, 1)
 
 
 def test_where_tokens_are_kept():
