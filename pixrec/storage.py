@@ -7,17 +7,20 @@ A folder that is published here is complete or invisible: it is written beside i
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
@@ -163,6 +166,102 @@ def write_bytes(uri: str, data: bytes) -> None:
         os.replace(partial, path)
     except _TROUBLE as error:
         raise _unwritable(uri, error) from None
+
+
+@contextlib.contextmanager
+def new_file(uri: str, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write from start to end, whole or not at all. `durable` False: it may be lost with the machine's
+    power, as what a run makes for itself may."""
+    fs, path = _locate(uri)
+    partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
+    try:
+        if is_remote(uri):
+            with fs.open(path, "wb", autocommit=False) as file:
+                try:
+                    yield file
+                except BaseException:
+                    file.discard()
+                    raise
+            file.commit()
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                yield file
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(partial)
+    except _TROUBLE as error:
+        raise _unwritable(uri, error) from None
+
+
+def write_array(uri: str, array: np.ndarray, *, durable: bool = True) -> None:
+    """One .npy file."""
+    with new_file(uri, durable=durable) as file:
+        np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+
+
+def read_array(uri: str) -> np.ndarray:
+    """The array of one .npy file, in memory. Raises ArtifactError when it is damaged, InputError when it is absent."""
+    try:
+        if not is_remote(uri):
+            return np.load(absolute(uri), allow_pickle=False)
+        return np.load(io.BytesIO(read_bytes(uri)), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ArtifactError(f"{uri} is damaged: {_one_line(error)}; make the artifact again") from None
+    except _TROUBLE as error:
+        raise _failed(uri, error) from None
+
+
+def map_array(uri: str) -> np.ndarray:
+    """The array of one local .npy file, mapped: its pages are shared by all processes and read when touched."""
+    try:
+        array = np.load(absolute(uri), mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ArtifactError(f"{uri} is damaged: {_one_line(error)}; make the artifact again") from None
+    except _TROUBLE as error:
+        raise _failed(uri, error) from None
+    return array.view(np.ndarray)
+
+
+def map_column(uri: str) -> pa.ChunkedArray:
+    """The only column of a local Arrow IPC file, mapped as `map_array` does it."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(absolute(uri))).read_all().column(0)
+    except pa.ArrowException as error:
+        raise ArtifactError(f"{uri} is damaged: {_one_line(error)}; make the artifact again") from None
+    except _TROUBLE as error:
+        raise _failed(uri, error) from None
+
+
+def node_copy(uri: str, key: str) -> str:
+    """A local folder with the content of the folder `uri`: itself, or a copy that all processes of a node share.
+
+    `key` names the content, and so the copy. The copies lie below PIXREC_CACHE, by default `pixrec` in the system's
+    folder for temporary files, and stay there.
+    """
+    if not is_remote(uri):
+        return absolute(uri)
+    place = os.environ.get("PIXREC_CACHE") or os.path.join(tempfile.gettempdir(), f"pixrec-{os.getuid()}")
+    copy = os.path.join(place, key)
+    os.makedirs(place, exist_ok=True)
+    with open(f"{copy}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, also by a process that dies
+        if not os.path.isdir(copy):
+            partial = f"{copy}.partial-{uuid.uuid4().hex[:8]}"
+            fs, path = _locate(uri)
+            try:
+                fs.get(path, partial, recursive=True)
+                os.replace(partial, copy)
+            except _TROUBLE as error:
+                raise _failed(uri, error) from None
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return copy
 
 
 def write_json(uri: str, value: Any) -> None:
@@ -403,8 +502,6 @@ def local_folder(uri: str) -> Iterator[str]:
     if not is_remote(uri):
         yield absolute(uri)
         return
-    import tempfile
-
     with tempfile.TemporaryDirectory(prefix="pixrec-") as folder:
         copy_folder(uri, folder)
         yield folder

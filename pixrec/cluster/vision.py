@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -12,7 +13,8 @@ import torch
 from pixrec import storage
 from pixrec.artifact import untrained_model
 from pixrec.config import Config, dump_config, load_config
-from pixrec.data.items import load_items
+from pixrec.data.items import PICTURES_FOLDER, load_items
+from pixrec.data.pictures import open_pictures
 from pixrec.model.vision import (
     complete_store,
     encode_pictures,
@@ -24,7 +26,7 @@ from pixrec.model.vision import (
     vision_fingerprint,
     write_part,
 )
-from pixrec.schema import IMAGE, ITEMS
+from pixrec.schema import IMAGE
 
 
 class PictureEncoder:
@@ -44,6 +46,10 @@ class PictureEncoder:
         return encode_pictures(self._backbone, new) if new else no_rows(self._backbone)
 
 
+def _read(rows: pa.Table, *, uri: str) -> pa.Table:
+    return pa.table({IMAGE: pa.array(open_pictures(uri).read(rows.column("id").to_numpy()), pa.binary())})
+
+
 def vision_once(data: str, config: Config, vocabulary: Sequence[str] = ()) -> None:
     """Add those of the data set's pictures to their store that it lacks; a killed run's share is there already.
 
@@ -60,8 +66,11 @@ def vision_once(data: str, config: Config, vocabulary: Sequence[str] = ()) -> No
         return
     folder = store_folder(place, vision_fingerprint(backbone))
     settings = config.embed
-    filesystem, path = storage.arrow_location(storage.join(data, ITEMS))
-    tokens = ray.data.read_parquet(path, filesystem=filesystem, columns=[IMAGE]).map_batches(
+    uri = storage.absolute(storage.join(data, PICTURES_FOLDER))
+    pictures = ray.data.range(len(open_pictures(uri))).map_batches(
+        functools.partial(_read, uri=uri), batch_size=settings.batch_size, batch_format="pyarrow"
+    )
+    tokens = pictures.map_batches(
         PictureEncoder,
         fn_constructor_args=(dump_config(config), vocabulary, storage.absolute(folder)),
         batch_size=settings.batch_size,
