@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,7 +26,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 from botocore.exceptions import BotoCoreError
 
-from pixrec.errors import ArtifactError, InputError, OutputError
+from pixrec.errors import ArtifactError, InputError, OutputError, PixRecError
 
 _REMOTE = ("s3://",)
 _TROUBLE = (OSError, BotoCoreError)  # the second: no credentials, no such endpoint
@@ -340,13 +340,29 @@ def read_rows(uri: str, group: int, start: int, stop: int) -> pa.Table:
         raise _failed(uri, error) from None
 
 
-def stream_table(uri: str, columns: list[str] | None, rows_at_a_time: int) -> Iterator[pa.Table]:
-    """The rows of one Parquet file in order, a few at a time; named columns that it lacks are left out."""
+def stream_table(
+    uri: str,
+    columns: list[str] | None,
+    rows_at_a_time: int,
+    *,
+    groups: range | None = None,
+    encoded: Sequence[str] = (),
+) -> Iterator[pa.Table]:
+    """The rows of one Parquet file in order, a few at a time; named columns that it lacks are left out.
+
+    Of the row `groups` alone, where they are given. Columns of strings named in `encoded` come as dictionaries.
+    """
     fs, path = arrow_location(uri)
     try:
-        file = pq.ParquetFile(path, filesystem=fs, pre_buffer=False, buffer_size=_STREAM_BYTES)
+        if encoded:
+            schema = pq.read_schema(path, filesystem=fs)
+            encoded = [name for name in encoded if name in schema.names and schema.field(name).type == pa.string()]
+        file = pq.ParquetFile(
+            path, filesystem=fs, pre_buffer=False, buffer_size=_STREAM_BYTES, read_dictionary=list(encoded)
+        )
         known = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
-        for batch in file.iter_batches(batch_size=rows_at_a_time, columns=known):
+        chosen = None if groups is None else list(groups)
+        for batch in file.iter_batches(batch_size=rows_at_a_time, columns=known, row_groups=chosen):
             yield pa.Table.from_batches([batch])
     except (pa.ArrowException, *_TROUBLE) as error:
         raise _failed(uri, error) from None
@@ -383,6 +399,34 @@ def open_stream(uri: str) -> Iterator[io.BufferedReader]:
             yield io.BufferedReader(raw, _STREAM_BYTES)
     except _TROUBLE as error:
         raise _failed(uri, error) from None
+
+
+def write_batches(uri: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], *, durable: bool = True) -> None:
+    """One Arrow IPC file, from which each batch can be read alone."""
+    with new_file(uri, durable=durable) as sink, pa.ipc.new_file(pa.PythonFile(sink, "w"), schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def read_batches(uri: str, numbers: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
+    """Some batches of an Arrow IPC file, by number, or all of them, without reading the others."""
+    fs, path = arrow_location(uri)
+    try:
+        with fs.open_input_file(path) as source, pa.ipc.open_file(source) as file:
+            for number in range(file.num_record_batches) if numbers is None else numbers:
+                yield file.get_batch(number)
+    except (pa.ArrowException, *_TROUBLE) as error:
+        raise _failed(uri, error) from None
+
+
+def stamp(uri: str) -> str:
+    """What changes when a file is written anew: its size and time, or what s3:// calls its ETag."""
+    fs, path = _locate(uri)
+    try:
+        facts = fs.info(path)
+    except _TROUBLE as error:
+        raise _failed(uri, error) from None
+    return f"{facts.get('size')}-{facts.get('ETag') or facts.get('mtime')}"
 
 
 def remove(uri: str) -> None:
@@ -424,6 +468,44 @@ def staged_folder(uri: str, marker: str, kind: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def work_folder(uri: str, key: str, marker: str, kind: str) -> Iterator[str]:
+    """A folder to work in whose part `data` becomes `uri` when the block ends well, as in `staged_folder`.
+
+    One that a killed run with the same `key` left behind is gone on with, one of another key is removed. An error that
+    we raise ourselves leaves nothing.
+    """
+    check_writable(uri, marker, kind)
+    work = join(parent(uri), f".{name(uri)}.work-{key}")
+    _clear_beside(uri, "work", but=name(work))
+    absent = _absent_above(work)
+    try:
+        if exists(work) and not exists(join(work, "data")):
+            remove(work)  # killed when its data had been moved already
+        if not is_remote(uri):
+            os.makedirs(absolute(join(work, "data")), exist_ok=True)
+        yield work
+        if not exists(join(work, "data", marker)):
+            raise RuntimeError(f"{kind} was left without its {marker}")
+        _move(join(work, "data"), uri, marker)
+    except PixRecError:
+        remove(work)
+        for folder in absent:
+            remove_empty(folder)
+        raise
+    remove(work)
+
+
+def _absent_above(uri: str) -> list[str]:
+    """The folders above `uri` that are not there, the deepest first."""
+    absent: list[str] = []
+    above = parent(uri)
+    while not is_remote(uri) and not os.path.exists(above):
+        absent.append(above)
+        above = parent(above)
+    return absent
+
+
+@contextlib.contextmanager
 def scratch_folder(uri: str) -> Iterator[str]:
     """A place beside `uri` for what is needed until the block ends, whichever way it ends."""
     scratch = _fresh_beside(uri, "scratch")
@@ -435,10 +517,14 @@ def scratch_folder(uri: str) -> Iterator[str]:
 
 def _fresh_beside(uri: str, what: str) -> str:
     """A folder name of its own beside `uri`; what killed runs for the same place left behind is removed."""
-    prefix = f".{name(uri)}.{what}-"
-    for left_behind in (folder for folder in list_folders(parent(uri)) if folder.startswith(prefix)):
-        remove(join(parent(uri), left_behind))
-    return join(parent(uri), f"{prefix}{uuid.uuid4().hex[:8]}")
+    _clear_beside(uri, what)
+    return join(parent(uri), f".{name(uri)}.{what}-{uuid.uuid4().hex[:8]}")
+
+
+def _clear_beside(uri: str, what: str, but: str = "") -> None:
+    for folder in list_folders(parent(uri)):
+        if folder.startswith(f".{name(uri)}.{what}-") and folder != but:
+            remove(join(parent(uri), folder))
 
 
 def check_writable(uri: str, marker: str, kind: str) -> None:

@@ -176,7 +176,7 @@ def pipeline(
     unfinished: Unfinished,
     tokens: str | None = None,
 ) -> ray.data.Dataset:
-    """The two stages over `pieces` (`file`, `start`, and `rows` as int32 bytes or None for all): receipts of stored parts.
+    """The two stages over `pieces` (`file`, `start`; `rows` as int32 bytes, None for all): receipts of stored parts.
 
     `tokens` is a store of picture tokens that fits the model.
     """

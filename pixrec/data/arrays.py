@@ -75,7 +75,9 @@ def open_arrays(data_uri: str, fingerprint: str) -> Arrays:
     folder = storage.join(data_uri, ARRAYS_FOLDER)
     try:
         if not storage.exists(folder):
-            raise ArtifactError(f"{data_uri} is no complete data set (no {ARRAYS_FOLDER}/); make it with pixrec prepare")
+            raise ArtifactError(
+                f"{data_uri} is no complete data set (no {ARRAYS_FOLDER}/); make it with pixrec prepare"
+            )
         arrays = Arrays(storage.node_copy(folder, fingerprint))
         offsets, users = arrays["user_offset"], len(arrays.user_ids)
         events = {len(arrays[name]) for name in ("item_row", "timestamp", "event") if name != "event" or name in arrays}
@@ -91,7 +93,7 @@ def open_arrays(data_uri: str, fingerprint: str) -> Arrays:
 
 
 def write_flat(folder: str, name: str, length: int, blocks: Iterable[np.ndarray]) -> None:
-    """Write one array of `length` values, a block at a time."""
+    """Write one array of `length` values, a block at a time, none of them held after the next."""
     dtype, written = np.dtype(DTYPES[name]), 0
     with storage.new_file(storage.join(folder, file_of(name))) as file:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
@@ -103,15 +105,11 @@ def write_flat(folder: str, name: str, length: int, blocks: Iterable[np.ndarray]
         raise PixRecError(f"{folder}/{file_of(name)}: {written} values were written of {length}")
 
 
-def write_ids(folder: str, file: str, blocks: Iterable[pa.Array]) -> None:
-    """Write one column of ids, a batch for each block."""
+def write_ids(folder: str, file: str, blocks: Iterable[pa.Array], *, durable: bool = True) -> None:
+    """Write one column of ids, a batch for each block; `durable` as in `storage.new_file`."""
     schema = pa.schema([("id", pa.large_string())])
-    with (
-        storage.new_file(storage.join(folder, file)) as sink,
-        pa.ipc.new_file(pa.PythonFile(sink, "w"), schema) as writer,
-    ):
-        for block in blocks:
-            writer.write_batch(pa.record_batch([block.cast(pa.large_string())], schema=schema))
+    batches = (pa.record_batch([block.cast(pa.large_string())], schema=schema) for block in blocks)
+    storage.write_batches(storage.join(folder, file), schema, batches, durable=durable)
 
 
 def write_index(folder: str, item_ids: pa.Array) -> None:

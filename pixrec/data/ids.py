@@ -96,7 +96,7 @@ class IdIndex(Mapping[str, int]):
 
     def __init__(self, ids: pa.Array | pa.ChunkedArray, hashes: np.ndarray, rows: np.ndarray) -> None:
         """ids (N,) · hashes: uint64 (N,), ascending · rows: int32 (N,), the row of each hash."""
-        self._ids, self._hashes, self._rows = ids, hashes, rows
+        self.ids, self._hashes, self._rows = ids, hashes, rows
 
     @classmethod
     def of(cls, ids: pa.Array) -> IdIndex:
@@ -114,7 +114,7 @@ class IdIndex(Mapping[str, int]):
             left = left[at[left] < len(self._hashes)]
             left = left[self._hashes[at[left]] == wanted[left]]
             rows = self._rows[at[left]]
-            same = pc.equal(self._ids.take(pa.array(rows)).cast(pa.large_string()), ids.take(pa.array(left)))
+            same = pc.equal(self.ids.take(pa.array(rows)).cast(pa.large_string()), ids.take(pa.array(left)))
             is_same = np.asarray(same).astype(bool)
             found[left[is_same]] = rows[is_same]
             left = left[~is_same]
@@ -131,10 +131,10 @@ class IdIndex(Mapping[str, int]):
         return isinstance(item_id, str) and self.get(item_id) is not None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(Ids(self._ids))
+        return iter(Ids(self.ids))
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self.ids)
 
 
 def sorted_hashes(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

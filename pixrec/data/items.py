@@ -27,6 +27,7 @@ from pixrec.schema import (
     DESCRIPTION,
     IMAGE,
     IMAGE_STATUS,
+    IMAGE_URIS,
     ITEM_ID,
     ITEMS,
     PRICE,
@@ -38,7 +39,7 @@ FORMAT = 2
 """The version of the prepared data set's format, as docs/format.md describes it."""
 DATASET_MARKER, PICTURES_FOLDER = "dataset.json", "pictures"
 
-_NOT_A_FILTER = {ITEM_ID, TITLE, DESCRIPTION, PRICE, IMAGE, IMAGE_STATUS}
+_NOT_A_FILTER = {ITEM_ID, TITLE, DESCRIPTION, PRICE, IMAGE, IMAGE_STATUS, IMAGE_URIS}
 
 
 class PictureSource(Protocol):

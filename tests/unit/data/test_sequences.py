@@ -161,7 +161,7 @@ def test_a_data_set_of_another_format_names_the_cure(tmp_path: Path):
     with pytest.raises(ArtifactError, match="is of format 1, this pixrec reads format 2; run pixrec prepare again"):
         load_dataset(str(tmp_path))
     storage.write_json(str(tmp_path / "dataset.json"), {"format": 3, "split": LEAVE_ONE_OUT, "fingerprint": "f"})
-    with pytest.raises(ArtifactError, match="is of format 3.*use the pixrec that made it"):
+    with pytest.raises(ArtifactError, match=r"is of format 3.*use the pixrec that made it"):
         load_dataset(str(tmp_path))
 
 
