@@ -13,9 +13,9 @@ import pyarrow as pa
 
 # Columns of the input tables; docs/data.md says what each holds.
 ITEM_ID, TITLE, BRAND, CATEGORY, DESCRIPTION, PRICE = "item_id", "title", "brand", "category", "description", "price"
-IMAGE, IMAGE_URI, IMAGE_STATUS = "image", "image_uri", "image_status"
-USER_ID, TIMESTAMP, RATING = "user_id", "timestamp", "rating"
-ITEM_IDS, TIMESTAMPS = "item_ids", "timestamps"
+IMAGE, IMAGE_URI, IMAGE_URIS, IMAGE_STATUS = "image", "image_uri", "image_uris", "image_status"
+USER_ID, TIMESTAMP, RATING, EVENT = "user_id", "timestamp", "rating", "event"
+ITEM_IDS, TIMESTAMPS, EVENTS = "item_ids", "timestamps", "events"
 SOURCE, KEY, REASON = "source", "key", "reason"
 EMBEDDING, SCALE, CONTENT_HASH, HAS_IMAGE = "embedding", "scale", "content_hash", "has_image"
 
@@ -31,6 +31,7 @@ ITEMS, INTERACTIONS, IMAGES = "items", "interactions", "images"
 REJECTS = pa.schema([(SOURCE, pa.string()), (KEY, pa.string()), (REASON, pa.string())])
 
 SEQUENCES = pa.schema([(USER_ID, pa.string()), (ITEM_IDS, pa.list_(pa.string())), (TIMESTAMPS, pa.list_(pa.int64()))])
+SEQUENCES_WITH_EVENTS = SEQUENCES.append(pa.field(EVENTS, pa.list_(pa.string())))
 
 # The known columns of a prepared item; further columns of the input pass through after them.
 PREPARED_ITEM_FIELDS = [
@@ -40,10 +41,7 @@ PREPARED_ITEM_FIELDS = [
     (CATEGORY, pa.string()),
     (DESCRIPTION, pa.string()),
     (PRICE, pa.float64()),
-    (
-        IMAGE,
-        pa.binary(),
-    ),  # the picture re-encoded at prepare.image_size_px on its longer side; null unless status is ok
+    (IMAGE, pa.binary()),  # in memory only: a stored data set keeps its pictures in a store of their own
     (IMAGE_STATUS, pa.string()),
 ]
 

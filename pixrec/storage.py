@@ -7,23 +7,26 @@ A folder that is published here is complete or invisible: it is written beside i
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 from botocore.exceptions import BotoCoreError
 
-from pixrec.errors import ArtifactError, InputError, OutputError
+from pixrec.errors import ArtifactError, InputError, OutputError, PixRecError
 
 _REMOTE = ("s3://",)
 _TROUBLE = (OSError, BotoCoreError)  # the second: no credentials, no such endpoint
@@ -191,6 +194,102 @@ def write_bytes(uri: str, data: bytes) -> None:
         raise _unwritable(uri, error) from None
 
 
+@contextlib.contextmanager
+def new_file(uri: str, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write from start to end, whole or not at all. `durable` False: it may be lost with the machine's
+    power, as what a run makes for itself may."""
+    fs, path = _locate(uri)
+    partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
+    try:
+        if is_remote(uri):
+            with fs.open(path, "wb", autocommit=False) as file:
+                try:
+                    yield file
+                except BaseException:
+                    file.discard()
+                    raise
+            file.commit()
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                yield file
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(partial)
+    except _TROUBLE as error:
+        raise _unwritable(uri, error) from None
+
+
+def write_array(uri: str, array: np.ndarray, *, durable: bool = True) -> None:
+    """One .npy file."""
+    with new_file(uri, durable=durable) as file:
+        np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+
+
+def read_array(uri: str) -> np.ndarray:
+    """The array of one .npy file, in memory. Raises ArtifactError when it is damaged, InputError when it is absent."""
+    try:
+        if not is_remote(uri):
+            return np.load(absolute(uri), allow_pickle=False)
+        return np.load(io.BytesIO(read_bytes(uri)), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ArtifactError(f"{uri} is damaged: {_one_line(error)}; make the artifact again") from None
+    except _TROUBLE as error:
+        raise _failed(uri, error) from None
+
+
+def map_array(uri: str) -> np.ndarray:
+    """The array of one local .npy file, mapped: its pages are shared by all processes and read when touched."""
+    try:
+        array = np.load(absolute(uri), mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ArtifactError(f"{uri} is damaged: {_one_line(error)}; make the artifact again") from None
+    except _TROUBLE as error:
+        raise _failed(uri, error) from None
+    return array.view(np.ndarray)
+
+
+def map_column(uri: str) -> pa.ChunkedArray:
+    """The only column of a local Arrow IPC file, mapped as `map_array` does it."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(absolute(uri))).read_all().column(0)
+    except pa.ArrowException as error:
+        raise ArtifactError(f"{uri} is damaged: {_one_line(error)}; make the artifact again") from None
+    except _TROUBLE as error:
+        raise _failed(uri, error) from None
+
+
+def node_copy(uri: str, key: str) -> str:
+    """A local folder with the content of the folder `uri`: itself, or a copy that all processes of a node share.
+
+    `key` names the content, and so the copy. The copies lie below PIXREC_CACHE, by default `pixrec` in the system's
+    folder for temporary files, and stay there.
+    """
+    if not is_remote(uri):
+        return absolute(uri)
+    place = os.environ.get("PIXREC_CACHE") or os.path.join(tempfile.gettempdir(), f"pixrec-{os.getuid()}")
+    copy = os.path.join(place, key)
+    os.makedirs(place, exist_ok=True)
+    with open(f"{copy}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, also by a process that dies
+        if not os.path.isdir(copy):
+            partial = f"{copy}.partial-{uuid.uuid4().hex[:8]}"
+            fs, path = _locate(uri)
+            try:
+                fs.get(path, partial, recursive=True)
+                os.replace(partial, copy)
+            except _TROUBLE as error:
+                raise _failed(uri, error) from None
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return copy
+
+
 def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
@@ -267,13 +366,29 @@ def read_rows(uri: str, group: int, start: int, stop: int) -> pa.Table:
         raise _failed(uri, error) from None
 
 
-def stream_table(uri: str, columns: list[str] | None, rows_at_a_time: int) -> Iterator[pa.Table]:
-    """The rows of one Parquet file in order, a few at a time; named columns that it lacks are left out."""
+def stream_table(
+    uri: str,
+    columns: list[str] | None,
+    rows_at_a_time: int,
+    *,
+    groups: range | None = None,
+    encoded: Sequence[str] = (),
+) -> Iterator[pa.Table]:
+    """The rows of one Parquet file in order, a few at a time; named columns that it lacks are left out.
+
+    Of the row `groups` alone, where they are given. Columns of strings named in `encoded` come as dictionaries.
+    """
     fs, path = arrow_location(uri)
     try:
-        file = pq.ParquetFile(path, filesystem=fs, pre_buffer=False, buffer_size=_STREAM_BYTES)
+        if encoded:
+            schema = pq.read_schema(path, filesystem=fs)
+            encoded = [name for name in encoded if name in schema.names and schema.field(name).type == pa.string()]
+        file = pq.ParquetFile(
+            path, filesystem=fs, pre_buffer=False, buffer_size=_STREAM_BYTES, read_dictionary=list(encoded)
+        )
         known = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
-        for batch in file.iter_batches(batch_size=rows_at_a_time, columns=known):
+        chosen = None if groups is None else list(groups)
+        for batch in file.iter_batches(batch_size=rows_at_a_time, columns=known, row_groups=chosen):
             yield pa.Table.from_batches([batch])
     except (pa.ArrowException, *_TROUBLE) as error:
         raise _failed(uri, error) from None
@@ -310,6 +425,34 @@ def open_stream(uri: str) -> Iterator[io.BufferedReader]:
             yield io.BufferedReader(raw, _STREAM_BYTES)
     except _TROUBLE as error:
         raise _failed(uri, error) from None
+
+
+def write_batches(uri: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], *, durable: bool = True) -> None:
+    """One Arrow IPC file, from which each batch can be read alone."""
+    with new_file(uri, durable=durable) as sink, pa.ipc.new_file(pa.PythonFile(sink, "w"), schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def read_batches(uri: str, numbers: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
+    """Some batches of an Arrow IPC file, by number, or all of them, without reading the others."""
+    fs, path = arrow_location(uri)
+    try:
+        with fs.open_input_file(path) as source, pa.ipc.open_file(source) as file:
+            for number in range(file.num_record_batches) if numbers is None else numbers:
+                yield file.get_batch(number)
+    except (pa.ArrowException, *_TROUBLE) as error:
+        raise _failed(uri, error) from None
+
+
+def stamp(uri: str) -> str:
+    """What changes when a file is written anew: its size and time, or what s3:// calls its ETag."""
+    fs, path = _locate(uri)
+    try:
+        facts = fs.info(path)
+    except _TROUBLE as error:
+        raise _failed(uri, error) from None
+    return f"{facts.get('size')}-{facts.get('ETag') or facts.get('mtime')}"
 
 
 def remove(uri: str) -> None:
@@ -351,6 +494,44 @@ def staged_folder(uri: str, marker: str, kind: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def work_folder(uri: str, key: str, marker: str, kind: str) -> Iterator[str]:
+    """A folder to work in whose part `data` becomes `uri` when the block ends well, as in `staged_folder`.
+
+    One that a killed run with the same `key` left behind is gone on with, one of another key is removed. An error that
+    we raise ourselves leaves nothing.
+    """
+    check_writable(uri, marker, kind)
+    work = join(parent(uri), f".{name(uri)}.work-{key}")
+    _clear_beside(uri, "work", but=name(work))
+    absent = _absent_above(work)
+    try:
+        if exists(work) and not exists(join(work, "data")):
+            remove(work)  # killed when its data had been moved already
+        if not is_remote(uri):
+            os.makedirs(absolute(join(work, "data")), exist_ok=True)
+        yield work
+        if not exists(join(work, "data", marker)):
+            raise RuntimeError(f"{kind} was left without its {marker}")
+        _move(join(work, "data"), uri, marker)
+    except PixRecError:
+        remove(work)
+        for folder in absent:
+            remove_empty(folder)
+        raise
+    remove(work)
+
+
+def _absent_above(uri: str) -> list[str]:
+    """The folders above `uri` that are not there, the deepest first."""
+    absent: list[str] = []
+    above = parent(uri)
+    while not is_remote(uri) and not os.path.exists(above):
+        absent.append(above)
+        above = parent(above)
+    return absent
+
+
+@contextlib.contextmanager
 def scratch_folder(uri: str) -> Iterator[str]:
     """A folder beside `uri` for temporary files, removed when the block ends, whichever way it ends."""
     scratch = _fresh_beside(uri, "scratch")
@@ -362,10 +543,14 @@ def scratch_folder(uri: str) -> Iterator[str]:
 
 def _fresh_beside(uri: str, what: str) -> str:
     """A folder name of its own beside `uri`; what killed runs for the same place left behind is removed."""
-    prefix = f".{name(uri)}.{what}-"
-    for left_behind in (folder for folder in list_folders(parent(uri)) if folder.startswith(prefix)):
-        remove(join(parent(uri), left_behind))
-    return join(parent(uri), f"{prefix}{uuid.uuid4().hex[:8]}")
+    _clear_beside(uri, what)
+    return join(parent(uri), f".{name(uri)}.{what}-{uuid.uuid4().hex[:8]}")
+
+
+def _clear_beside(uri: str, what: str, but: str = "") -> None:
+    for folder in list_folders(parent(uri)):
+        if folder.startswith(f".{name(uri)}.{what}-") and folder != but:
+            remove(join(parent(uri), folder))
 
 
 def check_writable(uri: str, marker: str, kind: str) -> None:
@@ -431,8 +616,6 @@ def local_folder(uri: str) -> Iterator[str]:
     if not is_remote(uri):
         yield absolute(uri)
         return
-    import tempfile
-
     with tempfile.TemporaryDirectory(prefix="pixrec-") as folder:
         copy_folder(uri, folder)
         yield folder

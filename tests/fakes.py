@@ -38,11 +38,15 @@ from pixrec.config import (
     load_config,
     to_dict,
 )
+from pixrec.data.arrays import write_arrays
 from pixrec.data.interactions import split_block
 from pixrec.data.items import ItemTable
+from pixrec.data.pictures import complete, write_part
 from pixrec.data.sequences import (
     DATASET_MARKER,
+    FORMAT,
     ITEMS_FOLDER,
+    PICTURES_FOLDER,
     REJECTS_FOLDER,
     SEQUENCES_FOLDER,
     Dataset,
@@ -51,7 +55,7 @@ from pixrec.data.sequences import (
 )
 from pixrec.model import vision
 from pixrec.model.catalog import Catalog
-from pixrec.schema import IMAGE_STATUS, MISSING, OK, PREPARED_ITEM_FIELDS, REJECTED, REJECTS, SEQUENCES
+from pixrec.schema import IMAGE, IMAGE_STATUS, MISSING, OK, PREPARED_ITEM_FIELDS, REJECTED, REJECTS, SEQUENCES
 
 NUM_ITEMS, NUM_USERS = 12, 10
 _TITLES = ("Square", "Tile", "Patch")
@@ -136,7 +140,7 @@ def tiny_dataset(
     events = Events(
         [f"u{user:02d}" for user in range(num_users)],
         np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        np.array(rows, dtype=np.int64),
+        np.array(rows, dtype=np.int32),
         np.array(times, dtype=np.int64),
     )
     return Dataset(uri, items, _info(items, events, PrepareConfig(split=split)), events)
@@ -167,10 +171,24 @@ def write_prepared(folder: str | Path, dataset: Dataset | None = None) -> Datase
         "timestamps": [events.timestamps[start:end].tolist() for start, end in bounds],
     }
     part = "part-000000.parquet"
-    storage.write_table(storage.join(uri, ITEMS_FOLDER, part), items._table)
+    columns = [name for name in items._table.column_names if name != IMAGE]
+    storage.write_table(storage.join(uri, ITEMS_FOLDER, part), items._table.select(columns))
+    pictures = storage.join(uri, PICTURES_FOLDER)
+    write_part(pictures, 0, [items.image(row) for row in range(len(items))])
+    complete(pictures, 1)
     storage.write_table(storage.join(uri, SEQUENCES_FOLDER, part), pa.table(sequences, schema=SEQUENCES))
     storage.write_table(storage.join(uri, REJECTS_FOLDER, "tables.parquet"), REJECTS.empty_table())
-    storage.write_json(storage.join(uri, DATASET_MARKER), dataset.info)
+    write_arrays(
+        uri,
+        item_ids=items.item_ids,
+        has_image=items.with_image,
+        training_count=dataset.training_counts(),
+        user_ids=events.user_ids,
+        user_offset=events.offsets,
+        item_row=events.rows,
+        timestamp=events.timestamps,
+    )
+    storage.write_json(storage.join(uri, DATASET_MARKER), {**dataset.info, "item_parts": [len(items)]})
     return dataclasses.replace(dataset, uri=uri)
 
 
@@ -223,6 +241,7 @@ def _info(items: ItemTable, events: Events, config: PrepareConfig) -> dict[str, 
     statuses = [items.fields(row)[IMAGE_STATUS] for row in range(len(items))]
     num_events = len(events.rows)
     info = {
+        "format": FORMAT,
         "pixrec_version": pixrec.__version__,
         "fingerprint": hashlib.blake2b(repr((statuses, events)).encode(), digest_size=16).hexdigest(),
         "items": {"read": len(items), "kept": len(items), "rejected": 0},

@@ -18,7 +18,8 @@ from pixrec.artifact.stored import item_keys, to_table
 from pixrec.artifact.unfinished import Unfinished
 from pixrec.config import EmbedConfig, Modalities
 from pixrec.data.images import decode_image
-from pixrec.data.items import ItemTable
+from pixrec.data.items import PICTURES_FOLDER, ItemTable, content_hash
+from pixrec.data.pictures import Pictures, open_pictures
 from pixrec.errors import ArtifactError, PixRecError, UnreadableImage, fault_text, raise_fault
 from pixrec.model.catalog import Embedder
 from pixrec.model.encoding import Content
@@ -29,7 +30,7 @@ from pixrec.model.vision import (
     open_store,
     stored_pictures,
 )
-from pixrec.schema import CONTENT_HASH, IMAGE, ITEM_ID, TEXT_FIELDS
+from pixrec.schema import CONTENT_HASH, ITEM_ID, TEXT_FIELDS
 
 PIXELS, TOKENS_OF, TEXT, REJECTED_PICTURE, FAULT = "pixels", "tokens_of", "text", "rejected_picture", "fault"
 DECODED = pa.schema(
@@ -43,27 +44,29 @@ DECODED = pa.schema(
         (FAULT, pa.string()),  # of a row that is no item: an error of ours, as `errors.fault_text`
     ]
 )
-_COLUMNS = [ITEM_ID, *TEXT_FIELDS, IMAGE]
+_COLUMNS = [ITEM_ID, *TEXT_FIELDS]
 _ROWS_READ = 128
 
 
 def hash_items(pieces: pa.Table) -> Iterator[pa.Table]:
-    """For each `file` of prepared items the keys of its rows: `file`, `keys` (16 bytes a row), `fault`."""
-    for file in pieces.column("file").to_pylist():
+    """For each `file` of prepared items, whose first item is row `start`, the keys of its rows: `file`, `keys` (16
+    bytes a row), `fault`."""
+    for piece in pieces.to_pylist():
         keys, fault = [], None
         try:
-            for table in map(ItemTable, storage.stream_table(file, _COLUMNS, _ROWS_READ)):
-                hashes = [table.content_hash(row) for row in range(len(table))]
+            for table, pictures in _rows(piece["file"], piece["start"], None):
+                hashes = [content_hash(table.text(row), picture) for row, picture in enumerate(pictures)]
                 keys += item_keys(table.item_ids, hashes).to_pylist()
         except PixRecError as error:
             fault = fault_text(error)
-        yield _row(file=file, keys=b"".join(keys), fault=fault)
+        yield _row(file=piece["file"], keys=b"".join(keys), fault=fault)
 
 
 def decode_items(
     pieces: pa.Table, *, image_size_px: int, modalities: Modalities, tokens: str | None = None
 ) -> Iterator[pa.Table]:
-    """The items of each piece, `file` and the numbers of its `rows` (int32 bytes; null: all), as `DECODED` says.
+    """The items of each piece, as `DECODED` says: `file`, the row `start` of its first item, and the numbers of the
+    `rows` in it (int32 bytes; null: all).
 
     A picture that cannot be read leaves the item with its text alone. One that has its tokens in the store `tokens`
     is not decoded.
@@ -72,8 +75,8 @@ def decode_items(
         wanted = None if piece["rows"] is None else np.frombuffer(piece["rows"], np.int32)
         try:
             stored = None if tokens is None else stored_pictures(tokens)
-            for table in _rows(piece["file"], wanted):
-                yield _decoded(ItemTable(table), image_size_px, modalities, stored)
+            for table, pictures in _rows(piece["file"], piece["start"], wanted):
+                yield _decoded(table, pictures, image_size_px, modalities, stored)
         except PixRecError as error:
             yield pa.Table.from_pylist([{FAULT: fault_text(error)}], schema=DECODED)
 
@@ -93,22 +96,32 @@ def _row(**values: object) -> pa.Table:
     return table.set_column(at, FAULT, table.column(at).cast(pa.string()))
 
 
-def _rows(file: str, wanted: np.ndarray | None) -> Iterator[pa.Table]:
-    """The wanted rows of a file of prepared items (int32, ascending; None: all), a few at a time."""
-    start = 0
+def _rows(file: str, start: int, wanted: np.ndarray | None) -> Iterator[tuple[ItemTable, list[bytes | None]]]:
+    """The wanted rows of a file of prepared items (int32, ascending; None: all) and their pictures, a few at a time.
+
+    `start` is the row of its first item in the data set.
+    """
+    pictures: Pictures | None = None
+    first = 0
     for table in storage.stream_table(file, _COLUMNS, _ROWS_READ):
+        rows, first = np.arange(first, first + len(table)), first + len(table)
         if wanted is not None:
-            here = wanted[(wanted >= start) & (wanted < start + len(table))] - start
-            start += len(table)
-            table = table.take(here)
+            table, rows = table.take(wanted[np.isin(wanted, rows)] - rows[0]), wanted[np.isin(wanted, rows)]
         if len(table):
-            yield table
+            pictures = pictures or open_pictures(storage.join(storage.parent(storage.parent(file)), PICTURES_FOLDER))
+            yield ItemTable(table), pictures.read(start + rows)
 
 
-def _decoded(table: ItemTable, size: int, modalities: Modalities, stored: StoredPictures | None) -> pa.Table:
+def _decoded(
+    table: ItemTable,
+    pictures: list[bytes | None],
+    size: int,
+    modalities: Modalities,
+    stored: StoredPictures | None,
+) -> pa.Table:
     columns: dict[str, list[object]] = {name: [] for name in DECODED.names}
-    for row, item_id in enumerate(table.item_ids):
-        data = None if modalities == "text" else table.image(row)
+    for row, (item_id, picture) in enumerate(zip(table.item_ids, pictures, strict=True)):
+        data = None if modalities == "text" else picture
         pixels, rejected = None, False
         tokens_of = None if data is None or stored is None else stored.hash_of(data)
         if data is not None and tokens_of is None:
@@ -116,7 +129,8 @@ def _decoded(table: ItemTable, size: int, modalities: Modalities, stored: Stored
                 pixels = decode_image(data, size).tobytes()
             except UnreadableImage:
                 rejected = True
-        values = (item_id, table.text(row), pixels, tokens_of, rejected, table.content_hash(row), None)
+        text = table.text(row)
+        values = (item_id, text, pixels, tokens_of, rejected, content_hash(text, picture), None)
         for name, value in zip(DECODED.names, values, strict=True):
             columns[name].append(value)
     return pa.table(columns, schema=DECODED)

@@ -27,6 +27,7 @@ from pixrec.artifact.stored import KEY
 from pixrec.artifact.unfinished import Unfinished, Vanished, sweep
 from pixrec.config import Config, EmbedConfig, ModelConfig, load_config
 from pixrec.console import Progress, Rate
+from pixrec.data.items import part_starts, read_info
 from pixrec.data.sequences import DATASET_MARKER
 from pixrec.errors import ArtifactError, ConfigError, InputError, OutputError, raise_fault
 from pixrec.model.vision import tokens_place
@@ -66,7 +67,7 @@ def embed(model: str, data: str, out: str, config: Config, *, progress: Progress
 
 
 def _embed(model: ModelFacts, data: str, out: str, config: EmbedConfig, progress: Progress) -> dict[str, Any]:
-    info = storage.read_json(storage.join(data, DATASET_MARKER))
+    info = read_info(data)
     total = int(info["items"]["kept"])
     files = [storage.absolute(file) for file in storage.table_files(storage.join(data, ITEMS))]
     unfinished = Unfinished(storage.absolute(out), model.fingerprint)
@@ -76,7 +77,11 @@ def _embed(model: ModelFacts, data: str, out: str, config: EmbedConfig, progress
     sources = Sources()
     for part in [*reused_parts, *resumed_parts]:
         sources.add(part)
-    pieces, wanted = _compare(files, sources, config, progress) if len(sources) else (_whole(files), [])
+    whole = [
+        {"file": file, "start": start, "rows": None}
+        for file, start in zip(files, part_starts(info["item_parts"]), strict=True)
+    ]
+    pieces, wanted = _compare(whole, sources, config, progress) if len(sources) else (whole, [])
     rejected = stored = 0
     if not pieces:
         progress("embed", total, total, "nothing new")
@@ -108,27 +113,24 @@ def _embed(model: ModelFacts, data: str, out: str, config: EmbedConfig, progress
     return writer.manifest
 
 
-def _whole(files: list[str]) -> list[dict[str, Any]]:
-    return [{"file": file, "rows": None} for file in files]
-
-
 def _compare(
-    files: list[str], sources: Sources, config: EmbedConfig, progress: Progress
+    whole: list[dict[str, Any]], sources: Sources, config: EmbedConfig, progress: Progress
 ) -> tuple[list[dict[str, Any]], list[pa.Array]]:
     """What is left to embed: pieces of files with the numbers of their rows; and the keys of all other items."""
     found: dict[str, pa.Array] = {}
-    scan = ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files)).map_batches(
+    scan = ray.data.from_items(whole, override_num_blocks=len(whole)).map_batches(
         hash_items, batch_size=1, batch_format="pyarrow", num_cpus=config.cpus_per_decode
     )
     for block in _blocks(scan):
         for row in block.to_pylist():
             raise_fault(row["fault"])
             found[row["file"]] = _keys(row["keys"])
-            progress("compare", len(found), len(files), "files")
+            progress("compare", len(found), len(whole), "files")
     names, keys = list(found), pa.chunked_array(found.values(), KEY)
     known = np.split(sources.known(keys.combine_chunks()), np.cumsum([len(found[name]) for name in names])[:-1])
+    start_of = {piece["file"]: piece["start"] for piece in whole}
     pieces = [
-        {"file": name, "rows": np.flatnonzero(~old).astype(np.int32).tobytes()}
+        {"file": name, "start": start_of[name], "rows": np.flatnonzero(~old).astype(np.int32).tobytes()}
         for name, old in zip(names, known, strict=True)
         if not old.all()
     ]
@@ -172,7 +174,7 @@ def pipeline(
     unfinished: Unfinished,
     tokens: str | None = None,
 ) -> ray.data.Dataset:
-    """The two stages over `pieces` (`file`, and `rows` as int32 bytes or None for all): receipts of stored parts.
+    """The two stages over `pieces` (`file`, `start`; `rows` as int32 bytes, None for all): receipts of stored parts.
 
     `tokens` is a store of picture tokens that fits the model.
     """

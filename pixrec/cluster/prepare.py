@@ -1,19 +1,22 @@
 """From raw tables to a prepared data set.
 
-Ids and events are columns in the driver's memory (200 bytes an event at the peak, measured: 100 million want 20 GB).
-Rows of items, with their pictures, never are: they are cut into slices, and every slice is read, decoded and written
-by a worker to a file of its own that carries the slice's number. So the items keep their order, and a slice that is
-tried twice replaces its file and doubles nothing.
+Tables may be larger than memory: they are worked on in pieces and in partitions (`pixrec.data.partitions`), which in
+the driver are a few counts each, and in items by number. Small tables are worked on in this process, before Ray is
+started, large ones by tasks of Ray Data. Items are cut into slices, and every slice is read, its pictures decoded and
+written to files of its own that carry the slice's number: so the items keep their order, and a slice that is tried
+twice replaces its files and doubles nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -23,29 +26,29 @@ import pyarrow as pa
 from pixrec import __version__, errors, storage
 from pixrec.config import PrepareConfig, to_dict
 from pixrec.console import Progress, Rate
-from pixrec.data import amazon2023, interactions, tables
+from pixrec.data import amazon2023, interactions, partitions, pictures, tables
 from pixrec.data.fetch import Fetcher, Picture
 from pixrec.data.images import DECODER, shrink_image
-from pixrec.data.sequences import DATASET_MARKER, ITEMS_FOLDER, REJECTS_FOLDER, SEQUENCES_FOLDER
+from pixrec.data.partitions import Answer, Number, Plan
+from pixrec.data.sequences import DATASET_MARKER, FORMAT, ITEMS_FOLDER, PICTURES_FOLDER, REJECTS_FOLDER
 from pixrec.schema import (
+    EVENT,
     IMAGE,
     IMAGE_URI,
+    IMAGE_URIS,
     IMAGES,
-    INTERACTIONS,
     ITEM_ID,
     ITEMS,
     MISSING,
     OK,
-    RATING,
     REASON,
     REJECTED,
     REJECTS,
     SOURCE,
-    TIMESTAMP,
-    USER_ID,
 )
 
 Source = Literal["tables", "amazon2023"]
+Step = Callable[[dict[str, Any]], Answer]
 
 KIND = "data set"
 # A slice reads its row group up to its own rows, so a group is cut into no more than 64 slices, unless a slice would
@@ -63,59 +66,225 @@ def prepare(
 ) -> dict[str, Any]:
     """Make the prepared data set `out_uri` and return the content of its dataset.json.
 
-    Everything that can be wrong with the tables is found before Ray is started. Local URIs, and the pictures' paths,
-    must be the same on every node. Raises InputError, OutputError.
+    Everything that can be wrong with tables of up to `EVENTS_PER_PARTITION` events is found before Ray is started.
+    Local URIs, and the pictures' paths, must be the same on every node. A run that was killed is gone on with by the
+    next of the same arguments. Raises InputError, OutputError.
     """
     storage.check_writable(out_uri, DATASET_MARKER, KIND)
     inputs = {"source": source, "items": items_uri, "interactions": interactions_uri}
     if source == "tables":
-        tables_at = amazon2023.Normalised(items_uri, interactions_uri, REJECTS.empty_table())
-        return _prepare(tables_at, inputs, out_uri, config, progress)
-    with storage.scratch_folder(storage.absolute(out_uri)) as scratch:
-        tables_at = amazon2023.to_tables(items_uri, interactions_uri, scratch, progress)
-        return _prepare(tables_at, inputs, out_uri, config, progress)
+        _item_files(items_uri)
+        _interaction_files(interactions_uri, config)
+    key = _key(inputs, config)
+    with (
+        storage.work_folder(storage.absolute(out_uri), key, DATASET_MARKER, KIND) as work,
+        contextlib.ExitStack() as stack,
+    ):
+        raw = _raw(inputs, work, progress)
+        files = _interaction_files(raw.interactions, config)
+        plan = Plan(
+            work,
+            config,
+            partitions.num_partitions(sum(group.rows for file in files for group in storage.row_groups(file))),
+            items_uri,
+            interactions_uri,
+            drop_repeats=source != "tables",  # the raw reviews hold some twice, word for word; a table's are all meant
+        )
+        if plan.partitions > 1:
+            from pixrec.cluster.session import connect
+
+            stack.enter_context(connect())
+        return _prepare(raw, files, plan, inputs, storage.absolute(out_uri), progress)
+
+
+def _raw(inputs: dict[str, Any], work: str, progress: Progress) -> amazon2023.Normalised:
+    """The two tables, and the lines that are in neither."""
+    if inputs["source"] == "tables":
+        return amazon2023.Normalised(inputs["items"], inputs["interactions"], REJECTS.empty_table())
+    folder = storage.join(work, "raw")
+    rejected = storage.join(folder, "rejects", "lines.parquet")  # written last
+    if storage.exists(rejected):
+        items = storage.join(folder, "items.parquet") if inputs["items"] is not None else None
+        return amazon2023.Normalised(items, storage.join(folder, "interactions.parquet"), storage.read_table(rejected))
+    made = amazon2023.to_tables(inputs["items"], inputs["interactions"], folder, progress)
+    storage.write_table(rejected, made.rejects)
+    return made
 
 
 def _prepare(
-    raw: amazon2023.Normalised, inputs: dict[str, Any], out_uri: str, config: PrepareConfig, progress: Progress
+    raw: amazon2023.Normalised,
+    events_files: list[str],
+    plan: Plan,
+    inputs: dict[str, Any],
+    out_uri: str,
+    progress: Progress,
 ) -> dict[str, Any]:
+    config, run = plan.config, _Runner(plan, progress)
+    storage.write_table(_table_rejects(plan.data), raw.rejects)
     files = _item_files(raw.items)
-    usable, catalog = _read_tables(raw, files, inputs, config, progress)
-    # The raw reviews hold some twice, word for word; a table's events are all meant.
-    distinct = (
-        usable.interactions if inputs["source"] == "tables" else interactions.without_repeats(usable.interactions)
-    )
-    core = interactions.core(distinct, config.min_user_events, config.min_item_events)
-    split = interactions.split_block(core.timestamp, config)
-    held_out = interactions.hold_out_items(core, config, split)
+    read, num_items = _read_ids(run, files, events_files)
+    events = _read_events(run, events_files)
+    parts = [asdict(Number(number)) for number in range(plan.partitions)]
+    run.plan = plan = dataclasses.replace(plan, kinds=events.kinds)
+    ordered = run("order", "ordering events", partitions.order_events, parts, files=events.files)
+    counts, times = _core(run, parts, num_items)
+    split = interactions.split_by(int(counts.sum()), functools.partial(_at_ranks, run, parts, times), config)
+    cold = 0
+    if config.cold_item_share:
+        mask = interactions.draw_cold_items(counts, config)
+        partitions.write_mask(plan, "cold", mask)
+        cold = int(mask.sum())
+    run.plan = plan = dataclasses.replace(plan, split=split)
 
-    with storage.staged_folder(out_uri, DATASET_MARKER, KIND) as staging:
-        staging = storage.absolute(staging)  # workers have another working directory
-        tables_rejected = pa.concat_tables([raw.rejects, catalog.rejects, usable.rejects])
-        storage.write_table(_table_rejects(staging), tables_rejected)
-        if raw.items is None:
-            parts = [_write_bare_items(catalog.item_ids, staging)]
-        else:
-            work = functools.partial(prepare_slice, staging=staging, config=config, cache=_cache(out_uri, config))
-            parts = sorted(_prepare_slices(work, _slices(files), config, progress), key=lambda part: part["number"])
-        _drop_partial_files(staging)
-        hashes = [part["hash"] for part in parts]
-        progress("writing sequences", 0, None)
-        for number, table in enumerate(interactions.sequences(held_out.interactions)):
-            hashes.append(storage.write_table(_part(staging, SEQUENCES_FOLDER, number), table))
-        info = {
-            "pixrec_version": __version__,
-            "decoder": DECODER,
-            "fingerprint": _fingerprint(config, hashes),
-            **_counts(raw, catalog, usable, len(distinct), len(core), held_out, parts),
-            "rejects": _count_rejects(staging),
-            "split": split,
-            "inputs": inputs,
-            "config": to_dict(config),
-        }
-        check_counts(info)
-        storage.write_json(storage.join(staging, DATASET_MARKER), info)
+    if raw.items is None:
+        slices = _write_bare_items(plan)
+    else:
+        work = functools.partial(prepare_slice, staging=plan.data, config=config, cache=_cache(out_uri, config))
+        slices = _prepare_slices(run, work, _slices(files))
+    pictures.complete(storage.join(plan.data, PICTURES_FOLDER), len(slices))
+    written = run("sequences", "writing sequences", partitions.write_sequences, parts)
+    users, kept = (sum(part[name] for part in written) for name in ("users", "events"))
+    arrays = [asdict(Number(number)) for number in range(len(partitions.flat_arrays(plan)))]
+    run("arrays", "writing sequences", partitions.join_array, arrays, users=users, events=kept)
+    _drop_partial_files(plan.data)
+
+    lines = Counter(raw.rejects.column(SOURCE).to_pylist())
+    core, found = int(counts.sum()), sum(part["events"] for part in ordered)
+    bad_items = lines[ITEMS] + read - num_items if raw.items is not None else 0
+    hashes = [digest for part in slices for digest in (part["hash"], part["pictures"])]
+    info = {
+        "format": FORMAT,
+        "pixrec_version": __version__,
+        "decoder": DECODER,
+        "fingerprint": _fingerprint(config, hashes + [digest for part in written for digest in part["hashes"]]),
+        "items": {"read": num_items + bad_items, "kept": sum(part["items"] for part in slices), "rejected": bad_items},
+        "images": {status: sum(part[status] for part in slices) for status in (OK, MISSING, REJECTED)},
+        "interactions": {
+            "read": events.counts[interactions.READ] + lines[interactions.INTERACTIONS],
+            "kept": kept,
+            "rejected": events.counts["rejected"] + lines[interactions.INTERACTIONS],
+            "filtered_rating": events.counts[interactions.BY_RATING],
+            **({} if plan.wanted is None else {"filtered_event": events.counts[interactions.BY_EVENT]}),
+            "filtered_repeats": sum(part["repeats"] for part in ordered),
+            "filtered_kcore": found - core,
+            "held_out_cold": core - kept,
+        },
+        "cold": {"items": cold, "test_targets": sum(part["test_targets"] for part in written)},
+        "users": users,
+        "rejects": _count_rejects(plan.data),
+        "split": split,
+        **({} if events.kinds is None else {"events": _kinds_block(events.kinds, config)}),
+        "inputs": inputs,
+        "config": to_dict(config),
+        "item_parts": [part["items"] for part in slices],
+    }
+    check_counts(info)
+    storage.write_json(storage.join(plan.data, DATASET_MARKER), info)
     return info
+
+
+class _Runner:
+    """Runs the steps of a plan, each piece of the work once: in this process, or on Ray where the tables are large."""
+
+    def __init__(self, plan: Plan, progress: Progress) -> None:
+        self.plan, self.progress = plan, progress
+
+    def __call__(
+        self, stage: str, words: str, step: Callable[..., Answer], rows: Sequence[dict[str, Any]], **more: Any
+    ) -> list[Answer]:
+        """The answers of `step` to all `rows`, in their order."""
+        work = functools.partial(step, plan=self.plan, **more)
+        found: list[Answer] = []
+        for done, answer in enumerate(self.each(stage, work, rows, on_ray=self.plan.partitions > 1)):
+            self.progress(words, done, len(rows))
+            found.append(answer)
+        by_number = partitions.answers(self._receipts(stage))
+        return [by_number[row["number"]] for row in rows]
+
+    def each(self, stage: str, work: Step, rows: Sequence[dict[str, Any]], *, on_ray: bool) -> Iterator[Answer]:
+        """The answers of `work` to all `rows`, in any order, first those of an earlier run."""
+        before = partitions.answers(self._receipts(stage))
+        yield from (before[row["number"]] for row in rows if row["number"] in before)
+        left = [row for row in rows if row["number"] not in before]
+        once = functools.partial(partitions.once, step=work, receipts=self._receipts(stage))
+        if left:
+            yield from _on_ray(once, left, self.plan.config) if on_ray else map(once, left)
+
+    def _receipts(self, stage: str) -> str:
+        return storage.join(self.plan.work, "done", stage)
+
+
+@dataclass(frozen=True)
+class _EventsRead:
+    """What was found in the interactions: counts by name, how many files each piece went into, kinds of events."""
+
+    counts: Counter[str]
+    files: list[int]
+    kinds: tuple[str, ...] | None
+
+
+def _read_ids(run: _Runner, files: list[str], events_files: list[str]) -> tuple[int, int]:
+    """How many rows the items table has, and how many items there are, which are numbered from here on."""
+    read = 0
+    if run.plan.items is not None:
+        pieces = [asdict(piece) for piece in partitions.pieces(files)]
+        read = sum(part["read"] for part in run("ids", "reading items", partitions.read_ids, pieces))
+    else:
+        pieces = [asdict(piece) for piece in partitions.pieces(events_files)]
+        run("ids", "reading items", partitions.see_ids, pieces)
+    (indexed,) = run("index", "reading items", partitions.index_ids, [asdict(Number(0))], read=read)
+    return read, indexed["items"]
+
+
+def _read_events(run: _Runner, files: list[str]) -> _EventsRead:
+    plan = run.plan
+    pieces = [asdict(piece) for piece in partitions.pieces(files)]
+    found = run("events", "reading interactions", partitions.read_events, pieces)
+    counts = Counter[str]()
+    for part in found:
+        counts.update({name: value for name, value in part.items() if isinstance(value, int)})
+    interactions.check_usable(counts, plan.interactions, min_rating=plan.config.min_rating)
+    kinds = None
+    if EVENT in storage.read_schema(files[0]).names:
+        kinds = tuple(sorted({kind for part in found for kind in part["kinds"]}))
+        interactions.check_kinds(kinds, plan.config, plan.interactions)
+    return _EventsRead(counts, [part["files"] for part in found], kinds)
+
+
+def _core(run: _Runner, parts: list[dict[str, Any]], num_items: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """The events (N,) that each item keeps, and when the first and the last event was."""
+    times: tuple[int, int] = (0, 0)
+    rounds = itertools.count()
+
+    def count(dead: np.ndarray) -> np.ndarray:
+        nonlocal times
+        number = next(rounds)
+        partitions.write_mask(run.plan, f"dead-{number}", dead)
+        found = run(f"core-{number}", "filtering events", partitions.count_survivors, parts, round=number)
+        moments = [part[end] for part in found for end in ("low", "high") if end in part]
+        times = (min(moments, default=0), max(moments, default=0))
+        return partitions.sum_counts(run.plan, f"round-{number}")
+
+    config = run.plan.config
+    dead, counts = interactions.core(count, num_items, config.min_user_events, config.min_item_events)
+    partitions.write_mask(run.plan, "dead", dead)
+    return counts, times
+
+
+def _at_ranks(run: _Runner, parts: list[dict[str, Any]], times: tuple[int, int], ranks: list[int]) -> list[int]:
+    """The timestamps of some ranks among all events that are kept."""
+    rounds = itertools.count()
+
+    def histogram(windows: Sequence[interactions.Window]) -> list[np.ndarray]:
+        found = run(f"times-{next(rounds)}", "filtering events", partitions.count_times, parts, windows=windows)
+        return [np.sum([part["bins"][at] for part in found], axis=0) for at in range(len(windows))]
+
+    return interactions.order_statistics(ranks, *times, histogram)
+
+
+def _kinds_block(kinds: tuple[str, ...], config: PrepareConfig) -> dict[str, list[str]]:
+    chosen = {"history": config.history_events, "target": config.target_events}
+    return {"kinds": [*kinds], **{name: [*(kinds if some is None else some)] for name, some in chosen.items()}}
 
 
 def check_counts(info: dict[str, Any]) -> None:
@@ -125,39 +294,6 @@ def check_counts(info: dict[str, Any]) -> None:
     assert items["kept"] == sum(images.values()), (items, images)
     assert events["read"] == sum(events[name] for name in events if name != "read"), events
     assert 0 < info["users"] <= events["kept"], info["users"]
-
-
-def _counts(
-    raw: amazon2023.Normalised,
-    catalog: tables.CheckedIds,
-    usable: interactions.Usable,
-    distinct: int,
-    core: int,
-    held_out: interactions.HeldOutItems,
-    parts: list[dict[str, Any]],
-) -> dict[str, Any]:
-    lines = Counter(raw.rejects.column(SOURCE).to_pylist())
-    kept = held_out.interactions
-    bad_items, bad_events = lines[ITEMS] + len(catalog.rejects), lines[INTERACTIONS] + len(usable.rejects)
-    return {
-        "items": {
-            "read": len(catalog.item_ids) + bad_items,
-            "kept": sum(part["items"] for part in parts),
-            "rejected": bad_items,
-        },
-        "images": {status: sum(part[status] for part in parts) for status in (OK, MISSING, REJECTED)},
-        "interactions": {
-            "read": len(usable.interactions) + usable.filtered_rating + bad_events,
-            "kept": len(kept),
-            "rejected": bad_events,
-            "filtered_rating": usable.filtered_rating,
-            "filtered_repeats": len(usable.interactions) - distinct,
-            "filtered_kcore": distinct - core,
-            "held_out_cold": core - len(kept),
-        },
-        "cold": {"items": held_out.items, "test_targets": held_out.test_targets},
-        "users": len(np.unique(kept.user)),
-    }
 
 
 def _item_files(items_uri: str | None) -> list[str]:
@@ -170,25 +306,15 @@ def _item_files(items_uri: str | None) -> list[str]:
     return files
 
 
-def _read_tables(
-    raw: amazon2023.Normalised, files: list[str], inputs: dict[str, Any], config: PrepareConfig, progress: Progress
-) -> tuple[interactions.Usable, tables.CheckedIds]:
-    """What lies in the tables; errors speak of the places in `inputs`."""
-    for file in storage.table_files(raw.interactions):
-        tables.check_interactions_schema(storage.read_schema(file), file, min_rating=config.min_rating)
-    known = None
-    if raw.items is not None:
-        progress("reading items", 0, None)
-        known = tables.check_item_ids(storage.read_table(raw.items, [ITEM_ID]).column(ITEM_ID), inputs["items"])
-    progress("reading interactions", 0, None)
-    columns = [USER_ID, ITEM_ID, TIMESTAMP] + [RATING] * (config.min_rating is not None)
-    usable = interactions.usable_interactions(
-        storage.read_table(raw.interactions, columns),
-        known.item_ids if known else None,
-        inputs["interactions"],
-        min_rating=config.min_rating,
-    )
-    return usable, known or tables.CheckedIds(usable.interactions.item_ids, REJECTS.empty_table())
+def _interaction_files(uri: str, config: PrepareConfig) -> list[str]:
+    files = [storage.absolute(file) for file in storage.table_files(uri)]
+    needs_event = next((name for name in ("history_events", "target_events") if getattr(config, name)), None)
+    schemas = {file: storage.read_schema(file) for file in files}
+    for file, schema in schemas.items():
+        tables.check_interactions_schema(schema, file, min_rating=config.min_rating, needs_event=needs_event)
+    if len({EVENT in schema.names for schema in schemas.values()}) > 1:
+        raise errors.InputError(f"{uri}: some of its files have a column {EVENT!r} and some have none; add it to all")
+    return files
 
 
 @dataclass(frozen=True)
@@ -213,30 +339,28 @@ def _slices(files: list[str]) -> list[_Slice]:
     return slices
 
 
-def _prepare_slices(
-    work: Callable[[dict[str, Any]], dict[str, Any]], slices: list[_Slice], config: PrepareConfig, progress: Progress
-) -> Iterator[dict[str, Any]]:
-    """What `work`, a `prepare_slice`, says of each slice, in any order; on Ray when there are pictures to decode."""
+def _prepare_slices(run: _Runner, work: Step, slices: list[_Slice]) -> list[Answer]:
+    """What `work`, a `prepare_slice`, says of each slice, in order; on Ray when there are pictures to decode."""
     names = {name for file in {piece.file for piece in slices} for name in storage.read_schema(file).names}
-    results = _on_ray(work, slices, config) if names & {IMAGE, IMAGE_URI} else (work(asdict(piece)) for piece in slices)
-    done, total, rejected, rate = 0, sum(piece.stop - piece.start for piece in slices), 0, Rate()
-    progress("preparing items", done, total)
-    for result in results:
+    on_ray = bool(names & {IMAGE, IMAGE_URI, IMAGE_URIS})
+    total = sum(piece.stop - piece.start for piece in slices)
+    done, rejected, rate, found = 0, 0, Rate(), {}
+    run.progress("preparing items", done, total)
+    for result in run.each("items", work, [asdict(piece) for piece in slices], on_ray=on_ray):
+        found[result["number"]] = result
         done += slices[result["number"]].stop - slices[result["number"]].start
         rejected += result[REJECTED]
-        progress("preparing items", done, total, f"{rate.add(result[OK], 'pictures/s')}, {rejected} rejected")
-        yield result
+        run.progress("preparing items", done, total, f"{rate.add(result[OK], 'pictures/s')}, {rejected} rejected")
+    return [found[number] for number in sorted(found)]
 
 
-def _on_ray(
-    work: Callable[[dict[str, Any]], dict[str, Any]], slices: list[_Slice], config: PrepareConfig
-) -> Iterator[dict[str, Any]]:
+def _on_ray(work: Step, rows: list[dict[str, Any]], config: PrepareConfig) -> Iterator[Answer]:
     import ray
 
     from pixrec.cluster.session import connect
 
     with connect():
-        data = ray.data.from_items([asdict(piece) for piece in slices], override_num_blocks=len(slices))
+        data = ray.data.from_items(rows, override_num_blocks=len(rows))
         answers = data.map(functools.partial(_answer, work=work), num_cpus=config.num_cpus_per_task)
         for row in answers.iter_rows():
             answer = json.loads(row["answer"])
@@ -244,8 +368,8 @@ def _on_ray(
             yield answer
 
 
-def _answer(row: dict[str, Any], *, work: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, str]:
-    """What `work` says of the row, or its `fault`."""
+def _answer(row: dict[str, Any], *, work: Step) -> dict[str, str]:
+    """What `work` says of the row, or its `fault`: Ray would hand the driver a traceback in its place."""
     try:
         answer = work(row)
     except errors.PixRecError as error:
@@ -258,14 +382,14 @@ def prepare_slice(
 ) -> dict[str, Any]:
     """Read one slice (the fields of `_Slice`), store its pictures, write its items and its rejected pictures.
 
-    The answer counts `items` and pictures by status, and holds the `hash` of the file written.
+    The answer counts `items` and pictures by status, and holds the `hash` of the file of items and that of `pictures`.
     """
     piece = _Slice(**row)
     table = tables.with_id(storage.read_rows(piece.file, piece.group, piece.start, piece.stop))
-    pictures = _pictures(table, storage.parent(piece.file), config, cache)
-    statuses = [picture.status for picture in pictures]
-    items = tables.prepared_items(table, [picture.data for picture in pictures], statuses)
-    faults = [(key, picture.reason) for key, picture in zip(_values(items, ITEM_ID), pictures, strict=True)]
+    found = _pictures(table, storage.parent(piece.file), config, cache)
+    statuses = [picture.status for picture in found]
+    items = tables.prepared_items(table, statuses)
+    faults = [(key, picture.reason) for key, picture in zip(_values(items, ITEM_ID), found, strict=True)]
     keys, reasons = [key for key, reason in faults if reason], [reason for _, reason in faults if reason]
     if not storage.exists(_table_rejects(staging)):  # written first; gone with the folder of a run that failed
         raise errors.OutputError(f"{staging} is gone: the run that made it has ended; start it again")
@@ -276,17 +400,26 @@ def prepare_slice(
         "number": piece.number,
         "items": len(items),
         "hash": storage.write_table(_part(staging, ITEMS_FOLDER, piece.number), items),
+        "pictures": pictures.write_part(
+            storage.join(staging, PICTURES_FOLDER), piece.number, [picture.data for picture in found]
+        ),
         **{status: statuses.count(status) for status in (OK, MISSING, REJECTED)},
     }
 
 
 def _pictures(table: pa.Table, folder: str, config: PrepareConfig, cache: str | None) -> list[Picture]:
     """The pictures of a slice as they are stored; each is shrunk as soon as it is there, while others still come."""
-    pictures = [Picture(None, MISSING)] * len(table)
+    found = [Picture(None, MISSING)] * len(table)
     with Fetcher(folder, config, cache) as fetcher:
-        for row, picture in fetcher.pictures(zip(_values(table, IMAGE), _values(table, IMAGE_URI), strict=True)):
-            pictures[row] = _stored(picture, config)
-    return pictures
+        for row, picture in fetcher.pictures(zip(_values(table, IMAGE), _image_uris(table), strict=True)):
+            found[row] = _stored(picture, config)
+    return found
+
+
+def _image_uris(table: pa.Table) -> Iterator[str | None]:
+    """Where each item's picture lies: its image_uri, or else the first of its image_uris."""
+    for one, several in zip(_values(table, IMAGE_URI), _values(table, IMAGE_URIS), strict=True):
+        yield one or next(iter(several or ()), None)
 
 
 def _stored(picture: Picture, config: PrepareConfig) -> Picture:
@@ -298,12 +431,17 @@ def _stored(picture: Picture, config: PrepareConfig) -> Picture:
         return Picture(None, REJECTED, error.reason)
 
 
-def _write_bare_items(item_ids: pa.Array, staging: str) -> dict[str, Any]:
+def _write_bare_items(plan: Plan) -> list[Answer]:
     """The catalog of an interactions table alone: ids, with no text and no pictures."""
-    count = len(item_ids)
-    items = tables.prepared_items(pa.table({ITEM_ID: item_ids}), [None] * count, [MISSING] * count)
-    digest = storage.write_table(_part(staging, ITEMS_FOLDER, 0), items)
-    return {"number": 0, "items": count, "hash": digest, OK: 0, MISSING: count, REJECTED: 0}
+    parts = []
+    for number, item_ids in enumerate(partitions.read_items(plan)):
+        count = len(item_ids)
+        items = tables.prepared_items(pa.table({ITEM_ID: item_ids}), [MISSING] * count)
+        digest = storage.write_table(_part(plan.data, ITEMS_FOLDER, number), items)
+        shown = pictures.write_part(storage.join(plan.data, PICTURES_FOLDER), number, [None] * count)
+        counts = {OK: 0, MISSING: count, REJECTED: 0}
+        parts.append({"number": number, "items": count, "hash": digest, "pictures": shown, **counts})
+    return parts
 
 
 def _values(table: pa.Table, name: str) -> Iterator[Any]:
@@ -328,7 +466,7 @@ def _table_rejects(staging: str) -> str:
 def _drop_partial_files(staging: str) -> None:
     """A worker that was killed while it wrote leaves a part of a file under another name."""
     for file in storage.list_files(staging):
-        if not file.endswith(".parquet"):
+        if ".partial-" in storage.name(file):
             storage.remove(file)
 
 
@@ -345,12 +483,26 @@ def _count_rejects(staging: str) -> dict[str, int]:
 # What changes how the work is done and nothing of what is written; a picture that came or did not is in the hashes.
 _NOT_CONTENT = {"num_cpus_per_task", "allow_private_addresses"}
 _OF_COLD_ITEMS = {"cold_item_share", "seed"}
+_OF_KINDS = {"history_events", "target_events"}
 
 
 def _fingerprint(config: PrepareConfig, hashes: list[str]) -> str:
     """Hash of what was written and of the settings behind it."""
     without = _NOT_CONTENT if config.cold_item_share else _NOT_CONTENT | _OF_COLD_ITEMS
+    without |= {name for name in _OF_KINDS if getattr(config, name) is None}
     settings = {
         name: value for name, value in to_dict(config).items() if name not in without and not name.startswith("fetch_")
     }
     return hashlib.blake2b(json.dumps([settings, hashes]).encode(), digest_size=16).hexdigest()
+
+
+def _key(inputs: dict[str, Any], config: PrepareConfig) -> str:
+    """Hash of the files that are read and of the settings: runs of one key make the same data set."""
+    files = []
+    for uri in (inputs["items"], inputs["interactions"]):
+        if uri is not None and not storage.exists(uri):
+            raise errors.InputError(f"{uri}: no such file or folder")
+        listed = [] if uri is None else storage.list_files(uri) if storage.is_folder(uri) else [uri]
+        files.append([[file, storage.stamp(file)] for file in listed])
+    facts = [FORMAT, __version__, DECODER, inputs, files, to_dict(config)]
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from functools import cached_property
 
 import pyarrow as pa
 import ray
@@ -13,6 +13,8 @@ import torch
 from pixrec import storage
 from pixrec.artifact import untrained_model
 from pixrec.config import Config, dump_config, load_config
+from pixrec.data.items import PICTURES_FOLDER
+from pixrec.data.pictures import open_pictures
 from pixrec.data.sequences import DATASET_MARKER
 from pixrec.model.backbone import Backbone
 from pixrec.model.vision import (
@@ -28,7 +30,7 @@ from pixrec.model.vision import (
     vision_fingerprint,
     write_part,
 )
-from pixrec.schema import IMAGE, ITEMS
+from pixrec.schema import IMAGE
 
 _PART_BYTES = 64 * 1024**2  # of tokens, about
 
@@ -54,11 +56,15 @@ class PictureEncoder:
             write_part(self._folder, pa.concat_tables(parts))
         return pa.table({"pictures": [len(new)]})
 
-    @cached_property
+    @functools.cached_property
     def _backbone(self) -> Backbone:
         torch.set_num_threads(self._settings.embed.threads_per_actor)
         device = "cuda" if self._settings.embed.gpus_per_actor and torch.cuda.is_available() else "cpu"
         return untrained_model(self._settings, self._vocabulary, device).tower.backbone
+
+
+def _read(rows: pa.Table, *, uri: str) -> pa.Table:
+    return pa.table({IMAGE: pa.array(open_pictures(uri).read(rows.column("id").to_numpy()), pa.binary())})
 
 
 def vision_once(data: str, config: Config, vocabulary: Sequence[str] = ()) -> None:
@@ -81,8 +87,11 @@ def vision_once(data: str, config: Config, vocabulary: Sequence[str] = ()) -> No
     on_worker = ray.remote(num_cpus=settings.cpus_per_actor)
     ray.get(on_worker(index_parts).remote(folder, schema))  # what a killed run has stored
     part_pictures = _PART_BYTES // (2 * schema.field(TOKENS).type.list_size)
-    filesystem, path = storage.arrow_location(storage.join(data, ITEMS))
-    receipts = ray.data.read_parquet(path, filesystem=filesystem, columns=[IMAGE]).map_batches(
+    uri = storage.absolute(storage.join(data, PICTURES_FOLDER))
+    pictures = ray.data.range(len(open_pictures(uri))).map_batches(
+        functools.partial(_read, uri=uri), batch_size=settings.batch_size, batch_format="pyarrow"
+    )
+    receipts = pictures.map_batches(
         PictureEncoder,
         fn_constructor_args=(dump_config(config), vocabulary, folder),
         batch_size=settings.batch_size * min(max(part_pictures // settings.batch_size, 1), 16),

@@ -17,6 +17,11 @@ class PrepareConfig:
     """Items with fewer events are left out of the sequences (they stay in the catalog)."""
     min_rating: float | None = None
     """Events rated below this are left out; needs a rating column."""
+    history_events: tuple[str, ...] | None = None
+    """Kinds of events (view, cart, purchase, any word of the event column) that make a history; None: all. What is
+    neither of these kinds nor of `target_events` is left out."""
+    target_events: tuple[str, ...] | None = None
+    """Kinds of events that may be a validation or test target; None: all."""
     split: Literal["leave_one_out", "temporal"] = "leave_one_out"
     """How test and validation events are held out."""
     temporal_valid_fraction: float = 0.1
@@ -56,6 +61,10 @@ class PrepareConfig:
         at_least(self, 0, "num_cpus_per_task", "fetch_retries", "fetch_backoff_seconds")
         at_least(self, 0, "seed")
         above_zero(self, "fetch_timeout_seconds")
+        for name in ("history_events", "target_events"):
+            kinds = getattr(self, name)
+            if kinds is not None and (not kinds or len(set(kinds)) < len(kinds) or "" in kinds):
+                raise ConfigError(f"prepare.{name} is {list(kinds)}: must name kinds of events, each once")
         if not 0 <= self.cold_item_share < 1:
             raise ConfigError(f"prepare.cold_item_share is {self.cold_item_share}: must be at least 0 and below 1")
         for name in ("temporal_valid_fraction", "temporal_test_fraction"):

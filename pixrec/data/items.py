@@ -1,4 +1,4 @@
-"""The items of a prepared data set, in memory. Knows columns and rows; knows no model and no preparing.
+"""The items of a prepared data set. Knows columns and rows; knows no model and no preparing.
 
 A row number (0 .. N-1) names an item wherever arrays are involved: histories, vectors, masks.
 """
@@ -9,22 +9,25 @@ import datetime
 import decimal
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pixrec import storage
+from pixrec.data.arrays import Arrays, open_arrays
 from pixrec.data.images import DECODER
+from pixrec.data.pictures import open_pictures
 from pixrec.data.text import item_text
 from pixrec.errors import ArtifactError, InputError
 from pixrec.schema import (
     DESCRIPTION,
     IMAGE,
     IMAGE_STATUS,
+    IMAGE_URIS,
     ITEM_ID,
     ITEMS,
     PRICE,
@@ -32,21 +35,62 @@ from pixrec.schema import (
     TITLE,
 )
 
-_NOT_A_FILTER = {ITEM_ID, TITLE, DESCRIPTION, PRICE, IMAGE, IMAGE_STATUS}
+FORMAT = 2
+"""The version of the prepared data set's format, as docs/format.md describes it."""
+DATASET_MARKER, PICTURES_FOLDER = "dataset.json", "pictures"
+
+_NOT_A_FILTER = {ITEM_ID, TITLE, DESCRIPTION, PRICE, IMAGE, IMAGE_STATUS, IMAGE_URIS}
+
+
+class PictureSource(Protocol):
+    """Pictures by the rows of their items, such as `pixrec.data.pictures.Pictures`."""
+
+    def read(self, rows: Sequence[int]) -> list[bytes | None]: ...
 
 
 class ItemTable:
-    """The prepared items: an Arrow table with an order, and what the other rooms ask of it."""
+    """The prepared items: their columns, their order and their pictures, and what the other rooms ask of them.
 
-    def __init__(self, table: pa.Table) -> None:
-        self._table = table
-        self._columns = {name: table.column(name) for name in table.column_names}
+    Those of a stored data set are opened and not read: columns come when one is asked for, pictures one by one.
+    """
+
+    def __init__(
+        self,
+        table: pa.Table | Callable[[], pa.Table],
+        pictures: Callable[[], PictureSource] | None = None,
+        arrays: Arrays | None = None,
+    ) -> None:
+        """table: with a column `image` unless `pictures` gives them; `arrays` saves reading it for ids and counts."""
+        self._read, self._open, self._arrays = table, pictures, arrays
         self._filters: dict[str, _Filter] = {}
-        self.item_ids: list[str] = self._columns[ITEM_ID].to_pylist()
-        self.row_of: dict[str, int] = {item_id: row for row, item_id in enumerate(self.item_ids)}
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        return self._read() if callable(self._read) else self._read
+
+    @cached_property
+    def _columns(self) -> dict[str, pa.ChunkedArray]:
+        return {name: self._table.column(name) for name in self._table.column_names}
+
+    @cached_property
+    def _pictures(self) -> PictureSource:
+        if self._open is not None:
+            return self._open()
+        return _Column(self._columns[IMAGE] if IMAGE in self._columns else pa.nulls(len(self)))
+
+    @cached_property
+    def item_ids(self) -> list[str]:
+        return (self._columns[ITEM_ID] if self._arrays is None else self._arrays.item_ids).to_pylist()
+
+    @cached_property
+    def row_of(self) -> Mapping[str, int]:
+        """The row of an item's id."""
+        if self._arrays is not None:
+            return self._arrays.index
+        return {item_id: row for row, item_id in enumerate(self.item_ids)}
 
     def __len__(self) -> int:
-        return len(self.item_ids)
+        return len(self._table if self._arrays is None else self._arrays.item_ids)
 
     def text(self, row: int) -> str:
         """The item as one line of text; empty when nothing is known."""
@@ -54,11 +98,13 @@ class ItemTable:
 
     def image(self, row: int) -> bytes | None:
         """The stored picture, or None when it is missing or was rejected."""
-        return self._value(IMAGE, row) if IMAGE in self._columns else None
+        return self._pictures.read([row])[0]
 
     @cached_property
     def with_image(self) -> np.ndarray:
         """bool (N,): the items that have a stored picture."""
+        if self._arrays is not None:
+            return self._arrays["has_image"]
         if IMAGE not in self._columns:
             return np.zeros(len(self), dtype=bool)
         return pc.is_valid(self._columns[IMAGE]).to_numpy().astype(bool)
@@ -69,10 +115,7 @@ class ItemTable:
 
     def content_hash(self, row: int) -> str:
         """Hash of exactly what the model may see: the item's text, its stored picture and how that is decoded."""
-        text, image = self.text(row).encode(), self.image(row)
-        content = hashlib.blake2b(len(text).to_bytes(8, "big") + text, digest_size=16)
-        content.update(b"" if image is None else b"\x01" + DECODER.encode() + image)
-        return content.hexdigest()
+        return content_hash(self.text(row), self.image(row))
 
     @property
     def filter_fields(self) -> list[str]:
@@ -118,21 +161,79 @@ class ItemTable:
         return self._columns[name][row].as_py()
 
 
+class _Column:
+    """Pictures that are in memory anyway."""
+
+    def __init__(self, column: pa.Array | pa.ChunkedArray) -> None:
+        self._column = column
+
+    def read(self, rows: Sequence[int]) -> list[bytes | None]:
+        return [self._column[int(row)].as_py() for row in rows]
+
+
+class _Joined:
+    """The pictures of several tables, one table after the other."""
+
+    def __init__(self, tables: Sequence[ItemTable]) -> None:
+        self._tables, self._starts = tables, np.cumsum([0, *map(len, tables)])[:-1]
+
+    def read(self, rows: Sequence[int]) -> list[bytes | None]:
+        numbers = np.searchsorted(self._starts, rows, side="right") - 1
+        return [self._tables[n].image(int(row - self._starts[n])) for n, row in zip(numbers, rows, strict=True)]
+
+
+def content_hash(text: str, image: bytes | None) -> str:
+    """Hash of an item's text, its stored picture and how that is decoded."""
+    encoded = text.encode()
+    content = hashlib.blake2b(len(encoded).to_bytes(8, "big") + encoded, digest_size=16)
+    content.update(b"" if image is None else b"\x01" + DECODER.encode() + image)
+    return content.hexdigest()
+
+
 def load_items(data_uri: str) -> ItemTable:
-    """The items of the prepared data set at `data_uri`. Raises ArtifactError when it holds none."""
-    folder = storage.join(data_uri, ITEMS)
+    """The items of the prepared data set at `data_uri`, opened. Raises ArtifactError when it holds none."""
+    return open_items(data_uri, open_arrays(data_uri, read_info(data_uri)["fingerprint"]))
+
+
+def open_items(data_uri: str, arrays: Arrays) -> ItemTable:
+    """The items of a prepared data set whose arrays are open already."""
+    folder, pictures = storage.join(data_uri, ITEMS), storage.join(data_uri, PICTURES_FOLDER)
+    return ItemTable(lambda: _read(data_uri, folder), lambda: open_pictures(pictures), arrays)
+
+
+def _read(data_uri: str, folder: str) -> pa.Table:
     try:
-        return ItemTable(storage.read_table(folder))
+        table = storage.read_table(folder)
+        table.column(ITEM_ID)
+        return table
     except (InputError, KeyError) as error:  # KeyError: no item_id
         raise ArtifactError(f"{data_uri} is no complete data set ({error}); make it with pixrec prepare") from None
 
 
+def read_info(data_uri: str) -> dict[str, Any]:
+    """The content of dataset.json. Raises ArtifactError when it is absent, damaged, or of another format."""
+    marker = storage.join(data_uri, DATASET_MARKER)
+    if not storage.exists(marker):
+        raise ArtifactError(f"{data_uri} holds no {DATASET_MARKER}: no complete data set; make it with pixrec prepare")
+    info = storage.read_json(marker, ("split",))
+    found = info.get("format", 1)
+    if found != FORMAT:
+        cure = "run pixrec prepare again" if found == 1 else "use the pixrec that made it"
+        raise ArtifactError(f"{data_uri} is of format {found}, this pixrec reads format {FORMAT}; {cure}")
+    return info
+
+
 def load_texts(data_uri: str) -> list[str]:
-    """The text of every item of the prepared data set at `data_uri`, without reading its pictures."""
+    """The text of every item of the prepared data set at `data_uri`."""
     folder = storage.join(data_uri, ITEMS)
     known = set(storage.read_schema(folder).names)
     items = ItemTable(storage.read_table(folder, [name for name in (ITEM_ID, *TEXT_FIELDS) if name in known]))
     return [items.text(row) for row in range(len(items))]
+
+
+def part_starts(parts: Sequence[int]) -> list[int]:
+    """The row of the first item of each file of items/, of the numbers of rows that dataset.json has for them."""
+    return np.cumsum([0, *parts])[:-1].tolist()
 
 
 def join_items(tables: Sequence[ItemTable]) -> ItemTable:
@@ -142,10 +243,12 @@ def join_items(tables: Sequence[ItemTable]) -> ItemTable:
     """
     joined = []
     for number, items in enumerate(tables):
-        seen = {name: items._columns[name] for name in (*TEXT_FIELDS, IMAGE, IMAGE_STATUS) if name in items._columns}
+        seen = {name: items._columns[name] for name in (*TEXT_FIELDS, IMAGE_STATUS) if name in items._columns}
         item_ids = pa.array([f"{number}:{item_id}" for item_id in items.item_ids], pa.string())
         joined.append(pa.table({ITEM_ID: item_ids, **seen}))
-    return ItemTable(pa.concat_tables(joined, promote_options="permissive"))
+    items = ItemTable(pa.concat_tables(joined, promote_options="permissive"), lambda: _Joined(tables))
+    items.with_image = np.concatenate([table.with_image for table in tables])
+    return items
 
 
 class _Filter:

@@ -1,29 +1,46 @@
-"""A prepared data set in memory, and who may see which event. Knows rows and time; knows no model.
+"""A prepared data set, mapped, and who may see which event. Knows rows and time; knows no model.
 
 The only place that tells training, validation and test apart: whoever trains asks `training_histories`, whoever
 measures asks `held_out`, and no event is a target of one and visible to the other.
+
+Shapes: B users · E events · N items.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from pixrec import storage
-from pixrec.data.items import ItemTable, load_items
-from pixrec.errors import ArtifactError, InputError
-from pixrec.schema import ITEM_IDS, SEQUENCES, TIMESTAMPS, USER_ID
+from pixrec.data.arrays import Arrays, open_arrays
+from pixrec.data.ids import Ids, only
+from pixrec.data.items import DATASET_MARKER, FORMAT, PICTURES_FOLDER, ItemTable, open_items, read_info
+from pixrec.errors import InputError
+
+__all__ = [
+    "DATASET_MARKER",
+    "FORMAT",
+    "ITEMS_FOLDER",
+    "PICTURES_FOLDER",
+    "REJECTS_FOLDER",
+    "SEQUENCES_FOLDER",
+    "Dataset",
+    "Events",
+    "HeldOut",
+    "Histories",
+    "Part",
+    "Targets",
+    "load_dataset",
+    "sample_users",
+    "targets",
+]
 
 ONE_STEP_SHARE = 0.9
 """Where so many of the steps between events are of one length, timestamps tell the order and nothing else."""
 
-DATASET_MARKER = "dataset.json"
 ITEMS_FOLDER, SEQUENCES_FOLDER, REJECTS_FOLDER = "items", "sequences", "rejects"
 
 Part = Literal["valid", "test"]
@@ -97,7 +114,7 @@ class HeldOut(NamedTuple):
     def only(self, users: np.ndarray) -> HeldOut:
         """Some of the users, by number."""
         return HeldOut(
-            [self.user_ids[i] for i in users],
+            only(self.user_ids, users),
             Histories.of(self.histories).only(users),
             self.targets[users],
             None if self.timestamps is None else Histories.of(self.timestamps).only(users),
@@ -108,15 +125,18 @@ class HeldOut(NamedTuple):
 class Events:
     """All events of B users, user by user, oldest first: user b's lie at `offsets[b] .. offsets[b + 1]`."""
 
-    user_ids: list[str]
+    user_ids: Sequence[str]
     offsets: np.ndarray  # int64 (B + 1,)
-    rows: np.ndarray  # int64 (E,), rows of the item table
+    rows: np.ndarray  # int32 (E,), rows of the item table
     timestamps: np.ndarray  # int64 (E,), milliseconds since the epoch
+    is_history: np.ndarray | None = None
+    """bool (E,): the events that a history may hold; None: all."""
+    is_target: np.ndarray | None = None
+    """bool (E,): the events that may be a target; None: all."""
 
     def before(self, moment_ms: int) -> np.ndarray:
         """int64 (B,): how many events each user had before `moment_ms`."""
-        earlier = np.concatenate([[0], np.cumsum(self.timestamps < moment_ms)])
-        return earlier[self.offsets[1:]] - earlier[self.offsets[:-1]]
+        return _count(self.timestamps < moment_ms, self.offsets)
 
     def tell_time(self) -> bool:
         """False where the timestamps are an order only: where most steps from a user's event to a later one are of one
@@ -126,6 +146,59 @@ class Events:
         steps = self.timestamps[later] - self.timestamps[later - 1]
         counts = np.unique(steps[steps > 0], return_counts=True)[1]
         return bool(len(counts) and counts.max() < ONE_STEP_SHARE * counts.sum())
+
+
+class Targets(NamedTuple):
+    """The position of each user's validation and test target among the user's own events, int64 (B,), -1 where there
+    is none; and how many of the first events are training's, and how many lie before the test, int64 (B,)."""
+
+    valid: np.ndarray
+    test: np.ndarray
+    training: np.ndarray
+    before_test: np.ndarray
+
+
+def targets(events: Events, split: Mapping[str, Any]) -> Targets:
+    """What the `split` of dataset.json makes of each user's events. A target needs an event of a history before it."""
+    lengths = np.diff(events.offsets)
+    if split["kind"] == "temporal":
+        valid_start, test_start = events.before(split["valid_start_ms"]), events.before(split["test_start_ms"])
+        test, valid = _last_target(events, test_start, lengths), _last_target(events, valid_start, test_start)
+        return Targets(valid, test, valid_start, test_start)
+    none = np.zeros(len(lengths), np.int64)
+    test = _last_target(events, none, lengths)
+    before_test = np.where(test >= 0, test, lengths)
+    valid = np.where(test >= 0, _last_target(events, none, before_test), -1)
+    return Targets(valid, test, np.where(valid >= 0, valid, before_test), before_test)
+
+
+def _last_target(events: Events, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """int64 (B,): the last event from `start` to `stop`, positions within each user's, that may be a target and has a
+    history; -1 where there is none."""
+    last = stop - 1
+    if events.is_target is not None:
+        marked = np.where(events.is_target, np.arange(len(events.is_target)), -1)
+        marked = np.maximum.accumulate(marked)  # the newest target at or before each event
+        ends = events.offsets[:-1] + stop
+        last = np.where(stop > 0, marked[ends - 1] - events.offsets[:-1], -1)
+    first = np.zeros(len(start), np.int64)
+    if events.is_history is not None:
+        place = np.where(events.is_history, 0, 1)
+        first = _leading(place, events.offsets)
+    return np.where((last >= start) & (last > first), last, -1)
+
+
+def _leading(ones: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """int64 (B,): how many ones each user's values (E,) begin with."""
+    zeros = np.append(np.flatnonzero(ones == 0), offsets[-1])
+    return np.minimum(zeros[np.searchsorted(zeros, offsets[:-1])], offsets[1:]) - offsets[:-1]
+
+
+def _count(mask: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """int64 (B,): how many of each user's values (E,) are true. No user is without any."""
+    if not len(mask):
+        return np.zeros(len(offsets) - 1, np.int64)
+    return np.add.reduceat(mask, offsets[:-1], dtype=np.int64)
 
 
 @dataclass
@@ -162,11 +235,14 @@ class Dataset:
         """Whether the timestamps are moments, and not an order only."""
         return self.events.tell_time()
 
+    @functools.cached_property
+    def targets(self) -> Targets:
+        """Where each user's targets are."""
+        return targets(self.events, self.info["split"])
+
     def training_visible(self) -> np.ndarray:
         """bool (E,): the events visible to training."""
-        visible = np.repeat(self._training_lengths(), np.diff(self.events.offsets))
-        position = np.arange(len(self.events.rows)) - np.repeat(self.events.offsets[:-1], np.diff(self.events.offsets))
-        return position < visible
+        return visible(self.events.offsets, self._training_lengths())
 
     def training_counts(self) -> np.ndarray:
         """int64 (N,): events per item visible to training."""
@@ -174,43 +250,43 @@ class Dataset:
 
     def held_out(self, part: Part) -> HeldOut:
         """Users to validate or test on. A history holds every event before its target, later parts never."""
-        target = self._target_positions(part)
-        users = np.flatnonzero(target >= 1)  # a target needs a history
+        target = self.targets.test if part == "test" else self.targets.valid
+        users = np.flatnonzero(target >= 0)
         starts = self.events.offsets[:-1][users]
         ends = starts + target[users]
         return HeldOut(
-            [self.events.user_ids[user] for user in users],
-            Histories(self.events.rows, starts, ends),
-            self.events.rows[ends],
-            Histories(self.events.timestamps, starts, ends) if self.tells_time else None,
+            only(self.events.user_ids, users),
+            self._histories(self.events.rows, starts, ends),
+            self.events.rows[ends].astype(np.int64),
+            self._histories(self.events.timestamps, starts, ends) if self.tells_time else None,
         )
+
+    def _training_lengths(self) -> np.ndarray:
+        return self.targets.training
+
+    def _lengths_before_test(self) -> np.ndarray:
+        return self.targets.before_test
 
     def _first(self, values: np.ndarray, lengths: np.ndarray) -> Histories:
         """The values (E,) of each user's first `lengths` (B,) events; users without any are left out."""
-        starts, ends = self.events.offsets[:-1], self.events.offsets[:-1] + lengths
-        some = ends > starts
-        return Histories(values, starts[some], ends[some])
+        starts = self.events.offsets[:-1]
+        histories = self._histories(values, starts, starts + lengths)
+        return histories.only(histories.lengths > 0)
 
-    def _training_lengths(self) -> np.ndarray:
-        lengths, split = np.diff(self.events.offsets), self.info["split"]
-        if split["kind"] == "temporal":
-            return self.events.before(split["valid_start_ms"])
-        return np.maximum(lengths - 2, 1)  # one or two events: the first is training's
+    def _histories(self, values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Histories:
+        """Pieces of the values (E,), without those of events that no history may hold."""
+        if self.events.is_history is None:
+            return Histories(values, starts, ends)
+        kept = np.flatnonzero(self.events.is_history)
+        return Histories(values[kept], np.searchsorted(kept, starts), np.searchsorted(kept, ends))
 
-    def _lengths_before_test(self) -> np.ndarray:
-        lengths, split = np.diff(self.events.offsets), self.info["split"]
-        if split["kind"] == "temporal":
-            return self.events.before(split["test_start_ms"])
-        return np.maximum(lengths - 1, 1)
 
-    def _target_positions(self, part: Part) -> np.ndarray:
-        """int64 (B,): position of each user's target in the user's own events; below 1 where there is none."""
-        lengths, split = np.diff(self.events.offsets), self.info["split"]
-        if split["kind"] == "leave_one_out":
-            return lengths - 1 if part == "test" else lengths - 2
-        ends = lengths if part == "test" else self.events.before(split["test_start_ms"])
-        starts = self.events.before(split["test_start_ms"] if part == "test" else split["valid_start_ms"])
-        return np.where(ends > starts, ends - 1, -1)
+def visible(offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """bool (E,): the first `lengths` (B,) events of each user."""
+    mask = np.zeros(int(offsets[-1]) + 1, np.int8)
+    np.add.at(mask, offsets[:-1], np.int8(1))
+    np.add.at(mask, offsets[:-1] + lengths, np.int8(-1))
+    return np.cumsum(mask[:-1], dtype=np.int8).astype(bool)
 
 
 def sample_users(held_out: HeldOut, max_users: int | None, seed: int) -> HeldOut:
@@ -221,33 +297,22 @@ def sample_users(held_out: HeldOut, max_users: int | None, seed: int) -> HeldOut
 
 
 def load_dataset(uri: str) -> Dataset:
-    """Read a prepared data set. Raises ArtifactError when it is absent, incomplete, or does not agree with itself."""
-    marker = storage.join(uri, DATASET_MARKER)
-    if not storage.exists(marker):
-        raise ArtifactError(f"{uri} holds no {DATASET_MARKER}: no complete data set; make it with pixrec prepare")
-    info = storage.read_json(marker, ("split",))
-    items = load_items(uri)
-    try:
-        table = storage.read_table(storage.join(uri, SEQUENCES_FOLDER), SEQUENCES.names)
-    except InputError as error:
-        raise ArtifactError(f"{uri} is no complete data set ({error}); make it with pixrec prepare") from None
-    return Dataset(uri, items, info, _events(uri, items, table))
+    """Open a prepared data set; its arrays are mapped, its items and pictures read when they are asked for.
+
+    Raises ArtifactError when it is absent, incomplete, of another format, or does not agree with itself.
+    """
+    info = read_info(uri)
+    arrays = open_arrays(uri, str(info.get("fingerprint", "")))
+    return Dataset(uri, open_items(uri, arrays), info, _events(arrays, info))
 
 
-def _events(uri: str, items: ItemTable, table: pa.Table) -> Events:
-    known = pa.array(items.item_ids, pa.string())
-    rows = pc.index_in(_flat(table.column(ITEM_IDS), pa.string()), value_set=known)
-    if rows.null_count:
-        raise ArtifactError(f"{uri}: sequences/ name {rows.null_count} items that items/ lacks; make it again")
-    lengths = pc.list_value_length(table.column(ITEM_IDS)).to_numpy()
-    timestamps = _flat(table.column(TIMESTAMPS), pa.int64()).to_numpy()
-    return Events(
-        table.column(USER_ID).to_pylist(),
-        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        rows.to_numpy().astype(np.int64),
-        timestamps,
-    )
-
-
-def _flat(lists: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    return pa.chunked_array([chunk.flatten() for chunk in lists.chunks], kind)
+def _events(arrays: Arrays, info: Mapping[str, Any]) -> Events:
+    kinds = info.get("events")
+    masks: dict[str, np.ndarray] = {}
+    if kinds is not None:
+        event = arrays["event"]
+        for name, chosen in (("is_history", kinds["history"]), ("is_target", kinds["target"])):
+            if set(chosen) != set(kinds["kinds"]):
+                masks[name] = np.isin(event, [kinds["kinds"].index(kind) for kind in chosen])
+    user_ids = Ids(arrays.user_ids)
+    return Events(user_ids, arrays["user_offset"], arrays["item_row"], arrays["timestamp"], **masks)

@@ -20,9 +20,11 @@ from pixrec.schema import (
     BRAND,
     CATEGORY,
     DESCRIPTION,
+    EVENT,
     IMAGE,
     IMAGE_STATUS,
     IMAGE_URI,
+    IMAGE_URIS,
     ITEM_ID,
     ITEMS,
     PREPARED_ITEM_FIELDS,
@@ -47,6 +49,10 @@ def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
+def _is_texts(kind: pa.DataType) -> bool:
+    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_text(kind.value_type)
+
+
 def _is_bytes(kind: pa.DataType) -> bool:
     return (
         pa.types.is_binary(kind)
@@ -65,6 +71,8 @@ _BYTES = _Kind("binary", _is_bytes, "store each picture's encoded bytes")
 _NUMBER = _Kind("double", _is_number, "cast it to double")
 _MOMENT = _Kind("int64", pa.types.is_integer, "store milliseconds since the epoch as int64")
 
+_TEXTS = _Kind("a list of strings", _is_texts, "cast it to a list of strings")
+
 _ITEM_COLUMNS = {
     ITEM_ID: _TEXT,
     TITLE: _TEXT,
@@ -74,8 +82,9 @@ _ITEM_COLUMNS = {
     PRICE: _NUMBER,
     IMAGE: _BYTES,
     IMAGE_URI: _TEXT,
+    IMAGE_URIS: _TEXTS,
 }
-_INTERACTION_COLUMNS = {USER_ID: _TEXT, ITEM_ID: _TEXT, TIMESTAMP: _MOMENT, RATING: _NUMBER}
+_INTERACTION_COLUMNS = {USER_ID: _TEXT, ITEM_ID: _TEXT, TIMESTAMP: _MOMENT, RATING: _NUMBER, EVENT: _TEXT}
 
 
 def check_items_schema(schema: pa.Schema, where: str) -> None:
@@ -85,7 +94,7 @@ def check_items_schema(schema: pa.Schema, where: str) -> None:
 
 def check_items_agree(schemas: Iterable[pa.Schema], where: str) -> None:
     """Raise InputError when the further columns of an items table's files cannot stand in one table."""
-    stored = [prepared_items(schema.empty_table(), [], []) for schema in schemas]
+    stored = [prepared_items(schema.empty_table(), []) for schema in schemas]
     try:
         pa.concat_tables(stored, promote_options="permissive")
     except pa.ArrowException as error:
@@ -93,11 +102,16 @@ def check_items_agree(schemas: Iterable[pa.Schema], where: str) -> None:
         raise InputError(f"{where}: its files disagree about a column: {reason}; give it one type in all") from None
 
 
-def check_interactions_schema(schema: pa.Schema, where: str, *, min_rating: float | None = None) -> None:
-    """Raise InputError unless `schema` is that of an interactions table; `min_rating` makes `rating` necessary."""
+def check_interactions_schema(
+    schema: pa.Schema, where: str, *, min_rating: float | None = None, needs_event: str | None = None
+) -> None:
+    """Raise InputError unless `schema` is that of an interactions table; `min_rating` makes `rating` necessary, and
+    the setting `needs_event` makes `event` so."""
     _check_schema(schema, where, "an interactions table", _INTERACTION_COLUMNS, (USER_ID, ITEM_ID, TIMESTAMP))
     if min_rating is not None and RATING not in schema.names:
         raise InputError(f"{where}: no column {RATING!r}, which prepare.min_rating {min_rating} needs; leave that out")
+    if needs_event is not None and EVENT not in schema.names:
+        raise InputError(f"{where}: no column {EVENT!r}, which prepare.{needs_event} needs; leave that out")
 
 
 def _check_schema(schema: pa.Schema, where: str, what: str, columns: dict[str, _Kind], required: Iterable[str]) -> None:
@@ -118,22 +132,34 @@ def _check_schema(schema: pa.Schema, where: str, what: str, columns: dict[str, _
 
 
 class CheckedIds(NamedTuple):
-    """The usable ids of an items table, in row order, and the rows without one."""
+    """The usable ids of a slice of an items table, in row order, and the rows without one."""
 
     item_ids: pa.Array
     rejects: pa.Table
 
 
-def check_item_ids(column: pa.ChunkedArray, where: str) -> CheckedIds:
-    """Raise InputError when the items table is empty, names no item, or names one twice."""
-    if len(column) == 0:
-        raise InputError(f"{where}: the items table is empty; give at least one item")
+def usable_ids(column: pa.ChunkedArray, first_row: int = 0) -> CheckedIds:
+    """Sort the ids of a slice, whose first is row `first_row` of the table, into usable ones and rejects."""
     ids = as_text(column)
     empty = is_empty(ids)
-    kept = ids.filter(pa.array(~empty))
-    if len(kept) == 0:
-        raise InputError(f"{where}: column {ITEM_ID!r} is empty in all {len(ids)} rows; give every item an id")
-    counts = kept.value_counts()
+    rows = first_row + np.flatnonzero(empty)
+    rejected = rejects(ITEMS, [f"row {row}" for row in rows], [f"{ITEM_ID} is empty"] * len(rows))
+    return CheckedIds(ids.filter(pa.array(~empty)), rejected)
+
+
+def check_item_ids(item_ids: pa.Array, hashes: np.ndarray, read: int, where: str) -> None:
+    """Raise InputError when the items table is empty, names no item, or names one twice.
+
+    item_ids: the usable ids (N,) of its `read` rows · hashes: uint64 (N,), of each.
+    """
+    if not read:
+        raise InputError(f"{where}: the items table is empty; give at least one item")
+    if not len(item_ids):
+        raise InputError(f"{where}: column {ITEM_ID!r} is empty in all {read} rows; give every item an id")
+    order = np.argsort(hashes, kind="stable")
+    alike = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+    rows = np.unique(np.append(order[alike], order[alike + 1]))
+    counts = item_ids.take(pa.array(rows)).value_counts()
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(repeated):
         value, times = repeated[0]["values"].as_py(), repeated[0]["counts"].as_py()
@@ -141,8 +167,6 @@ def check_item_ids(column: pa.ChunkedArray, where: str) -> CheckedIds:
             f"{where}: {ITEM_ID} {value!r} occurs {times} times, and {len(repeated)} ids occur more than once; "
             "keep one row for each"
         )
-    rows = np.flatnonzero(empty)
-    return CheckedIds(kept, rejects(ITEMS, [f"row {row}" for row in rows], [f"{ITEM_ID} is empty"] * len(rows)))
 
 
 def with_id(table: pa.Table) -> pa.Table:
@@ -150,22 +174,21 @@ def with_id(table: pa.Table) -> pa.Table:
     return table.filter(pa.array(~is_empty(as_text(table.column(ITEM_ID)))))
 
 
-def prepared_items(table: pa.Table, images: list[bytes | None], statuses: list[str]) -> pa.Table:
-    """Items as they are stored: the known columns in their types, then the catalog's own further ones.
-
-    `images` and `statuses` stand beside the rows of `table`.
-    """
-    made = {IMAGE: pa.array(images, pa.binary()), IMAGE_STATUS: pa.array(statuses, pa.string())}
+def prepared_items(table: pa.Table, statuses: list[str]) -> pa.Table:
+    """Items as they are stored, without their pictures: the known columns in their types, then `image_uris` and the
+    catalog's own further ones. `statuses` stand beside the rows of `table`."""
     columns: dict[str, Any] = {}
     for name, kind in PREPARED_ITEM_FIELDS:
-        if name in made:
-            columns[name] = made[name]
+        if name == IMAGE:
+            continue
+        if name == IMAGE_STATUS:
+            columns[name] = pa.array(statuses, pa.string())
         elif name in table.column_names:
             columns[name] = plain(table.column(name)).cast(kind)
         else:
             columns[name] = pa.nulls(len(table), kind)
     for name in table.column_names:
-        if name not in columns and name != IMAGE_URI:
+        if name not in columns and name not in (IMAGE, IMAGE_URI):
             columns[name] = plain(table.column(name))
     return pa.table(columns)
 
@@ -189,7 +212,7 @@ def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return plain(column.cast(kind.value_type))
     if _is_text(kind):
         return column.cast(pa.string())
-    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_text(kind.value_type):
+    if _is_texts(kind):
         return column.cast(pa.list_(pa.string()))
     return column.cast(pa.binary()) if _is_bytes(kind) else column
 

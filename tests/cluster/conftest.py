@@ -102,7 +102,7 @@ def raw(tmp_path: Path) -> Path:
 @pytest.fixture
 def slices_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """`prepare` does its slices one after the other in this process: what they do is the same."""
-    monkeypatch.setattr(prepare, "_on_ray", lambda work, slices, config: [work(vars(piece)) for piece in slices])
+    monkeypatch.setattr(prepare, "_on_ray", lambda work, rows, config: [work(row) for row in rows])
 
 
 @pytest.fixture

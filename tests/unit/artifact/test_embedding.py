@@ -46,7 +46,7 @@ def file(tmp_path: Path, table: ItemTable) -> str:
 
 
 def decoded(file: str, rows: list[int] | None = None, modalities: str = "both", tokens: str | None = None) -> pa.Table:
-    piece = {"file": file, "rows": None if rows is None else np.array(rows, np.int32).tobytes()}
+    piece = {"file": file, "start": 0, "rows": None if rows is None else np.array(rows, np.int32).tobytes()}
     parts = decode_items(pa.Table.from_pylist([piece]), image_size_px=32, modalities=modalities, tokens=tokens)
     return pa.concat_tables([DECODED.empty_table(), *parts])
 
@@ -89,7 +89,7 @@ def test_an_unreadable_picture_leaves_the_text(tmp_path: Path, table: ItemTable)
 
 
 def test_keys_of_a_file(file: str, table: ItemTable):
-    (found,) = hash_items(pa.table({"file": [file]}))
+    (found,) = hash_items(pa.table({"file": [file], "start": [0]}))
     expected = item_keys(table.item_ids, [table.content_hash(row) for row in range(len(table))])
     assert found.to_pylist() == [{"file": file, "keys": b"".join(expected.to_pylist()), "fault": None}]
 
@@ -192,7 +192,7 @@ def test_tokens_of_other_weights_are_refused_where_they_are_used(tmp_path: Path,
 
 def test_an_error_of_ours_travels_as_text(tmp_path: Path, file: str, actor: tuple[ItemEmbedder, Model]):
     gone = str(tmp_path / "gone.parquet")
-    (keys,) = hash_items(pa.table({"file": [gone]})).__next__().to_pylist()
+    (keys,) = hash_items(pa.table({"file": [gone], "start": [0]})).__next__().to_pylist()
     with pytest.raises(InputError, match=r"gone.parquet: no such file"):
         raise_fault(keys["fault"])
     (receipt,) = actor[0](pa.concat_tables([decoded(file), decoded(gone)])).to_pylist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +10,7 @@ import pytest
 
 from pixrec.config import PrepareConfig
 from pixrec.data import interactions
+from pixrec.data.ids import IdIndex
 from pixrec.errors import InputError
 from pixrec.schema import REJECTS
 
@@ -24,12 +25,33 @@ def events(rows: list[tuple], *extra: str) -> pa.Table:
     return pa.table({name: pa.array(column, kind) for name, column, kind in zip(names, columns, types, strict=True)})
 
 
-def usable(rows: list[tuple], catalog: pa.Array | None = CATALOG, **options) -> interactions.Usable:
-    return interactions.usable_interactions(events(rows), catalog, "events.parquet", **options)
+class Found(NamedTuple):
+    """A whole table sorted out as one slice, and its catalog."""
+
+    interactions: interactions.Interactions
+    rejects: pa.Table
+    counts: dict[str, int]
+    item_ids: pa.Array
 
 
-def spelt(kept: interactions.Interactions) -> list[dict[str, Any]]:
-    return [row for table in interactions.sequences(kept) for row in table.to_pylist()]
+def sort_out(table: pa.Table, catalog: pa.Array | None, where: str, **options) -> Found:
+    item_ids = interactions.seen_items(table, where) if catalog is None else catalog
+    found = interactions.usable_interactions(table, IdIndex.of(item_ids).rows_of, where, **options)
+    interactions.check_usable(found.counts, where, min_rating=options.get("min_rating"))
+    return Found(*found, item_ids)
+
+
+def usable(rows: list[tuple], catalog: pa.Array | None = CATALOG, **options) -> Found:
+    return sort_out(events(rows), catalog, "events.parquet", **options)
+
+
+def in_order(found: Found) -> interactions.Ordered:
+    return interactions.in_order(found.interactions)
+
+
+def spelt(found: Found, kept: interactions.Ordered | None = None) -> list[dict[str, Any]]:
+    kept = in_order(found) if kept is None else kept
+    return [row for table in interactions.sequences(kept, found.item_ids) for row in table.to_pylist()]
 
 
 def test_unusable_events_are_rejected_one_by_one():
@@ -53,7 +75,7 @@ def test_unusable_events_are_rejected_one_by_one():
     ]
     assert found.rejects.to_pylist()[3]["key"] == "row 4: user_id u, item_id nowhere"
     assert set(found.rejects.column("source").to_pylist()) == {"interactions"}
-    assert spelt(found.interactions) == [
+    assert spelt(found) == [
         {"user_id": "u", "item_ids": ["a"], "timestamps": [1]},
         {"user_id": "v", "item_ids": ["c"], "timestamps": [6]},
     ]
@@ -77,41 +99,41 @@ def test_interactions_of_which_none_is_usable(rows: list, catalog: pa.Array | No
 def test_a_null_typed_column_is_empty_throughout():
     table = pa.table({"user_id": ["u"], "item_id": ["a"], "timestamp": pa.nulls(1)})
     with pytest.raises(InputError, match="none of its 1 events has"):
-        interactions.usable_interactions(table, CATALOG, "events")
+        sort_out(table, CATALOG, "events")
 
 
 def test_without_a_catalog_it_is_the_ids_seen():
     found = usable([("u", "q", 1), (None, "lost", 2), ("v", "p", 3), ("u", "q", 4)], None)
-    assert found.interactions.item_ids.to_pylist() == ["q", "p"]
+    assert found.item_ids.to_pylist() == ["q", "p"]
     assert len(found.rejects) == 1
 
 
 def test_min_rating_leaves_out_low_and_unrated_events():
     rows = [("u", "a", 1, 5.0), ("u", "b", 2, 2.0), ("u", "c", 3, None), ("u", "c", 4, 3.0), (None, "c", 4, 3.0)]
     table = events(rows, "rating")
-    found = interactions.usable_interactions(table, CATALOG, "events", min_rating=3.0)
-    assert (len(found.interactions), found.filtered_rating, len(found.rejects)) == (2, 2, 1)
-    assert spelt(found.interactions)[0]["item_ids"] == ["a", "c"]
+    found = sort_out(table, CATALOG, "events", min_rating=3.0)
+    assert (len(found.interactions), found.counts["filtered_rating"], len(found.rejects)) == (2, 2, 1)
+    assert spelt(found)[0]["item_ids"] == ["a", "c"]
     with pytest.raises(InputError, match=r"no event is rated prepare\.min_rating 9 or above"):
-        interactions.usable_interactions(table, CATALOG, "events", min_rating=9)
+        sort_out(table, CATALOG, "events", min_rating=9)
 
 
 def test_whole_number_ratings_and_small_times():
     table = pa.table(
         {"user_id": ["u"], "item_id": ["a"], "timestamp": pa.array([7], pa.int32()), "rating": pa.array([4], pa.int8())}
     )
-    assert len(interactions.usable_interactions(table, CATALOG, "events", min_rating=4).interactions) == 1
+    assert len(sort_out(table, CATALOG, "events", min_rating=4).interactions) == 1
 
 
 def test_a_time_beyond_int64():
     table = pa.table({"user_id": ["u"], "item_id": ["a"], "timestamp": pa.array([2**63], pa.uint64())})
     with pytest.raises(InputError, match="'timestamp' holds a value beyond int64"):
-        interactions.usable_interactions(table, CATALOG, "events")
+        sort_out(table, CATALOG, "events")
 
 
 def test_sequences_are_in_time_order_and_equal_times_in_input_order():
     rows = [("v", "a", 9), ("u", "c", 5), ("u", "b", 5), ("v", "b", -1), ("u", "a", 5), ("u", "b", 4)]
-    assert spelt(usable(rows).interactions) == [
+    assert spelt(usable(rows)) == [
         {"user_id": "v", "item_ids": ["b", "a"], "timestamps": [-1, 9]},
         {"user_id": "u", "item_ids": ["b", "c", "b", "a"], "timestamps": [4, 5, 5, 5]},
     ]
@@ -120,10 +142,10 @@ def test_sequences_are_in_time_order_and_equal_times_in_input_order():
 def test_sequences_come_in_parts_that_split_no_user(monkeypatch: pytest.MonkeyPatch):
     random = np.random.default_rng(0)
     rows = [(f"u{random.integers(20)}", "abc"[random.integers(3)], int(random.integers(9))) for _ in range(200)]
-    kept = usable(rows).interactions
+    kept = usable(rows)
     whole = spelt(kept)
     monkeypatch.setattr(interactions, "_EVENTS_PER_PART", 30)
-    parts = list(interactions.sequences(kept))
+    parts = list(interactions.sequences(in_order(kept), kept.item_ids))
     assert len(parts) > 3
     assert spelt(kept) == whole
     assert len({row["user_id"] for row in whole}) == len(whole)
@@ -139,21 +161,36 @@ def plain_core(pairs: list[tuple[str, str]], min_user: int, min_item: int) -> li
         pairs = kept
 
 
+def core(found: Found, min_user: int, min_item: int) -> interactions.Ordered:
+    whole, num_items = in_order(found), len(found.item_ids)
+
+    def count(dead: np.ndarray) -> np.ndarray:
+        return np.bincount(whole.item[interactions.survivors(whole, dead, min_user)], minlength=num_items)
+
+    dead, counts = interactions.core(count, num_items, min_user, min_item)
+    kept = whole.only(interactions.survivors(whole, dead, min_user))
+    assert np.bincount(kept.item, minlength=num_items).tolist() == counts.tolist()
+    return kept
+
+
 @pytest.mark.parametrize(("min_user", "min_item"), [(1, 1), (3, 1), (1, 4), (3, 4), (4, 6)])
 def test_core_is_repeated_until_stable(min_user: int, min_item: int):
     random = np.random.default_rng(3)
     skewed = (random.random((150, 2)) ** 2 * [30, 20]).astype(int)
     pairs = [(f"u{user}", f"i{item}") for user, item in skewed]
-    found = usable([(user, item, 0) for user, item in pairs], None).interactions
-    kept = interactions.core(found, min_user, min_item)
-    users, items = kept.user_ids.to_pylist(), kept.item_ids.to_pylist()
-    pairs_kept = [(users[user], items[item]) for user, item in zip(kept.user, kept.item, strict=True)]
-    assert pairs_kept == plain_core(pairs, min_user, min_item)
+    found = usable([(user, item, row) for row, (user, item) in enumerate(pairs)], None)
+    kept = core(found, min_user, min_item)
+    pairs_kept = [
+        (time, row["user_id"], item)
+        for row in spelt(found, kept)
+        for time, item in zip(row["timestamps"], row["item_ids"], strict=True)
+    ]
+    assert [pair[1:] for pair in sorted(pairs_kept)] == plain_core(pairs, min_user, min_item)
 
 
 def test_a_core_of_nobody_names_the_keys():
     with pytest.raises(InputError, match=r"prepare\.min_user_events 2 and prepare\.min_item_events 1; lower them"):
-        interactions.core(usable([("u", "a", 1), ("v", "a", 1)]).interactions, 2, 1)
+        core(usable([("u", "a", 1), ("v", "a", 1)]), 2, 1)
 
 
 def test_split_block():
@@ -171,12 +208,14 @@ def test_a_temporal_split_needs_three_periods(times: list[int]):
 
 def test_of_repeated_events_the_first_stays():
     rows = [("u", "a", 1), ("u", "a", 1), ("v", "a", 1), ("u", "b", 1), ("u", "a", 2), ("u", "a", 1), ("v", "a", 1)]
-    kept = interactions.without_repeats(usable(rows).interactions)
-    assert spelt(kept) == [
+    found = usable(rows)
+    whole = in_order(found)
+    kept = whole.only(interactions.is_first(whole))
+    assert spelt(found, kept) == [
         {"user_id": "u", "item_ids": ["a", "b", "a"], "timestamps": [1, 1, 2]},
         {"user_id": "v", "item_ids": ["a"], "timestamps": [1]},
     ]
-    assert len(interactions.without_repeats(kept)) == len(kept) == 4
+    assert interactions.is_first(kept).tolist() == [True] * 4
 
 
 def test_rejects_name_row_user_and_item():
@@ -189,12 +228,26 @@ def test_rejects_name_row_user_and_item():
     ]
 
 
-def held_out(rows: list[tuple], **settings) -> tuple[interactions.HeldOutItems, dict[str, list[str]]]:
+class Held(NamedTuple):
+    interactions: interactions.Ordered
+    items: int
+    test_targets: int
+
+
+def held_out(rows: list[tuple], **settings) -> tuple[Held, dict[str, list[str]]]:
     """What stays of `rows`, as the events and as each user's items in order."""
     config = PrepareConfig(**{"cold_item_share": 0.25} | settings)
-    found = usable(rows, None).interactions
-    kept = interactions.hold_out_items(found, config, interactions.split_block(found.timestamp, config))
-    return kept, {row["user_id"]: row["item_ids"] for row in spelt(kept.interactions)}
+    found = usable(rows, None)
+    whole, split = in_order(found), interactions.split_block(found.interactions.timestamp, config)
+    if not config.cold_item_share:
+        return Held(whole, 0, 0), {row["user_id"]: row["item_ids"] for row in spelt(found)}
+    cold = interactions.draw_cold_items(np.bincount(whole.item), config)
+    keep, test_targets = interactions.hold_out_items(whole, cold, split)
+    kept = whole.only(keep)
+    return (
+        Held(kept, int(cold.sum()), test_targets),
+        {row["user_id"]: row["item_ids"] for row in spelt(found, kept)},
+    )
 
 
 WALKS = [(f"u{user}", f"i{(user * 7 + step * step) % 12}", step) for user in range(30) for step in range(8)]
@@ -204,7 +257,7 @@ WALKS = [(f"u{user}", f"i{(user * 7 + step * step) % 12}", step) for user in ran
 def test_held_out_items_are_test_targets_or_nothing(split: str):
     kept, sequences = held_out(WALKS, split=split)
     assert kept.items == 3
-    whole = {row["user_id"]: row["item_ids"] for row in spelt(usable(WALKS, None).interactions)}
+    whole = {row["user_id"]: row["item_ids"] for row in spelt(usable(WALKS, None))}
     cold = {item for items in whole.values() for item in items} - {
         i for items in sequences.values() for i in items[:-1]
     }

@@ -4,12 +4,15 @@ import datetime
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from fakes import tiny_items
 
 from pixrec import storage
+from pixrec.data.arrays import write_arrays
 from pixrec.data.items import ItemTable, load_items
+from pixrec.data.pictures import write_part
 from pixrec.errors import ArtifactError, InputError
 
 PICTURE = b"\xff\xd8 stands for a picture"
@@ -133,11 +136,27 @@ def test_items_without_any_content():
 
 
 def test_load_items_keeps_the_order_of_the_files(tmp_path: Path):
-    for number, rows in enumerate((table().slice(0, 2), table().slice(2))):
-        storage.write_table(str(tmp_path / "items" / f"part-{number:06d}.parquet"), rows)
+    rows = table().drop_columns(["image"])
+    for number, part in enumerate((rows.slice(0, 2), rows.slice(2))):
+        storage.write_table(str(tmp_path / "items" / f"part-{number:06d}.parquet"), part)
+        write_part(str(tmp_path / "pictures"), number, [PICTURE, None] if number == 0 else [None])
+    write_arrays(
+        str(tmp_path),
+        item_ids=["a", "b", "c"],
+        has_image=np.array([True, False, False]),
+        training_count=np.zeros(3),
+        user_ids=["u"],
+        user_offset=np.array([0, 1]),
+        item_row=np.zeros(1),
+        timestamp=np.zeros(1),
+    )
+    storage.write_json(str(tmp_path / "dataset.json"), {"format": 2, "split": {}, "fingerprint": "f"})
     items = load_items(str(tmp_path))
     assert items.item_ids == ["a", "b", "c"]
     assert items.filter_mask({"category": ["Shoes"]}).tolist() == [True, True, False]
+    assert [items.image(row) for row in range(3)] == [PICTURE, None, None]
+    assert items.with_image.tolist() == [True, False, False]
+    assert [items.content_hash(row) for row in range(3)] == [ItemTable(table()).content_hash(row) for row in range(3)]
 
 
 def test_load_items_names_the_cure(tmp_path: Path):

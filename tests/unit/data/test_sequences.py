@@ -7,26 +7,33 @@ import pyarrow as pa
 import pytest
 
 from pixrec import storage
+from pixrec.data.arrays import write_arrays, write_flat
 from pixrec.data.sequences import Dataset, load_dataset, sample_users
 from pixrec.errors import ArtifactError, InputError
-from pixrec.schema import SEQUENCES
 
 LEAVE_ONE_OUT = {"kind": "leave_one_out"}
 TEMPORAL = {"kind": "temporal", "valid_start_ms": 100, "test_start_ms": 200}
 
 
-def dataset(folder: Path, users: dict[str, list[tuple[str, int]]], split: dict) -> Dataset:
+ITEM_IDS = list("abcdef")
+
+
+def dataset(folder: Path, users: dict[str, list[tuple[str, int]]], split: dict, **more) -> Dataset:
     uri = str(folder)
-    storage.write_table(storage.join(uri, "items", "part-0.parquet"), pa.table({"item_id": list("abcdef")}))
-    rows = [
-        {"user_id": user, "item_ids": [item for item, _ in events], "timestamps": [time for _, time in events]}
-        for user, events in users.items()
-    ]
-    half = (len(rows) + 1) // 2
-    for number, part in enumerate((rows[:half], rows[half:])):
-        table = pa.Table.from_pylist(part, schema=SEQUENCES)
-        storage.write_table(storage.join(uri, "sequences", f"part-{number}.parquet"), table)
-    storage.write_json(storage.join(uri, "dataset.json"), {"split": split})
+    events = [event for user in users.values() for event in user]
+    offsets = np.cumsum([0, *map(len, users.values())])
+    storage.write_table(storage.join(uri, "items", "part-0.parquet"), pa.table({"item_id": ITEM_IDS}))
+    write_arrays(
+        uri,
+        item_ids=ITEM_IDS,
+        has_image=np.zeros(6, bool),
+        training_count=np.zeros(6),
+        user_ids=list(users),
+        user_offset=offsets,
+        item_row=np.array([ITEM_IDS.index(item) for item, _ in events], np.int32),
+        timestamp=np.array([time for _, time in events], np.int64),
+    )
+    storage.write_json(storage.join(uri, "dataset.json"), {"format": 2, "split": split, "fingerprint": "f"})
     return load_dataset(uri)
 
 
@@ -111,7 +118,7 @@ def test_training_sees_no_held_out_event(tmp_path: Path, split: dict):
 def test_an_incomplete_folder_is_no_data_set(tmp_path: Path):
     with pytest.raises(ArtifactError, match=r"holds no dataset\.json.*pixrec prepare"):
         load_dataset(str(tmp_path))
-    storage.write_json(str(tmp_path / "dataset.json"), {"split": LEAVE_ONE_OUT})
+    storage.write_json(str(tmp_path / "dataset.json"), {"format": 2, "split": LEAVE_ONE_OUT, "fingerprint": "f"})
     with pytest.raises(ArtifactError, match="no complete data set"):
         load_dataset(str(tmp_path))
     storage.write_bytes(str(tmp_path / "dataset.json"), b"[]")
@@ -119,18 +126,55 @@ def test_an_incomplete_folder_is_no_data_set(tmp_path: Path):
         load_dataset(str(tmp_path))
 
 
-def test_a_table_that_lost_a_column_is_no_data_set(tmp_path: Path):
+def test_an_array_that_is_gone_or_damaged_is_no_data_set(tmp_path: Path):
     dataset(tmp_path, {"u": at("abc")}, LEAVE_ONE_OUT)
-    for folder, column in (("sequences", "timestamps"), ("items", "item_id")):
-        file = storage.list_files(str(tmp_path / folder), ".parquet")[0]
-        storage.write_table(file, storage.read_table(file).drop_columns([column]))
-        with pytest.raises(ArtifactError, match=f"no complete data set .*{column}.* pixrec prepare"):
+    for name in ("timestamp.npy", "user_id.arrow"):
+        file = tmp_path / "arrays" / name
+        content = file.read_bytes()
+        file.unlink()
+        with pytest.raises(ArtifactError, match=f"no complete data set .*{name}.* pixrec prepare"):
             load_dataset(str(tmp_path))
+        file.write_bytes(content[: len(content) // 2])
+        with pytest.raises(ArtifactError, match=f"{name} is damaged.*make the artifact again"):
+            load_dataset(str(tmp_path))
+        file.write_bytes(content)
+    assert len(load_dataset(str(tmp_path)).events.rows) == 3
 
 
-def test_sequences_and_items_must_agree(tmp_path: Path):
-    with pytest.raises(ArtifactError, match="name 1 items that items/ lacks"):
-        dataset(tmp_path, {"u": at("az")}, LEAVE_ONE_OUT)
+def test_items_that_lost_their_ids_are_no_items(tmp_path: Path):
+    data = dataset(tmp_path, {"u": at("abc")}, LEAVE_ONE_OUT)
+    file = storage.list_files(str(tmp_path / "items"), ".parquet")[0]
+    storage.write_table(file, pa.table({"title": ["t"] * 6}))
+    with pytest.raises(ArtifactError, match=r"no complete data set .*item_id.* pixrec prepare"):
+        data.items.text(0)
+
+
+def test_arrays_must_agree(tmp_path: Path):
+    data = dataset(tmp_path, {"u": at("abc")}, LEAVE_ONE_OUT)
+    write_flat(str(tmp_path / "arrays"), "item_row", 2, [data.events.rows[:2]])
+    with pytest.raises(ArtifactError, match=r"names \[2, 3\] events of 1 users"):
+        load_dataset(str(tmp_path))
+
+
+def test_a_data_set_of_another_format_names_the_cure(tmp_path: Path):
+    storage.write_json(str(tmp_path / "dataset.json"), {"split": LEAVE_ONE_OUT, "fingerprint": "f"})
+    with pytest.raises(ArtifactError, match="is of format 1, this pixrec reads format 2; run pixrec prepare again"):
+        load_dataset(str(tmp_path))
+    storage.write_json(str(tmp_path / "dataset.json"), {"format": 3, "split": LEAVE_ONE_OUT, "fingerprint": "f"})
+    with pytest.raises(ArtifactError, match=r"is of format 3.*use the pixrec that made it"):
+        load_dataset(str(tmp_path))
+
+
+def test_events_are_mapped_and_ids_made_when_asked_for(tmp_path: Path):
+    data = dataset(tmp_path, {"u": at("abc"), "v": at("de")}, LEAVE_ONE_OUT)
+    assert isinstance(data.events.rows.base, np.memmap)
+    assert data.events.rows.dtype == np.int32
+    assert data.events.user_ids == ["u", "v"]
+    assert data.events.user_ids[1] == "v"
+    assert [*data.held_out("test").user_ids] == ["u", "v"]
+    assert data.items.row_of["c"] == 2
+    assert data.items.row_of.get("z") is None
+    assert "z" not in data.items.row_of
 
 
 @pytest.mark.parametrize("split", [LEAVE_ONE_OUT, TEMPORAL])

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from pixrec.data import tables
+from pixrec.data.ids import hash_ids
 from pixrec.errors import InputError
 
 ITEMS = pa.schema([("item_id", pa.string()), ("title", pa.string())])
@@ -74,10 +76,16 @@ def test_min_rating_needs_ratings():
     tables.check_interactions_schema(EVENTS.append(pa.field("rating", pa.int8())), "events", min_rating=3.0)
 
 
+def checked(column: pa.ChunkedArray) -> tables.CheckedIds:
+    found = tables.usable_ids(column)
+    tables.check_item_ids(found.item_ids, hash_ids(found.item_ids), len(column), "items")
+    return found
+
+
 def test_items_without_id_are_rejected_and_the_others_kept():
-    checked = tables.check_item_ids(pa.chunked_array([["a", None], ["", "b"]]), "items")
-    assert checked.item_ids.to_pylist() == ["a", "b"]
-    assert checked.rejects.to_pylist() == [
+    found = checked(pa.chunked_array([["a", None], ["", "b"]]))
+    assert found.item_ids.to_pylist() == ["a", "b"]
+    assert found.rejects.to_pylist() == [
         {"source": "items", "key": "row 1", "reason": "item_id is empty"},
         {"source": "items", "key": "row 2", "reason": "item_id is empty"},
     ]
@@ -95,7 +103,11 @@ def test_items_without_id_are_rejected_and_the_others_kept():
 )
 def test_ids_that_name_no_catalog(ids: list, message: str):
     with pytest.raises(InputError, match=message):
-        tables.check_item_ids(pa.chunked_array([pa.array(ids, pa.string())]), "items")
+        checked(pa.chunked_array([pa.array(ids, pa.string())]))
+
+
+def test_ids_of_one_hash_are_not_taken_for_one():
+    tables.check_item_ids(pa.array(["a", "b"], pa.large_string()), np.zeros(2, np.uint64), 2, "items")
 
 
 def test_further_columns_have_one_type_in_all_files_of_a_table():
@@ -108,7 +120,7 @@ def test_further_columns_have_one_type_in_all_files_of_a_table():
 @pytest.mark.parametrize("kind", [pa.large_list(pa.large_string()), pa.list_(pa.dictionary(pa.int32(), pa.string()))])
 def test_every_kind_of_list_of_strings_is_one(kind: pa.DataType):
     raw = pa.table({"item_id": ["a", "b"], "tags": pa.array([["new", None], None], kind)})
-    made = tables.prepared_items(raw, [None, None], ["missing", "missing"]).column("tags")
+    made = tables.prepared_items(raw, ["missing", "missing"]).column("tags")
     assert (made.type, made.to_pylist()) == (pa.list_(pa.string()), [["new", None], None])
 
 
@@ -125,7 +137,7 @@ def test_prepared_items_have_known_types_and_the_catalogs_own_columns():
             "image": [b"raw"],
         }
     )
-    items = tables.prepared_items(raw, [b"stored"], ["ok"])
+    items = tables.prepared_items(raw, ["ok"])
     assert items.to_pylist() == [
         {
             "item_id": "a",
@@ -134,7 +146,6 @@ def test_prepared_items_have_known_types_and_the_catalogs_own_columns():
             "category": None,
             "description": None,
             "price": 12.0,
-            "image": b"stored",
             "image_status": "ok",
             "year": 1995,
             "shelf": "s",
