@@ -58,8 +58,8 @@ def prepare(
 
 def train(data: str, out: str, config: Config, resume: bool, console: Console) -> Summary:
     from pixrec.cluster.session import connect
-    from pixrec.cluster.train import check_ready
     from pixrec.cluster.train import train as run
+    from pixrec.training.stages import check_ready
 
     check_ready(data, out, config, resume)
     with connect():
