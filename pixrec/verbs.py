@@ -92,8 +92,8 @@ def train(
     """
     settings, data, out = read_settings(config), place(data), place(out)
     from pixrec.cluster.session import connect
-    from pixrec.cluster.train import check_ready
     from pixrec.cluster.train import train as run
+    from pixrec.training.stages import check_ready
 
     check_ready(data, out, settings, resume)
     with _console(progress) as console, connect():

@@ -33,7 +33,8 @@ from pixrec.data.synthetic import build_world, picture, shop
 from pixrec.metrics import random_tie_metrics, rank_targets
 from pixrec.model.catalog import Catalog
 from pixrec.schema import OK, PREPARED_ITEM_FIELDS
-from pixrec.training.interleaved import BatchSource, Collator, InterleavedTrainer
+from pixrec.training.interleaved import Collator, InterleavedTrainer
+from pixrec.training.windows import ShiftedWindows
 
 CELLS: dict[str, list[str]] = {
     "default": [],
@@ -92,14 +93,14 @@ def trained_and_ranked(dataset: Dataset, config: Config) -> dict[str, Any]:
     """Train for `train.max_steps` and rank the test targets."""
     model = new_model(config, [dataset.items.text(row) for row in range(len(dataset.items))])
     catalog = Catalog(dataset.items, model.encoder)
-    source = BatchSource(dataset.training_histories(), config.model.max_history_items, config.train)
+    source = ShiftedWindows(dataset.training_histories(), config.model.max_history_items, config.train)
     collator = Collator(catalog, dataset.training_counts(), config, source.examples_per_step)
     trainer = InterleavedTrainer(model.tower, source, collator, config)
     started, row = time.perf_counter(), {}
     while trainer.step < trainer.total_steps:
         row = trainer.train_step()
         if config.train.extra_negatives and trainer.step % config.train.validate_every_steps == 0:
-            trainer.validate(catalog, _few(dataset.held_out("valid")))
+            trainer.validate(_few(dataset.held_out("valid")))
     seconds = time.perf_counter() - started
     held_out, embedder = dataset.held_out("test"), model.embedder()
     vectors = embedder.items(catalog, np.arange(len(catalog)))

@@ -126,7 +126,7 @@ def train_item_tower(run: Run, cell: Cell) -> None:
     while trainer.step < trainer.total_steps:
         row = trainer.train_step()
         if trainer.step % config.train.validate_every_steps == 0 or trainer.step == trainer.total_steps:
-            found = trainer.validate(catalog, valid)
+            found = trainer.validate(valid)
             _say(f"item tower, {cell.modalities}", cell.seed, trainer.step, started, {**row, **found})
             if found["valid_ndcg@10"] > best:
                 best = found["valid_ndcg@10"]

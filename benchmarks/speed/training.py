@@ -47,7 +47,8 @@ from pixrec.data.images import decode_image
 from pixrec.model.catalog import Catalog
 from pixrec.model.losses import info_nce, next_item_generation
 from pixrec.model.usage import peak_flops
-from pixrec.training.interleaved import BatchSource, Collator, InterleavedTrainer
+from pixrec.training.interleaved import Collator, InterleavedTrainer
+from pixrec.training.windows import ShiftedWindows
 
 LENGTH, HISTORIES, PLAIN_EXAMPLES = 9, 16, 16
 MEMORY_BATCHES, MICRO_BATCH, MEMORY_LENGTH = (64, 4096), 16, 3
@@ -135,7 +136,7 @@ def trainer_of(work: workload.Workload, histories: int, length: int) -> Interlea
     train = dataclasses.replace(work.config.train, histories_per_step=histories)
     config = dataclasses.replace(work.config, train=train)
     rows = work.histories(max(histories, 64), length)
-    source = BatchSource(rows, config.model.max_history_items, config.train)
+    source = ShiftedWindows(rows, config.model.max_history_items, config.train)
     counts = np.bincount(np.concatenate(rows), minlength=len(work.catalog))
     collator = Collator(work.catalog, counts, config, source.examples_per_step)
     return InterleavedTrainer(work.model.tower, source, collator, config)

@@ -86,20 +86,20 @@ def _num_workers(settings: TrainConfig) -> int | tuple[int, int]:
 
 
 class NewsLog:
-    """Rows on their way to the driver, sent at most once a second; silent on all workers but the first."""
+    """Rows on their way to the driver, those of steps at most once a second; silent on all workers but the first."""
 
-    def __init__(self, mailbox: Any, facts: dict[str, Any]) -> None:
+    def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox if ray.train.get_context().get_world_rank() == 0 else None
-        self._facts = facts
         self._rows: list[dict[str, Any]] = []
         self._sent = self._last = time.monotonic()
 
-    def add(self, row: dict[str, Any], now: bool = False) -> None:
-        moment = time.monotonic()
-        self._rows.append({**row, **self._facts, "seconds": round(moment - self._last, 4)})
+    def add(self, row: dict[str, Any]) -> None:
+        """Take a row. One of a validation, which has no loss, is there when this returns: the worker may end next."""
+        moment, now = time.monotonic(), "loss" not in row
+        self._rows.append({**row, "seconds": round(moment - self._last, 4)})
         self._last = moment
         if self._mailbox is not None and (now or moment - self._sent >= _MAIL_SECONDS):
             arrived = self._mailbox.put.remote(self._rows)
             self._rows, self._sent = [], moment
             if now:
-                ray.get(arrived)  # the worker may end before the driver takes the rows, not before they are there
+                ray.get(arrived)

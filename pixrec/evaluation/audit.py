@@ -21,8 +21,7 @@ from pixrec.data.joined import count_leaks
 from pixrec.data.sequences import Dataset, HeldOut, Part, load_dataset
 from pixrec.errors import InputError, PixRecError
 from pixrec.scorers import LOSS_OF
-from pixrec.training.compact import WindowSource
-from pixrec.training.interleaved import BatchSource
+from pixrec.training.windows import RecentWindows, ShiftedWindows
 
 MAX_STEPS = 2000
 """Training steps of the interleaved towers whose windows are looked at, spread over the first epoch; every history
@@ -190,7 +189,7 @@ def _batch_windows(histories: Histories, config: Config) -> Histories:
     """The windows of the first epoch as the towers' training cuts them, at most those of MAX_STEPS steps."""
     if not any(len(history) >= 2 for history in histories):
         return []
-    source = BatchSource(histories, config.model.max_history_items, config.train)
+    source = ShiftedWindows(histories, config.model.max_history_items, config.train)
     steps = np.unique(np.linspace(0, source.steps_per_epoch - 1, min(source.steps_per_epoch, MAX_STEPS)).astype(int))
     return [window for step in steps for window in source.step(int(step))]
 
@@ -199,7 +198,7 @@ def _sequence_windows(histories: Histories, longest: int, config: SequenceConfig
     """The windows of the first epochs as the training of a compact tower cuts them."""
     if not any(len(history) >= 2 for history in histories):
         return []
-    source = WindowSource(histories, longest, config, seed)
+    source = RecentWindows(histories, longest, config, seed)
     return [window for epoch in range(EPOCHS) for batch in source.epoch(epoch) for window in batch]
 
 

@@ -51,6 +51,31 @@ class HistoryPart:
     """(u,) where each of those items stands among the U"""
 
 
+class GradCache:
+    """Vectors that are made part by part, each time anew: first without a graph, then with one, to be sent what the
+    loss said of them."""
+
+    def __init__(self, make: Callable[[int, bool], Tensor], parts: Sequence[tuple[int, bool]]) -> None:
+        """`make` gets the number of a part and whether its tokens count; `parts` say which ones are made and whether
+        they count. What `make` draws at random must be the same both times."""
+        self.make, self.parts = make, parts
+
+    @torch.no_grad()
+    def vectors(self) -> list[Tensor]:
+        """Those of the parts that count."""
+        made = [(self.make(i, counts), counts) for i, counts in self.parts]
+        return [vectors for vectors, counts in made if counts]
+
+    def send(self, gradient: Tensor | None) -> None:
+        """Add to the parameters' gradients what follows from that of all vectors, in the order of the parts."""
+        start = 0
+        for i, counts in self.parts:
+            made = self.make(i, False)
+            rows = slice(start, start + (len(made) if counts else 0))
+            _sent(made, gradient, rows).backward()
+            start = rows.stop
+
+
 @dataclass(frozen=True)
 class _Vectors:
     """Vectors of the whole batch, leaves of the loss."""
@@ -82,7 +107,7 @@ def backward(
     scale = {n: weights[n] * world_size / max(float(c), 1.0) for n, c in zip(PARTS, joined, strict=True)}
     _contrast(task, vectors, parts, extra, {n: share * s for n, s in scale.items()}, totals)
     totals[0, 0] = cache.send_to_histories(vectors, share * scale["nig"])
-    cache.send_to_items(vectors)
+    cache.items.send(vectors.item.grad)
     loss = sum((scale[n] * totals[i, 0] for i, n in enumerate(PARTS)), totals.new_zeros(()))
     return loss, totals, (cache.real, cache.slots)
 
@@ -135,13 +160,12 @@ class _Cache:
         self.device = task.tower.log_temperature.device
         self.real = self.slots = 0.0
         # Under FSDP every pass is a collective: workers with fewer parts go through their first one again, for nothing.
-        self.item_parts = _as_many_everywhere(len(parts.items))
+        self.items = GradCache(self._items, _as_many_everywhere(len(parts.items)))
         self.history_parts = _as_many_everywhere(len(parts.histories))
 
     @torch.no_grad()
     def vectors(self) -> _Vectors:
-        made = [(self._items(i, count=counts), counts) for i, counts in self.item_parts]
-        item = torch.cat([vectors for vectors, counts in made if counts])
+        item = torch.cat(self.items.vectors())
         user, conditioned, target, seen, tokens = [], [], [], [], 0
         for i, counts in self.history_parts:
             part, out = self._histories(i, generate=False)
@@ -169,7 +193,8 @@ class _Cache:
         for i, counts in self.history_parts:
             _, out = self._histories(i, generate=self.task.generates)
             rows = slice(start, start + (len(out.user) if counts else 0))
-            surrogate = _sent(out.user, vectors.user, rows) + _sent(out.target_given_user, vectors.conditioned, rows)
+            surrogate = _sent(out.user, vectors.user.grad, rows)
+            surrogate = surrogate + _sent(out.target_given_user, vectors.conditioned.grad, rows)
             if out.text_logits is not None and out.text_ids is not None and len(out.text_ids):
                 nig = next_item_generation(out.text_logits, out.text_ids).total
                 surrogate = surrogate + nig * (nig_scale if counts else 0)
@@ -178,19 +203,10 @@ class _Cache:
             start = rows.stop
         return total
 
-    def send_to_items(self, vectors: _Vectors) -> None:
-        """Second pass over the items."""
-        start = 0
-        for i, counts in self.item_parts:
-            made = self._items(i)
-            rows = slice(start, start + (len(made) if counts else 0))
-            _sent(made, vectors.item, rows).backward()
-            start = rows.stop
-
     def _count(self, is_token: Tensor) -> None:
         self.real, self.slots = self.real + float(is_token.sum()), self.slots + float(is_token.numel())
 
-    def _items(self, i: int, count: bool = False) -> Tensor:
+    def _items(self, i: int, count: bool) -> Tensor:
         reseed(self.seed + 2 * i, self.device)
         with self.task.autocast():
             items = self.parts.items[i]().to(self.device)
@@ -213,10 +229,10 @@ class _Cache:
         return out._replace(user=self.task.keep_in_graph(out.user))
 
 
-def _sent(made: Tensor, leaf: Tensor, rows: slice) -> Tensor:
-    """A sum whose gradient on `made` is what the loss said of those rows of `leaf`; no rows: zero."""
-    assert leaf.grad is not None
-    return (made.float() * leaf.grad[rows]).sum() if rows.stop > rows.start else 0 * made.float().sum()
+def _sent(made: Tensor, gradient: Tensor | None, rows: slice) -> Tensor:
+    """A sum whose gradient on `made` is those rows of `gradient`; no rows: zero."""
+    assert gradient is not None
+    return (made.float() * gradient[rows]).sum() if rows.stop > rows.start else 0 * made.float().sum()
 
 
 def _as_many_everywhere(count: int) -> list[tuple[int, bool]]:

@@ -16,6 +16,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from pixrec.model.objective import TrainingTask
 
 
+def rank_and_size() -> tuple[int, int]:
+    """Which of the workers this one is, and how many there are: 0 and 1 without torch.distributed."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def shard(task: TrainingTask) -> None:
     """Spread the weights of `task` over all workers, in place: each layer of the language model apart, the rest
     together. The temperature is a scalar, which FSDP does not take: it stays whole on every worker."""

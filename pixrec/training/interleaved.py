@@ -1,7 +1,4 @@
-"""One optimisation step and its state. No Ray, no file system, no progress bar.
-
-Every batch is a pure function of the seed and the step number, so that a resumed run continues exactly where the
-other stopped. Workers split each batch between them and are joined by torch.distributed where it is initialised.
+"""Training of the item tower and the interleaved user tower on pictures and texts.
 
 Shapes: B histories of one step · U distinct items of one worker · P examples (a prefix and its next item).
 """
@@ -9,7 +6,6 @@ Shapes: B histories of one step · U distinct items of one worker · P examples 
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,84 +14,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pixrec.config import Config, Modalities, TrainConfig
+from pixrec.config import Config, Modalities
 from pixrec.data.sequences import HeldOut
-from pixrec.errors import InputError
 from pixrec.model import gradcache
 from pixrec.model.catalog import Catalog, distinct_rows
 from pixrec.model.gradcache import HistoryPart, Parts
+from pixrec.model.losses import all_reduced_rows
 from pixrec.model.objective import PARTS, Batch, Extra, TrainingTask
-from pixrec.model.parallel import (
-    average_gradients,
-    clip_gradients,
-    optimizer_tensors,
-    restore_optimizer,
-    shard,
-    whole,
-)
+from pixrec.model.parallel import average_gradients, shard, whole
 from pixrec.model.seeding import reseed, seed_of
 from pixrec.model.towers import DualTower
 from pixrec.model.usage import usage
+from pixrec.training.trainer import Trainer
 from pixrec.training.validation import item_table, validate
-
-
-class BatchSource:
-    """Training histories as windows of at most `max_history_items` + 1 events, every event a target once an epoch."""
-
-    def __init__(self, histories: Sequence[np.ndarray], max_history_items: int, config: TrainConfig) -> None:
-        self.histories = [h for h in histories if len(h) >= 2]
-        if not self.histories:
-            raise InputError(
-                "no training history has two events, so there is no next item to learn; lower prepare.min_* "
-                "or give more interactions"
-            )
-        self.stride = max_history_items
-        self.config = config
-        windows = [(i, end) for i, h in enumerate(self.histories) for end in range(len(h), 1, -self.stride)]
-        self.windows = np.array(windows, dtype=np.int64)
-        self._lengths = np.minimum(self.windows[:, 1], self.stride + 1)
-        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
-        self.steps_per_epoch = math.ceil(len(self.windows) / config.histories_per_step)
-        self.examples_per_step = sum(len(h) - 1 for h in self.histories) / self.steps_per_epoch
-
-    def total_steps(self) -> int:
-        steps = self.steps_per_epoch * self.config.epochs
-        return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
-
-    def step(self, step: int, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
-        """The windows of catalog rows that worker `rank` reads in `step`."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, *self._draw(epoch))
-        _, order, shift = self._epoch
-        size = self.config.histories_per_step
-        chosen = order[within * size : (within + 1) * size][rank::world_size]
-        return [self._window(int(self.windows[w][0]), int(self.windows[w][1]), int(shift[w])) for w in chosen]
-
-    def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the windows in an epoch, and how far each is shifted."""
-        rng = np.random.default_rng([self.config.seed, 1, epoch])
-        size = self.config.histories_per_step
-        order = np.resize(rng.permutation(len(self.windows)), self.steps_per_epoch * size)
-        shift = rng.integers(0, self.stride, len(self.windows))
-        if self.config.bucket_steps == 1:
-            return order, shift
-        buckets = np.split(order, range(self.config.bucket_steps * size, len(order), self.config.bucket_steps * size))
-        batches = []
-        for bucket in buckets:
-            alike = bucket[np.argsort(self._lengths[bucket], kind="stable")].reshape(-1, size)
-            batches.append(rng.permutation(alike))  # no order of lengths from step to step
-        return np.concatenate(batches).ravel(), shift
-
-    def _window(self, history: int, end: int, shift: int) -> np.ndarray:
-        whole = self.histories[history]
-        if len(whole) > self.stride + 1:  # where windows are cut changes from epoch to epoch
-            end = max(end - shift, 2)
-        return whole[max(0, end - self.stride - 1) : end]
+from pixrec.training.windows import ShiftedWindows
 
 
 @dataclass(frozen=True)
@@ -173,125 +108,65 @@ class Collator:
         return HistoryPart(items, self.catalog.encoder.histories(items, local), torch.from_numpy(of_batch))
 
 
-class DivergedError(InputError):
-    """The loss or its gradient is no number any more. `batch` says what the worker read."""
-
-    def __init__(self, message: str, batch: dict[str, Any]) -> None:
-        super().__init__(message)
-        self.batch = batch
-
-
 class _Read(NamedTuple):
     """What one step reads."""
 
-    windows: list[np.ndarray]
+    windows: Sequence[np.ndarray]
     passes: list[Plan]
     whole: list[Batch]
 
 
-class InterleavedTrainer:
+class InterleavedTrainer(Trainer[DualTower]):
     """Model, optimiser, schedule and step counter of one worker."""
 
-    def __init__(self, tower: DualTower, source: BatchSource, collator: Collator, config: Config) -> None:
-        self.config = config
-        self.tower, self.source, self.collate = tower, source, collator
-        self.device = tower.log_temperature.device
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+    def __init__(self, tower: DualTower, source: ShiftedWindows, collator: Collator, config: Config) -> None:
+        train = config.train
+        super().__init__(tower, train.seed)
+        self.config, self.source, self.collate = config, source, collator
+        self.limit = self.decay_steps = source.total_steps()
+        self.every, self.warmup_steps = train.validate_every_steps, int(train.warmup_fraction * self.limit)
+        self.item_ids = collator.catalog.table.item_ids
         choose_trainable(tower, config)
-        self.core = TrainingTask(tower, config.train)
+        self.core = TrainingTask(tower, train)
         self.task: nn.Module = self.core
-        self.sharded = config.train.parallel == "fsdp2" and self.world_size > 1
+        self.sharded = train.parallel == "fsdp2" and self.world_size > 1
         prepare_backbone(tower, config)
         if self.sharded:
             shard(self.core)
-        elif self.world_size > 1 and config.train.micro_batch_histories is None:
+        elif self.world_size > 1 and train.micro_batch_histories is None:
             self.task = DistributedDataParallel(self.core, find_unused_parameters=True)
-        self.named = {n: p for n, p in tower.named_parameters() if p.requires_grad}
-        rate, decay = config.train.learning_rate, config.train.weight_decay
-        self.optimizer = torch.optim.AdamW(_groups(self.named), lr=rate, weight_decay=decay, betas=(0.9, 0.98))
-        self.total_steps = source.total_steps()
-        self.step = 0
+        named = {n: p for n, p in tower.named_parameters() if p.requires_grad}
+        self._optimise(named, _groups(named, train.learning_rate), train.weight_decay)
+        self.clipped, self.gradient_clip = list(named.values()), train.gradient_clip
         self.table: Tensor | None = None
         self._ahead: tuple[int, Future[_Read]] | None = None
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pixrec-read")
 
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then cosine decay to a tenth of the peak."""
-        peak = self.config.train.learning_rate
-        warmup = max(1, int(self.config.train.warmup_fraction * self.total_steps))
-        if step < warmup:
-            return peak * (step + 1) / warmup
-        progress = (step - warmup) / max(1, self.total_steps - warmup)
-        return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    @property
+    def total_steps(self) -> int:
+        return self.limit
 
-    def train_step(self) -> dict[str, float]:
-        """One optimisation step over all workers; returns the joined loss, its parts and what the step took."""
-        started = time.perf_counter()
-        read = self._next()
-        waited = time.perf_counter() - started
-        self.task.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        totals, loss, tokens = self._backward(read)
-        if self.sharded or self.config.train.micro_batch_histories is not None:
-            average_gradients(self.named.values())
-        norm = clip_gradients(self.named.values(), self.config.train.gradient_clip)
-        sums = torch.tensor([float(loss) / self.world_size, len(read.windows), *tokens, waited], device=self.device)
-        joined = torch.cat([totals.flatten(), sums])
-        if self.world_size > 1:
-            dist.all_reduce(joined)
-        *parts, joined_loss, histories, real, slots, all_waited = joined.tolist()
-        self._refuse_divergence(joined_loss, norm, read.windows)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
-        self.optimizer.step()
-        self.step += 1
-        seconds = time.perf_counter() - started
-        losses = {f"loss_{n}": parts[2 * i] / parts[2 * i + 1] for i, n in enumerate(PARTS) if parts[2 * i + 1]}
-        return {
-            "step": self.step,
-            "loss": joined_loss,
-            **losses,
-            "temperature": float(self.tower.temperature.detach()),
-            "gradient_norm": norm,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "padding_share": 1 - real / max(slots, 1.0),
-            "samples_per_second": histories / seconds,
-            "tokens_per_second": real / seconds,
-            "data_wait_share": all_waited / self.world_size / seconds,
-            **usage(self.tower, real / seconds / self.world_size, self.device),
-        }
-
-    def validate(self, catalog: Catalog, held_out: HeldOut) -> dict[str, float]:
+    def validate(self, held_out: HeldOut) -> dict[str, float]:
         """Figures over the whole catalog (see `validation`); also renews the table of extra negatives."""
         self._settle()
         if not len(held_out.targets) and not self.config.train.extra_negatives:
             return {}
-        figures, vectors = self.core.run(validate, self.tower, catalog, held_out, self.config)
+        figures, vectors = self.core.run(validate, self.tower, self.collate.catalog, held_out, self.config)
         if self.config.train.extra_negatives:
             self.table = torch.from_numpy(vectors)
-        self.task.train()
-        return figures
+        return dict(figures)
 
     def whole_state(self) -> dict[str, Tensor]:
         """All weights, whole and on the CPU; a collective where they are sharded."""
         return {n: whole(t.detach()).to("cpu").contiguous() for n, t in self.tower.state_dict().items()}
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimiser's state by parameter name, whole, for safetensors."""
-        return optimizer_tensors(self.optimizer, self.named)
-
-    def restore(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """Continue after `step` with the state that `optimizer_tensors` gave."""
-        self.step = step
-        restore_optimizer(self.optimizer, self.named, tensors)
-
-    def _backward(self, read: _Read) -> tuple[Tensor, Tensor, tuple[float, float]]:
-        """Gradients of all passes; returns totals of PARTS, the loss, and (tokens, tokens and padding)."""
-        config, passes = self.config.train, len(read.passes)
+    def _backward(self, batch: _Read) -> tuple[float, list[float]]:
+        """And of all workers the totals and counts of PARTS, histories, tokens, tokens and padding, seconds waited."""
+        config, passes = self.config.train, len(batch.passes)
+        self.task.train()
         totals, loss = torch.zeros(len(PARTS), 2, device=self.device), torch.zeros((), device=self.device)
         real = slots = 0.0
-        for i, plan in enumerate(read.passes):
+        for i, plan in enumerate(batch.passes):
             seed = seed_of(self._seed(self.step, i))
             extra = self._extra(i)
             if config.micro_batch_histories is not None:
@@ -299,27 +174,50 @@ class InterleavedTrainer:
                 one, sums, used = gradcache.backward(self.core, parts, extra, seed, 1 / passes)
             else:
                 reseed(seed, self.device)
-                batch = read.whole[i].to(self.device)
+                encoded = batch.whole[i].to(self.device)
                 if isinstance(self.task, DistributedDataParallel):
                     self.task.require_backward_grad_sync = i == passes - 1
-                one, sums = self.task(batch, extra)
+                one, sums = self.task(encoded, extra)
                 (one / passes).backward()
-                used = batch.tokens()
+                used = encoded.tokens()
             totals, loss = totals + sums, loss + one.detach() / passes
             real, slots = real + used[0], slots + used[1]
-        return totals, loss, (real, slots)
+        if self.sharded or config.micro_batch_histories is not None:
+            average_gradients(self.named.values())
+        mine = [float(loss) / self.world_size, len(batch.windows), real, slots, self._waited]
+        joined = all_reduced_rows(torch.cat([torch.tensor(mine, device=self.device), totals.flatten()])).tolist()
+        return joined[0], joined[1:]
+
+    def _row(self, found: list[float], norm: float) -> dict[str, float]:
+        histories, real, slots, waited, *parts = found
+        seconds = time.perf_counter() - self._started
+        return {
+            **{f"loss_{n}": parts[2 * i] / parts[2 * i + 1] for i, n in enumerate(PARTS) if parts[2 * i + 1]},
+            "gradient_norm": norm,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "padding_share": 1 - real / max(slots, 1.0),
+            "samples_per_second": histories / seconds,
+            "tokens_per_second": real / seconds,
+            "data_wait_share": waited / self.world_size / seconds,
+            **usage(self.tower, real / seconds / self.world_size, self.device),
+        }
+
+    def _windows(self, batch: _Read) -> Sequence[np.ndarray]:
+        return batch.windows
 
     def _seed(self, step: int, index: int) -> list[int]:
-        return [self.config.train.seed, 2, step, self.rank, *([index] if index else [])]
+        return [self.seed, 2, step, self.rank, *([index] if index else [])]
 
     def _next(self) -> _Read:
         """The step's batch, read while the step before was taken."""
+        self._started = time.perf_counter()
         if self._ahead is None or self._ahead[0] != self.step:
             self._settle()
             self._ahead = (self.step, self._reader.submit(self._read, self.step))
         read = self._ahead[1].result()
         following = self.step + 1
-        self._ahead = (following, self._reader.submit(self._read, following)) if following < self.total_steps else None
+        self._ahead = (following, self._reader.submit(self._read, following)) if following < self.limit else None
+        self._waited = time.perf_counter() - self._started
         return read
 
     def _read(self, step: int) -> _Read:
@@ -351,30 +249,12 @@ class InterleavedTrainer:
         inclusion = torch.from_numpy(self.collate.log_inclusion)[rows].to(self.device)
         return Extra(self.table[rows].to(self.device), rows.to(self.device), inclusion, len(rows) / total)
 
-    def _refuse_divergence(self, loss: float, norm: float, windows: list[np.ndarray]) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        ids = self.collate.catalog.table.item_ids
-        histories = [[ids[row] for row in window] for window in windows]
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-        raise DivergedError(
-            f"{what} at step {self.step + 1}, whose batch holds among others {', '.join(histories[0][:3])}; lower "
-            f"train.learning_rate ({self.config.train.learning_rate}) or look at those items",
-            {"step": self.step + 1, "loss": str(loss), "gradient_norm": str(norm), "histories": histories},
-        )
 
-
-def _groups(named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+def _groups(named: dict[str, nn.Parameter], rate: float) -> list[dict[str, Any]]:
     """Parameter groups: weight decay on matrices only; scalars apart, which are never sharded."""
-    matrices = [p for p in named.values() if p.ndim >= 2]
-    vectors = [p for p in named.values() if p.ndim == 1]
-    scalars = [p for p in named.values() if p.ndim == 0]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices},
-        {"params": vectors, "weight_decay": 0.0},
-        {"params": scalars, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    matrices = {"params": [p for p in named.values() if p.ndim >= 2], "lr": rate}
+    others = [[p for p in named.values() if p.ndim == ndim] for ndim in (1, 0)]
+    return [matrices, *({"params": params, "lr": rate, "weight_decay": 0.0} for params in others)]
 
 
 def choose_trainable(tower: DualTower, config: Config) -> None:

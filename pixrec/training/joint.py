@@ -22,7 +22,7 @@ Shapes: F items that a step encodes · N items of the catalog · U items that it
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -31,12 +31,13 @@ from torch import Tensor, nn
 from pixrec.config import Config, SequenceConfig
 from pixrec.data.sequences import HeldOut
 from pixrec.model.catalog import Catalog
+from pixrec.model.gradcache import GradCache
 from pixrec.model.losses import all_reduced_rows, gather_with_gradient
-from pixrec.model.parallel import clip_gradients
 from pixrec.model.seeding import reseed, seed_of
 from pixrec.model.towers import DualTower
-from pixrec.training.compact import CompactTrainer, OnRow
+from pixrec.training.compact import CompactTrainer
 from pixrec.training.interleaved import choose_trainable, prepare_backbone
+from pixrec.training.windows import rows_of
 
 _ROWS_PER_PASS = 256
 """Items encoded at a time where no gradient is wanted."""
@@ -74,30 +75,27 @@ class JointTrainer(CompactTrainer):
             model.compact.id_dropout,
             config.train.seed,
             timestamps,
+            catalog.table.item_ids,
         )
         self.towers, self.catalog, self.settings = towers, catalog, settings
         self.trained = towers
         self.modalities, self.item_precision = model.modalities, config.train.precision
-        self.gradient_clip = config.train.gradient_clip
         prepare_backbone(towers, config)
-        self.item = item_parameters(towers, config)
+        item = item_parameters(towers, config)
+        self.clipped, self.gradient_clip = list(item.values()), config.train.gradient_clip
         compact = {f"compact.{name}": parameter for name, parameter in self.named.items()}
-        self.optimizer = self._adamw((compact, self.config.learning_rate), (self.item, settings.item_learning_rate))
-        self.named = {**compact, **self.item}
+        rates = ((compact, settings.learning_rate), (item, settings.item_learning_rate))
+        groups = [{"params": list(named.values()), "lr": rate} for named, rate in rates]
+        self._optimise({**compact, **item}, groups, self.config.weight_decay)
         self._computed_at = torch.zeros(len(catalog), dtype=torch.int64, device=self.device)
         self._refreshed_at: int | None = None
         self._fresh, self._vectors = np.zeros(0, dtype=np.int64), self.content_table[:0]
-        self._staleness: dict[str, float] = {}
 
     @property
     def content_table(self) -> Tensor:
         """Content vectors (N, C) as the next step would read them."""
         assert self.content is not None
         return self.content
-
-    def train_epoch(self, on_row: OnRow = lambda row: None) -> None:
-        """One pass over the training histories; `on_row` gets a row a step, with the staleness that it met."""
-        super().train_epoch(lambda row: on_row({**row, **self._staleness}))
 
     @torch.no_grad()
     def refresh(self) -> float:
@@ -118,26 +116,29 @@ class JointTrainer(CompactTrainer):
         figures = super().validate(held_out)
         return {**figures, "table_staleness": moved} if figures else {}
 
-    def restore(self, epoch: int, step: int, tensors: dict[str, Tensor]) -> None:
-        super().restore(epoch, step, tensors)
+    def restore(self, position: dict[str, int], tensors: dict[str, Tensor]) -> None:
+        super().restore(position, tensors)
         self._refreshed_at = None
 
-    def _step(self, windows: list[np.ndarray]) -> float:
+    def _backward(self, batch: Sequence[np.ndarray]) -> tuple[float, dict[str, float]]:
         if self._refreshed_at is None or self.step - self._refreshed_at >= self.settings.refresh_every_steps:
             self.refresh()
-        self._renew(windows)
-        return super()._step(windows)
+        staleness = self._renew(batch)
+        return super()._backward(batch)[0], staleness
 
     @torch.no_grad()
-    def _renew(self, windows: list[np.ndarray]) -> None:
+    def _renew(self, batch: Sequence[np.ndarray]) -> dict[str, float]:
         """Encode items of the step's histories and write them into the table, on all workers alike."""
         rng = np.random.default_rng([self.seed, 6, self.step])
-        present = np.unique(np.concatenate([w if w.ndim == 1 else w[:, 0] for w in windows]))
+        present = np.unique(np.concatenate([rows_of(window) for window in batch]))
         count = min(len(present), self.settings.fresh_items_per_step)
         self._fresh = np.sort(rng.choice(present, count, replace=False))
-        vectors = self._gathered([self._encoded(part, i) for i, part in enumerate(self._parts())])
+        mine, size = self._share(self._fresh), self.settings.micro_batch_items
+        parts = [mine[i : i + size] for i in range(0, len(mine), size)]
+        self._cache = GradCache(lambda i, _: self._encoded(parts[i], i), [(i, True) for i in range(len(parts))])
+        vectors = self._gathered(self._cache.vectors())
         rows = torch.from_numpy(self._fresh).to(self.device)
-        self._staleness = {
+        staleness = {
             "staleness": float(_distance(self.content_table[rows], vectors)),
             "age_steps": float((self.step - self._computed_at[rows]).float().mean()),
             "fresh_share": count / len(present),
@@ -145,6 +146,7 @@ class JointTrainer(CompactTrainer):
         self.content_table[rows] = vectors
         self._computed_at[rows] = self.step
         self._vectors = vectors.requires_grad_()
+        return staleness
 
     def _content_at(self, items: Tensor) -> Tensor:
         """Rows (U, C) of the table; those that are fresh carry the gradient to `_vectors`."""
@@ -160,16 +162,8 @@ class JointTrainer(CompactTrainer):
         gradient = self._vectors.grad
         gradient = all_reduced_rows(torch.zeros_like(self._vectors) if gradient is None else gradient)
         mine = self._share(np.arange(len(self._fresh)))
-        wanted = gradient[torch.from_numpy(mine).to(self.device)].split(self.settings.micro_batch_items)
-        for i, (part, of_part) in enumerate(zip(self._parts(), wanted, strict=False)):
-            (self._encoded(part, i) * of_part).sum().backward()
+        self._cache.send(gradient[torch.from_numpy(mine).to(self.device)])
         super()._join_gradients()
-        clip_gradients(self.item.values(), self.gradient_clip)
-
-    def _parts(self) -> Iterator[np.ndarray]:
-        """This worker's share of the fresh items in micro-batches."""
-        mine, size = self._share(self._fresh), self.settings.micro_batch_items
-        return (mine[i : i + size] for i in range(0, len(mine), size))
 
     def _encoded(self, rows: np.ndarray, index: int) -> Tensor:
         """Content vectors (U, C) in training, the same dropout each time a step asks for micro-batch `index`."""

@@ -1,30 +1,97 @@
-"""What each phase of a training starts from: the trainer of the interleaved towers, of the compact tower on their item
-vectors, and of both together. Knows data sets and models; knows no Ray, no checkpoints and no order of phases.
+"""How each phase of a training begins: the interleaved towers, the compact tower on their item vectors, and both
+together. Knows data sets and models; knows no Ray and no order of phases.
 
 Shapes: N items of the catalog.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from pixrec.artifact import Model, with_compact
+from pixrec.artifact import Model, load_model, untrained_model, with_compact
 from pixrec.config import Config
-from pixrec.data.joined import TrainingData
-from pixrec.data.sequences import Dataset
+from pixrec.data.joined import TrainingData, join_datasets
+from pixrec.data.sequences import Dataset, HeldOut, load_dataset, sample_users
 from pixrec.model.catalog import Catalog
+from pixrec.model.parallel import rank_and_size
+from pixrec.model.vision import find_tokens
+from pixrec.training.checkpoint import restore
 from pixrec.training.compact import CompactTrainer
-from pixrec.training.interleaved import BatchSource, Collator, InterleavedTrainer
+from pixrec.training.interleaved import Collator, InterleavedTrainer
 from pixrec.training.joint import JointTrainer
+from pixrec.training.stages import Phase
+from pixrec.training.trainer import EarlyStopping, Trainer
 from pixrec.training.validation import item_table
+from pixrec.training.windows import ShiftedWindows
+
+
+class Begun(NamedTuple):
+    """A phase at its beginning, or where a checkpoint left it."""
+
+    trainer: Trainer[Any]
+    model: Model
+    """what checkpoints are written from: the model under training, or a whole copy of one that is sharded"""
+    held_out: HeldOut
+    watch: EarlyStopping
+
+
+def begin(
+    phase: Phase,
+    data: Sequence[str],
+    config: Config,
+    device: str,
+    *,
+    start: str | None = None,
+    vocabulary: Sequence[str] = (),
+    checkpoint: str | None = None,
+) -> Begun:
+    """Begin a phase on the data sets at `data` with the weights of the model at `start`, or go on from the local folder
+    of a `checkpoint`. The compact and the joint phase take one data set, and need a `start`; without one, the
+    interleaved phase begins with an untrained model that has read the data sets of `vocabulary`."""
+    datasets = [load_dataset(uri) for uri in data]
+    joined = join_datasets(datasets)
+    if phase == "interleaved":  # has its weights before they are sharded
+        model = untrained_model(config, vocabulary, device)
+        _load_weights(model, checkpoint or start)
+    else:
+        assert start is not None
+        model = load_model(start, device)
+    catalog = Catalog(joined.items, model.encoder, tokens=find_tokens(data, config, model.tower.backbone))
+    trainer: Trainer[Any]
+    if phase == "interleaved":
+        sharded = config.train.parallel == "fsdp2" and rank_and_size()[1] > 1
+        whole = copy.deepcopy(model.tower).to("cpu") if sharded else model.tower
+        trainer = interleaved_trainer(model, catalog, joined, config)
+        model = dataclasses.replace(model, tower=whole)
+    elif phase == "compact":
+        trainer, model = compact_trainer(model, catalog, datasets[0], config)
+        _load_weights(model, checkpoint)
+    else:
+        trainer = joint_trainer(model, catalog, datasets[0], config)
+        _load_weights(model, checkpoint)
+    watch = EarlyStopping(trainer.patience)
+    if checkpoint is not None:
+        restore(trainer, watch, checkpoint)
+    users = (config.train if phase == "interleaved" else config.train.compact).max_validation_users
+    held_out = sample_users(joined.valid, users, config.train.seed)
+    return Begun(trainer, dataclasses.replace(model, config=config), held_out, watch)
+
+
+def _load_weights(model: Model, uri: str | None) -> None:
+    if uri is not None:
+        weights = load_model(uri, str(model.tower.log_temperature.device)).tower.state_dict()
+        model.tower.load_state_dict(weights)
 
 
 def interleaved_trainer(model: Model, catalog: Catalog, data: TrainingData, config: Config) -> InterleavedTrainer:
     """The trainer of the towers of `model` on the training events of `data`, whose items are those of `catalog`."""
-    source = BatchSource(data.histories, config.model.max_history_items, config.train)
+    source = ShiftedWindows(data.histories, config.model.max_history_items, config.train)
     collator = Collator(catalog, data.counts, config, source.examples_per_step)
     return InterleavedTrainer(model.tower, source, collator, config)
 
@@ -37,8 +104,7 @@ def compact_trainer(base: Model, catalog: Catalog, dataset: Dataset, config: Con
     """
     content = torch.from_numpy(item_table(base.tower, catalog, config))
     counts = dataset.training_counts()
-    trained = [dataset.items.item_ids[row] for row in np.flatnonzero(counts > 0)]
-    model = with_compact(base, trained)
+    model = with_compact(base, [dataset.items.item_ids[row] for row in np.flatnonzero(counts > 0)])
     assert model.tower.compact is not None
     model.tower.compact.whiten(content.to(model.tower.log_temperature.device))
     trainer = CompactTrainer(
@@ -51,6 +117,7 @@ def compact_trainer(base: Model, catalog: Catalog, dataset: Dataset, config: Con
         config.model.compact.id_dropout,
         config.train.seed,
         _timestamps(dataset, config),
+        dataset.items.item_ids,
     )
     return trainer, model
 

@@ -1,48 +1,71 @@
-"""The stages of a training run in their order, and whether their data sets fit. Knows no Ray and no model."""
+"""The stages of a training run in their order, whether their data sets fit, and whether an unfinished run goes on.
+
+A run keeps its checkpoints in a hidden folder beside --out, one part for the model and one for each knockout. It is
+removed once the model is published whole; until then --resume continues from it. Knows no Ray.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from pixrec import storage
-from pixrec.config import Config
+from pixrec.artifact import MODEL_MARKER
+from pixrec.config import Config, dump_config
 from pixrec.data.joined import TrainingData, count_leaks, join_datasets
 from pixrec.data.sequences import DATASET_MARKER, Dataset, load_dataset
 from pixrec.errors import ArtifactError, ConfigError, InputError
-from pixrec.training.interleaved import BatchSource
+from pixrec.training.windows import ShiftedWindows
+
+Phase = Literal["interleaved", "compact", "joint"]
+
+_CONFIG, _DATA = "config.yaml", "data.json"
 
 
 class Stage(NamedTuple):
     """What is trained on, and how."""
 
     name: str
-    """empty for the last, the training on --data"""
+    """what the log and the errors call it; empty for the training of the interleaved towers on --data"""
+    phase: Phase
     data: list[str]
     """absolute URIs of its data sets"""
     config: Config
     """the run's, with the stage's own rates and weights"""
+    place: str = ""
+    """where below the part's folder its checkpoints lie"""
 
     def part(self, part: str) -> str:
         """What the log calls the stage of a `part` (both, text, image)."""
         return f"{part}_{self.name}" if self.name else part
 
     def folder(self, work: str) -> str:
-        """Where below `work`, the part's folder, its checkpoints lie."""
-        return storage.join(work, "stages", self.name) if self.name else work
+        """Where its checkpoints lie, given the part's folder."""
+        return storage.join(work, self.place) if self.place else work
 
 
 def plan(data: str, config: Config) -> list[Stage]:
-    """All stages, the training on `data` last."""
-    before = [
+    """All stages in their order: those of `train.stages`, the training on `data`, and what is set of the compact tower
+    on its item vectors and of both towers together."""
+    target = [storage.absolute(data)]
+    stages = [
         Stage(
             stage.name,
-            [storage.absolute(uri) for uri in stage.data or [data]],
+            "interleaved",
+            [storage.absolute(uri) for uri in stage.data] or target,
             dataclasses.replace(config, train=config.train.of_stage(stage)),
+            f"stages/{stage.name}",
         )
         for stage in config.train.stages
     ]
-    return [*before, Stage("", [storage.absolute(data)], config)]
+    stages.append(Stage("", "interleaved", target, config))
+    if config.model.user_tower == "compact":
+        stages.append(Stage("compact", "compact", target, config, "compact"))
+    if config.train.joint.epochs:
+        stages.append(Stage("compact_joint", "joint", target, config, "joint"))
+    return stages
 
 
 def vocabulary(stages: list[Stage]) -> list[str]:
@@ -51,18 +74,96 @@ def vocabulary(stages: list[Stage]) -> list[str]:
 
 
 def stage_facts(stages: list[Stage]) -> list[dict[str, Any]]:
-    """`name` of every stage before the last, and `data` and `data_fingerprints` of its sets."""
+    """`name` of every stage before the training on --data, and `data` and `data_fingerprints` of its sets."""
     return [
         {"name": s.name, "data": s.data, "data_fingerprints": [_fingerprint(uri) for uri in s.data]}
         for s in stages
-        if s.name
+        if s.name and s.phase == "interleaved"
     ]
+
+
+def check_ready(data: str, out: str, config: Config, resume: bool) -> None:
+    """Raise before Ray starts when --out cannot be written, when there is nothing to resume, or when the data set or
+    one of the stages' offers the towers nothing to learn from, is none, or gives away what is held out."""
+    check_joint(config)
+    storage.check_writable(out, MODEL_MARKER, "model")
+    dataset = load_dataset(data)
+    if resume:
+        check_resumable(out, dataset, config)
+    wanted = config.model.modalities
+    if config.train.knockouts and wanted != "both":
+        raise ConfigError(f"train.knockouts needs model.modalities both, not {wanted}; set train.knockouts to []")
+    if config.model.user_tower == "compact" and config.model.compact.time != "none":
+        dataset.training_timestamps()  # raises where they tell no time
+    check_stages(plan(data, config), dataset)
+
+
+def check_joint(config: Config) -> None:
+    """Raise ConfigError where train.joint asks for what there is not."""
+    if not config.train.joint.epochs:
+        return
+    if config.model.user_tower != "compact":
+        raise ConfigError(
+            f"train.joint.epochs {config.train.joint.epochs} needs the compact user tower; set model.user_tower to "
+            "compact, or train.joint.epochs to 0"
+        )
+    if config.train.parallel == "fsdp2":
+        raise ConfigError(
+            "train.joint keeps whole towers on every worker, so not with train.parallel fsdp2; set it to ddp, or "
+            "train.joint.epochs to 0"
+        )
+
+
+def work_folder(out: str) -> str:
+    """Where an unfinished run of `out` keeps its checkpoints and its log: hidden, beside it."""
+    return storage.join(storage.parent(out), f".{storage.name(out)}.training")
+
+
+def begin_work(out: str, dataset: Dataset, config: Config) -> None:
+    """Empty the work folder, and note what `check_resumable` compares."""
+    work = work_folder(out)
+    storage.remove(work)
+    storage.write_json(storage.join(work, _DATA), _data_facts(dataset, config))
+    storage.write_bytes(storage.join(work, _CONFIG), dump_config(config).encode())
+
+
+def check_resumable(out: str, dataset: Dataset, config: Config) -> None:
+    """Raise where no run lies in the work folder, or one of other settings or data sets."""
+    work = work_folder(out)
+    settings = storage.join(work, _CONFIG)
+    if not storage.exists(settings):
+        raise ArtifactError(f"--resume: no unfinished run of {out} lies at {work}; start without --resume")
+    if storage.read_text(settings) != dump_config(config):
+        raise ConfigError(f"--resume: the configuration differs from the unfinished run's {settings}; use that one")
+    begun_on, found = storage.read_json(storage.join(work, _DATA)), _data_facts(dataset, config)
+    if begun_on["fingerprint"] != found["fingerprint"]:
+        raise InputError(f"--resume: {found['uri']} is not the data set {begun_on['uri']} of the unfinished run")
+    for before, now in zip(begun_on.get("stages", []), found["stages"], strict=True):
+        if before["data_fingerprints"] != now["data_fingerprints"]:
+            raise InputError(
+                f"--resume: the data sets of train.stages {now['name']} are not those of the unfinished run"
+            )
+
+
+def _data_facts(dataset: Dataset, config: Config) -> dict[str, Any]:
+    facts = {"uri": storage.absolute(dataset.uri), "fingerprint": dataset.info.get("fingerprint")}
+    return {**facts, "stages": stage_facts(plan(dataset.uri, config))}
+
+
+def model_facts(dataset: Dataset, config: Config) -> dict[str, Any]:
+    """What model.json says of the data a model was trained on."""
+    facts = _data_facts(dataset, config)
+    counted = {"trained_events": int(np.sum(dataset.training_counts()))}
+    before = {"stages": facts["stages"]} if facts["stages"] else {}
+    return {"data": facts["uri"], "data_fingerprint": facts["fingerprint"], **counted, **before}
 
 
 def check_stages(stages: list[Stage], target: Dataset) -> None:
     """Raise where a data set is no prepared one, where a stage has nothing to learn from, or where a set other than
     `target` has held-out events of it among its training events (see `count_leaks` for what is not found)."""
     for stage in stages:
+        if stage.phase != "interleaved":
+            continue
         if not stage.name:
             check_learnable(target.uri, join_datasets([target]), stage.config)
             continue
@@ -80,7 +181,7 @@ def check_stages(stages: list[Stage], target: Dataset) -> None:
 
 def check_learnable(name: str, data: TrainingData, config: Config) -> None:
     """Raise InputError when the data offers the towers nothing to learn from."""
-    BatchSource(data.histories, config.model.max_history_items, config.train)
+    ShiftedWindows(data.histories, config.model.max_history_items, config.train)
     wanted = config.model.modalities
     text = wanted != "image" and any(data.items.text(row) for row in range(len(data.items)))
     if not text and (wanted == "text" or not data.items.with_image.any()):

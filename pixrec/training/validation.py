@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from pixrec.config import Config, Modalities
@@ -17,6 +16,7 @@ from pixrec.data.sequences import HeldOut
 from pixrec.metrics import LOGGED, rank_metrics, target_ranks
 from pixrec.model.catalog import Catalog, Embedder
 from pixrec.model.losses import gather_with_gradient
+from pixrec.model.parallel import rank_and_size
 from pixrec.model.towers import DualTower
 
 _USERS_AT_A_TIME = 64
@@ -80,6 +80,6 @@ def _embedder(tower: DualTower, catalog: Catalog, config: Config, modalities: Mo
 
 def _share(total: int) -> tuple[np.ndarray, np.ndarray]:
     """This worker's share of 0 … total - 1, as long as everybody's, and which of it is not a repetition."""
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, size = rank_and_size()
     mine = np.arange(rank, -(-total // size) * size, size)
     return mine % max(1, total), mine < total

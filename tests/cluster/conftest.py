@@ -13,10 +13,10 @@ from ray.train import Checkpoint
 
 from pixrec import storage
 from pixrec.artifact import Model
-from pixrec.cluster import prepare
-from pixrec.cluster.compact import report_validations
-from pixrec.config import Config
+from pixrec.cluster import prepare, train
+from pixrec.config import Config, dump_config
 from pixrec.data.sequences import Dataset
+from pixrec.training.phases import Begun, begin
 
 HERE = Path(__file__).parent
 BUCKET = "s3://warehouse"
@@ -69,25 +69,35 @@ def ray_session(bucket: str) -> Iterator[None]:
             yield
 
 
+def job_of(phase: str, start: Path | str, data: str, config: Config) -> dict[str, Any]:
+    """What the workers of a phase are given, on top of the model at `start`."""
+    return {"phase": phase, "start": str(start), "data": [data], "vocabulary": [], "config": dump_config(config)}
+
+
 @pytest.fixture
 def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Model, list[Checkpoint]]]:
-    """What a worker of the compact or the joint phase does, in this process as the only one; with its checkpoints.
-
-    Takes the phase's `_begin` and its arguments.
-    """
+    """What a worker of the compact or the joint phase does, in this process as the only one; with its checkpoints."""
     kept: list[Checkpoint] = []
+    begun: list[Begun] = []
 
-    def report(metrics: dict[str, Any], checkpoint: Checkpoint) -> None:
-        kept.append(Checkpoint(str(shutil.copytree(checkpoint.path, tmp_path / f"checkpoint-{len(kept)}"))))
+    def report(metrics: dict[str, Any], checkpoint: Checkpoint, **_: Any) -> None:
+        kept.append(Checkpoint(shutil.move(checkpoint.path, tmp_path / f"checkpoint-{len(kept)}")))
 
-    def run(begin: Callable[..., Any], uri: str, dataset: Dataset, config: Config, checkpoint: Checkpoint | None):
+    def noted(*args: Any, **options: Any) -> Begun:
+        begun.append(begin(*args, **options))
+        return begun[-1]
+
+    def run(phase: str, start: str, dataset: Dataset, config: Config, checkpoint: Checkpoint | None = None):
         before = len(kept)
-        trainer, model, watch = begin(uri, dataset, config, "cpu", checkpoint)
-        report_validations(trainer, model, watch, dataset, config, mailbox)
-        return model, kept[before:]
+        monkeypatch.setattr("ray.train.get_checkpoint", lambda: checkpoint)
+        train._worker({**job_of(phase, start, dataset.uri, config), "mailbox": mailbox, "work": str(tmp_path)})
+        return begun[-1].model, kept[before:]
 
     mailbox = SimpleNamespace(put=SimpleNamespace(remote=lambda rows: None))
+    monkeypatch.setattr(train, "begin", noted)
     monkeypatch.setattr("ray.train.report", report)
+    monkeypatch.setattr("ray.train.get_all_reported_checkpoints", lambda mode: [])
+    monkeypatch.setattr("ray.train.torch.get_device", lambda: "cpu")
     monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
     monkeypatch.setattr("ray.get", lambda arrived: None)
     return run

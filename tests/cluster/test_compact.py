@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import job_of
 from fakes import tiny_config, tiny_dataset, tiny_model, write_model, write_prepared
 
 from pixrec.artifact import load_model
-from pixrec.cluster.compact import _begin, fit_compact
-from pixrec.cluster.train import check_ready
+from pixrec.cluster.train import _worker
+from pixrec.cluster.workers import run_workers
 from pixrec.data.sequences import Dataset
 from pixrec.errors import InputError
 from pixrec.model.catalog import Catalog
+from pixrec.training.phases import begin
+from pixrec.training.stages import check_ready
 
 SHAPE = {"dropout": 0.0}  # the workers draw their own
 CONFIG = tiny_config(
@@ -39,12 +42,13 @@ def dataset(tmp_path: Path) -> Dataset:
 
 def test_two_workers_end_where_one_process_does(tmp_path: Path, dataset: Dataset, ray_session: None):
     rows: list[dict[str, Any]] = []
-    best = fit_compact(str(tmp_path / "base"), dataset.uri, str(tmp_path / "work"), CONFIG, rows.append)
+    job = job_of("compact", tmp_path / "base", dataset.uri, CONFIG)
+    best = run_workers(_worker, job, str(tmp_path / "work"), CONFIG.train, rows.append)
     model = load_model(best)
     assert model.tower.compact is not None
     assert model.config.model.user_tower == "compact"
 
-    alone, reference, _ = _begin(str(tmp_path / "base"), dataset, CONFIG, "cpu", None)
+    alone, reference, _, _ = begin("compact", [dataset.uri], CONFIG, "cpu", start=str(tmp_path / "base"))
     figures = alone.fit(dataset.held_out("valid"))
     assert model.info["epoch"] == figures["epoch"]
     assert model.info["metrics"]["valid_ndcg@10"] == pytest.approx(figures["valid_ndcg@10"])
@@ -62,9 +66,9 @@ def test_from_a_checkpoint_it_goes_on_as_if_nothing_had_happened(
     tmp_path: Path, dataset: Dataset, train_here: Callable[..., Any]
 ):
     """Whoever dies, the workers begin again at the last checkpoint (a test of `train` kills one)."""
-    whole, checkpoints = train_here(_begin, str(tmp_path / "base"), dataset, CONFIG, None)
+    whole, checkpoints = train_here("compact", str(tmp_path / "base"), dataset, CONFIG)
     assert len(checkpoints) == CONFIG.train.compact.epochs
-    resumed, more = train_here(_begin, str(tmp_path / "base"), dataset, CONFIG, checkpoints[1])
+    resumed, more = train_here("compact", str(tmp_path / "base"), dataset, CONFIG, checkpoints[1])
     assert len(more) == CONFIG.train.compact.epochs - 2
     for name, weight in whole.tower.compact.state_dict().items():
         assert torch.equal(resumed.tower.compact.state_dict()[name], weight), name
@@ -85,7 +89,7 @@ def test_what_is_trained_reads_each_event_with_its_time(tmp_path: Path):
     dataset = dataclasses.replace(dataset, events=dataclasses.replace(dataset.events, timestamps=moments))
     dataset = write_prepared(tmp_path / "data", dataset)
     write_model(tmp_path / "base", tiny_model(TIMED))
-    trainer, _, _ = _begin(str(tmp_path / "base"), dataset, TIMED, "cpu", None)
+    trainer = begin("compact", [dataset.uri], TIMED, "cpu", start=str(tmp_path / "base")).trainer
     event_at = {int(moment): int(row) for moment, row in zip(moments, dataset.events.rows, strict=True)}
     windows = [window for batch in trainer.source.epoch(0) for window in batch]
     assert windows

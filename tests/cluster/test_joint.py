@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import job_of
 from fakes import tiny_config, tiny_dataset, tiny_model, write_model, write_prepared
 
 from pixrec.artifact import load_model
-from pixrec.cluster import compact, train
-from pixrec.cluster import joint as module
-from pixrec.cluster.joint import _begin, fit_joint
+from pixrec.cluster import train
+from pixrec.cluster.workers import run_workers
 from pixrec.model.catalog import Catalog
+from pixrec.training.phases import begin
 
 CONFIG = tiny_config(
     model={"user_tower": "compact", "compact": {"dropout": 0.0}},
@@ -39,13 +40,14 @@ def test_two_workers_end_where_one_process_does(tmp_path: Path, ray_session: Non
     dataset = write_prepared(tmp_path / "data", tiny_dataset(num_events=7))
     before = write_model(tmp_path / "begun", tiny_model(CONFIG)).tower.state_dict()
     rows: list[dict[str, Any]] = []
-    best = fit_joint(str(tmp_path / "begun"), str(tmp_path / "data"), str(tmp_path / "work"), CONFIG, rows.append)
+    job = job_of("joint", tmp_path / "begun", dataset.uri, CONFIG)
+    best = run_workers(train._worker, job, str(tmp_path / "work"), CONFIG.train, rows.append)
     assert next(row["epoch"] for row in rows if "epoch" in row) == 0
     assert {"staleness", "age_steps", "fresh_share"} <= set(next(row for row in rows if "loss" in row))
     assert any("table_staleness" in row for row in rows)
 
     model = load_model(best)
-    alone, reference, _ = _begin(str(tmp_path / "begun"), dataset, CONFIG, "cpu", None)
+    alone, reference, _, _ = begin("joint", [dataset.uri], CONFIG, "cpu", start=str(tmp_path / "begun"))
     figures = alone.fit(dataset.held_out("valid"))
     assert figures["epoch"] > 0, "the towers learned nothing together: this test shows nothing"
     assert model.info["epoch"] == figures["epoch"]
@@ -64,8 +66,8 @@ def test_two_workers_end_where_one_process_does(tmp_path: Path, ray_session: Non
 def test_from_a_checkpoint_it_goes_on_as_if_nothing_had_happened(tmp_path: Path, train_here: Callable[..., Any]):
     dataset = write_prepared(tmp_path / "data", tiny_dataset(num_events=7))
     write_model(tmp_path / "begun", tiny_model(CONFIG))
-    whole, checkpoints = train_here(_begin, str(tmp_path / "begun"), dataset, CONFIG, None)
-    resumed, more = train_here(_begin, str(tmp_path / "begun"), dataset, CONFIG, checkpoints[1])
+    whole, checkpoints = train_here("joint", str(tmp_path / "begun"), dataset, CONFIG)
+    resumed, more = train_here("joint", str(tmp_path / "begun"), dataset, CONFIG, checkpoints[1])
     assert (len(checkpoints), len(more)) == (3, 1)
     for name, weight in whole.tower.state_dict().items():
         assert torch.equal(resumed.tower.state_dict()[name], weight), name
@@ -75,12 +77,11 @@ def test_it_is_the_last_part_of_train(monkeypatch: pytest.MonkeyPatch):
     begun_with, rows = [], []
 
     def run(worker: Any, job: dict[str, Any], work: str, settings: Any, on_row: Callable[..., None]) -> str:
-        begun_with.append(job.get("model"))
+        begun_with.append(job["start"])
         on_row({"epoch": 0})
         return f"the best of {work}"
 
-    for each in (train, compact, module):
-        monkeypatch.setattr(each, "run_workers", run)
+    monkeypatch.setattr(train, "run_workers", run)
     assert train._fit("both", "data", "work", CONFIG, rows.append) == "the best of work/joint"
     assert begun_with == [None, "the best of work", "the best of work/compact"]
     assert [row["part"] for row in rows] == ["both", "both_compact", "both_compact_joint"]

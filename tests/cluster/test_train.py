@@ -20,7 +20,7 @@ from processes import die_once, disturbed
 from pixrec import cli
 from pixrec.artifact import Model, load_model, new_model
 from pixrec.cluster import train as module
-from pixrec.cluster.train import check_ready, train
+from pixrec.cluster.train import train
 from pixrec.config import Config, StageConfig, dump_config
 from pixrec.console import Console
 from pixrec.data.items import ItemTable, load_texts
@@ -29,8 +29,11 @@ from pixrec.data.sequences import Dataset, load_dataset
 from pixrec.errors import InputError
 from pixrec.model.catalog import Catalog
 from pixrec.model.vision import find_tokens
-from pixrec.training.interleaved import BatchSource, Collator, InterleavedTrainer
+from pixrec.training import stages
+from pixrec.training.interleaved import Collator, InterleavedTrainer
+from pixrec.training.stages import check_ready
 from pixrec.training.tracking import read_log
+from pixrec.training.windows import ShiftedWindows
 
 STEPS = 8
 CONFIG = dataclasses.replace(
@@ -124,12 +127,12 @@ def test_a_disturbed_run_ends_where_one_process_does(
     model, rows = load_model(str(out)), read_log(str(out))
     assert summary["fingerprint"] == model.fingerprint
 
-    alone, catalog = plain_trainer(dataset, CONFIG)
+    alone, _ = plain_trainer(dataset, CONFIG)
     losses, scores, weights = [], {}, {}
     for step in range(1, STEPS + 1):
         losses.append(alone.train_step()["loss"])
         if step % CONFIG.train.validate_every_steps == 0:
-            scores[step] = alone.validate(catalog, dataset.held_out("valid"))["valid_ndcg@10"]
+            scores[step] = alone.validate(dataset.held_out("valid"))["valid_ndcg@10"]
             weights[step] = copy.deepcopy(alone.tower.state_dict())
     assert losses_of(rows, "both") == pytest.approx(losses, rel=1e-3)
     assert {row["step"]: row["valid_ndcg@10"] for row in rows if "valid_ndcg@10" in row} == pytest.approx(scores)
@@ -144,7 +147,7 @@ def plain_trainer(
     data = join_datasets([dataset, *more])
     model = model or new_model(config, [dataset.items.text(row) for row in range(len(dataset.items))])
     catalog = Catalog(data.items, model.encoder)
-    source = BatchSource(data.histories, config.model.max_history_items, config.train)
+    source = ShiftedWindows(data.histories, config.model.max_history_items, config.train)
     collator = Collator(catalog, data.counts, config, source.examples_per_step)
     return InterleavedTrainer(model.tower, source, collator, config), catalog
 
@@ -279,7 +282,7 @@ def test_another_set_in_a_stage_is_no_resumption(tmp_path: Path, two_sets: tuple
     config, out, hidden = staged(target, other), str(tmp_path / "model"), tmp_path / ".model.training"
     hidden.mkdir()
     (hidden / "config.yaml").write_text(dump_config(config))
-    (hidden / "data.json").write_text(json.dumps(module._data_facts(target, config)))
+    (hidden / "data.json").write_text(json.dumps(stages._data_facts(target, config)))
     check_ready(target.uri, out, config, resume=True)
     write_prepared(tmp_path / "circles", tiny_dataset(num_users=7))
     with pytest.raises(InputError, match=r"the data sets of train\.stages joint are not those of the unfinished run"):

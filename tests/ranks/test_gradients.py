@@ -14,7 +14,8 @@ from processes import run_ranks
 
 from pixrec.model.catalog import Catalog
 from pixrec.model.parallel import whole
-from pixrec.training.interleaved import BatchSource, Collator, InterleavedTrainer
+from pixrec.training.interleaved import Collator, InterleavedTrainer
+from pixrec.training.windows import ShiftedWindows
 
 CASES = {
     "all": {"alpha": 0.3, "beta": 0.4},
@@ -47,17 +48,17 @@ def gradients(way: str, case: str) -> dict[str, np.ndarray]:
     )
     dataset = tiny_dataset(tiny_items(with_pictures=[0, 1]), num_users=9, num_events=7)  # some workers see no picture
     model = tiny_model(config, dataset.items)
-    source = BatchSource(dataset.training_histories(), config.model.max_history_items, config.train)
+    source = ShiftedWindows(dataset.training_histories(), config.model.max_history_items, config.train)
     catalog = Catalog(dataset.items, model.encoder)
     collator = Collator(catalog, dataset.training_counts(), config, source.examples_per_step)
     trainer = InterleavedTrainer(model.tower, source, collator, config)
     row = trainer.train_step()
     found = {n: whole(p.grad).clone() for n, p in trainer.named.items() if p.grad is not None}
-    figures = trainer.validate(catalog, dataset.held_out("valid"))
+    figures = trainer.validate(dataset.held_out("valid"))
     found |= {f"{k}": torch.tensor(v) for k, v in row.items() if k.startswith(("loss", "gradient_norm"))}
     found |= {f"{k}": torch.tensor(v) for k, v in figures.items() if "loss" in k}
     trainer.train_step()  # the state that a step leaves behind takes another one
-    assert set(trainer.optimizer_tensors()) >= {f"{n}/exp_avg" for n in trainer.named if n in found}
+    assert set(trainer.training_tensors()) >= {f"{n}/exp_avg" for n in trainer.named if n in found}
     return {name: value.numpy() for name, value in found.items()}
 
 

@@ -15,8 +15,7 @@ from pixrec.artifact import Model
 from pixrec.data.sequences import Dataset, HeldOut
 from pixrec.errors import InputError
 from pixrec.evaluation.audit import audit_dataset, audit_elsewhere, dataset_guards, provenance
-from pixrec.training.compact import WindowSource
-from pixrec.training.interleaved import BatchSource
+from pixrec.training.windows import RecentWindows, ShiftedWindows
 
 CHECKED = (TINY, TINY)
 EVERYBODY = tiny_config(
@@ -106,25 +105,24 @@ def test_a_leak_is_found_and_named(kind, message):
 
 def test_a_window_that_reaches_beyond_training_is_found(monkeypatch):
     dataset = tiny_dataset(num_events=6)
-    cut = BatchSource.step
-    monkeypatch.setattr(BatchSource, "step", lambda *a: [np.append(w, w[-1] + 1) for w in cut(*a)])
+    cut = ShiftedWindows.step
+    monkeypatch.setattr(ShiftedWindows, "step", lambda *a: [np.append(w, w[-1] + 1) for w in cut(*a)])
     with pytest.raises(
         InputError, match=r"item 'i.*' of user 'u.*' is the valid target and also in a training window of the to"
     ):
         audit_dataset(dataset, *CHECKED)
 
 
-class BeyondTheEnd(WindowSource):
+class BeyondTheEnd(RecentWindows):
     """Windows that have the next event of their user too, which is held out where the history ends."""
 
-    def _windows(self, history, rng):
-        for window in super()._windows(history, rng):
-            yield np.append(window, window[-1] + 1)
+    def epoch(self, epoch):
+        return [[np.append(window, window[-1] + 1) for window in batch] for batch in super().epoch(epoch)]
 
 
 @pytest.mark.parametrize(("tower", "whose"), [("compact", "the compact tower"), ("interleaved", "sasrec")])
 def test_a_window_of_a_sequence_trainer_that_reaches_beyond_training_is_found(monkeypatch, tower, whose):
-    monkeypatch.setattr("pixrec.evaluation.audit.WindowSource", BeyondTheEnd)
+    monkeypatch.setattr("pixrec.evaluation.audit.RecentWindows", BeyondTheEnd)
     config = dataclasses.replace(EVERYBODY, model=dataclasses.replace(EVERYBODY.model, user_tower=tower))
     with pytest.raises(InputError, match=f"is the valid target and also in a training window of {whose};"):
         audit_dataset(tiny_dataset(num_events=6), config, config)
@@ -132,16 +130,16 @@ def test_a_window_of_a_sequence_trainer_that_reaches_beyond_training_is_found(mo
 
 def test_a_refit_that_reaches_beyond_validation_is_found(monkeypatch):
     class OnlyOfARefit(BeyondTheEnd):
-        def _windows(self, history, rng):
-            return (super() if len(history) == 5 else super(BeyondTheEnd, self))._windows(history, rng)
+        def epoch(self, epoch):
+            return (super() if (self.lengths == 5).any() else super(BeyondTheEnd, self)).epoch(epoch)
 
-    monkeypatch.setattr("pixrec.evaluation.audit.WindowSource", OnlyOfARefit)
+    monkeypatch.setattr("pixrec.evaluation.audit.RecentWindows", OnlyOfARefit)
     with pytest.raises(InputError, match="is the test target and also in a training window of the refitted sasrec;"):
         audit_dataset(tiny_dataset(num_events=6), EVERYBODY, EVERYBODY)
 
 
 def test_a_leak_ends_the_command_with_one_line_and_no_report(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("pixrec.evaluation.audit.WindowSource", BeyondTheEnd)
+    monkeypatch.setattr("pixrec.evaluation.audit.RecentWindows", BeyondTheEnd)
     write_prepared(tmp_path / "data")
     options = (
         "--data",
@@ -245,8 +243,8 @@ def test_a_stage_on_this_very_data_set_needs_no_place():
 
 
 def test_a_window_of_a_stage_that_reaches_beyond_its_training_is_found(monkeypatch, strangers: Dataset):
-    cut = BatchSource.step
-    monkeypatch.setattr(BatchSource, "step", lambda *a: [np.append(w, w[-1] + 1) for w in cut(*a)])
+    cut = ShiftedWindows.step
+    monkeypatch.setattr(ShiftedWindows, "step", lambda *a: [np.append(w, w[-1] + 1) for w in cut(*a)])
     with pytest.raises(InputError, match=r"user 'other .*' is held out there and also in a training window of the to"):
         audit_elsewhere(tiny_dataset(), trained_elsewhere(strangers, stage="joint"))
 

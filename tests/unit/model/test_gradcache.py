@@ -8,7 +8,8 @@ from fakes import tiny_config, tiny_dataset, tiny_items, tiny_model
 from pixrec.model import gradcache
 from pixrec.model.catalog import Catalog
 from pixrec.model.objective import Extra, TrainingTask
-from pixrec.training.interleaved import BatchSource, Collator
+from pixrec.training.interleaved import Collator
+from pixrec.training.windows import ShiftedWindows
 
 TOLERANCE = 1e-5
 
@@ -17,7 +18,7 @@ def setting(**train):
     config = tiny_config(train={"alpha": 0.3, "beta": 0.4, "modality_dropout": 0.3, "histories_per_step": 9, **train})
     dataset = tiny_dataset(tiny_items(with_pictures=range(8)), num_users=9, num_events=7)
     model = tiny_model(config, dataset.items)
-    source = BatchSource(dataset.training_histories(), config.model.max_history_items, config.train)
+    source = ShiftedWindows(dataset.training_histories(), config.model.max_history_items, config.train)
     collator = Collator(Catalog(dataset.items, model.encoder), dataset.training_counts(), config, 30.0)
     task = TrainingTask(model.tower.train(), config.train)
     windows = [w[: 2 + i % 4] for i, w in enumerate(source.step(0))]  # of different lengths
@@ -87,7 +88,7 @@ def test_both_passes_draw_the_same_dropout():
     parts = collator.parts(plan, 2)
     cache = gradcache._Cache(task, parts, seed=5)
     vectors = cache.vectors()
-    again = torch.cat([cache._items(i) for i, _ in cache.item_parts])
+    again = torch.cat([cache._items(i, count=False) for i, _ in cache.items.parts])
     users = torch.cat([cache._histories(i, generate=False)[1].user for i, _ in cache.history_parts])
     assert torch.equal(vectors.item, again)
     assert torch.equal(vectors.user, users)

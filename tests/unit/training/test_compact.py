@@ -12,7 +12,9 @@ from pixrec.data.sequences import HeldOut
 from pixrec.errors import ConfigError, InputError
 from pixrec.model.compact import CompactTower
 from pixrec.scorers.sasrec import train_sasrec
-from pixrec.training.compact import CompactTrainer, EarlyStopping, WindowSource
+from pixrec.training.compact import CompactTrainer
+from pixrec.training.trainer import EarlyStopping
+from pixrec.training.windows import RecentWindows
 
 FAST = SequenceConfig(epochs=40, learning_rate=1e-2, warmup_steps=1, histories_per_step=4, validate_every_epochs=10)
 SHAPE = CompactConfig(layers=1, heads=1, max_history_items=6, dropout=0.0, id_dropout=0.3)
@@ -33,7 +35,7 @@ def trainer(config=FAST, *, content=True, known=ITEMS, seed=0):
 
 def test_every_event_but_the_first_is_a_target_and_the_newest_window_is_whole():
     histories = [np.arange(25), np.array([3, 4]), np.array([9])]
-    source = WindowSource(histories, 6, dataclasses.replace(FAST, histories_per_step=3), 0)
+    source = RecentWindows(histories, 6, dataclasses.replace(FAST, histories_per_step=3), 0)
     targets = set()
     for epoch in range(8):
         windows = [w for batch in source.epoch(epoch) for w in batch]
@@ -46,14 +48,14 @@ def test_every_event_but_the_first_is_a_target_and_the_newest_window_is_whole():
 
 def test_batches_are_a_function_of_seed_and_epoch():
     histories = [np.arange(n) for n in range(2, 30)]
-    one, same, other = (WindowSource(histories, 6, FAST, seed) for seed in (0, 0, 1))
+    one, same, other = (RecentWindows(histories, 6, FAST, seed) for seed in (0, 0, 1))
     flat = [[w.tolist() for batch in source.epoch(3) for w in batch] for source in (one, same, other)]
     assert flat[0] == flat[1] != flat[2]
 
 
 def test_nothing_to_learn_is_said():
     with pytest.raises(InputError, match="two events"):
-        WindowSource([np.array([1])], 6, FAST, 0)
+        RecentWindows([np.array([1])], 6, FAST, 0)
 
 
 @pytest.mark.parametrize("loss", ["full", "sampled", "gbce"])
@@ -118,7 +120,7 @@ def test_a_resumed_run_goes_on_as_the_undisturbed_one():
     begun = losses(first, 2)
     second, _ = trainer()
     second.tower.load_state_dict(first.tower.state_dict())
-    second.restore(first.epoch, first.step, first.training_tensors())
+    second.restore(first.position(), first.training_tensors())
     assert begun + losses(second, 2) == expected
 
 
@@ -127,7 +129,7 @@ def test_the_mean_of_the_weights_is_what_is_validated_saved_and_kept():
     training, dataset = trainer(dataclasses.replace(FAST, epochs=2, validate_every_epochs=1))
     weights = training.tower.content.weight
     means, last = [], []
-    for _ in training.validations(dataset.held_out("valid"), EarlyStopping(5), lambda row: None):
+    for _ in training.validations(dataset.held_out("valid"), EarlyStopping(5)):
         means.append(weights.detach().clone())
         saved = {n: t.clone() for n, t in training.training_tensors().items()}
         last.append(saved["last/content.weight"])
@@ -135,7 +137,7 @@ def test_the_mean_of_the_weights_is_what_is_validated_saved_and_kept():
     assert (means[1] - last[1]).abs().max() > 1e-4
     torch.testing.assert_close(weights.detach(), last[1], rtol=0, atol=0)
     resumed, _ = trainer()
-    resumed.restore(2, training.step, saved)
+    resumed.restore({"epoch": 2, "step": training.step}, saved)
     torch.testing.assert_close(resumed.tower.content.weight.detach(), last[1], rtol=0, atol=0)
     resumed.mean.keep()
     torch.testing.assert_close(resumed.tower.content.weight.detach(), means[1], rtol=0, atol=0)
@@ -143,7 +145,7 @@ def test_the_mean_of_the_weights_is_what_is_validated_saved_and_kept():
 
 def test_without_averaging_the_last_weights_are_validated():
     training, dataset = trainer(dataclasses.replace(FAST, epochs=1, averaging=0.0))
-    for _ in training.validations(dataset.held_out("valid"), EarlyStopping(5), lambda row: None):
+    for _ in training.validations(dataset.held_out("valid"), EarlyStopping(5)):
         within = training.tower.content.weight.detach().clone()
     torch.testing.assert_close(training.tower.content.weight.detach(), within, rtol=0, atol=0)
     assert not [name for name in training.training_tensors() if name.startswith(("mean/", "last/"))]
@@ -230,8 +232,8 @@ def test_what_only_time_tells_is_learned_by_who_reads_it(form, learns):
 
 def test_windows_carry_each_event_with_its_own_time():
     rows = [np.arange(25), np.array([3, 4])]
-    source = WindowSource([np.stack([r, 1000 * r], axis=1) for r in rows], 6, FAST, 0)
-    plain = WindowSource(rows, 6, FAST, 0)
+    source = RecentWindows([np.stack([r, 1000 * r], axis=1) for r in rows], 6, FAST, 0)
+    plain = RecentWindows(rows, 6, FAST, 0)
     windows, expected = ([w for batch in s.epoch(1) for w in batch] for s in (source, plain))
     assert len(windows) == len(expected)
     for window, without in zip(windows, expected, strict=True):
@@ -265,7 +267,7 @@ def test_timed_training_goes_on_as_the_undisturbed_one():
     first.train_epoch()
     second, _ = told_by_time("both", time_dropout=0.5)
     second.tower.load_state_dict(first.tower.state_dict())
-    second.restore(first.epoch, first.step, first.training_tensors())
+    second.restore(first.position(), first.training_tensors())
     again = []
     for _ in range(2):
         second.train_epoch(again.append)

@@ -8,7 +8,10 @@ from fakes import tiny_config, tiny_dataset, tiny_items, tiny_model
 from pixrec.config import TrainConfig
 from pixrec.errors import InputError
 from pixrec.model.catalog import Catalog
-from pixrec.training.interleaved import BatchSource, Collator, DivergedError, InterleavedTrainer, TrainingTask
+from pixrec.model.objective import TrainingTask
+from pixrec.training.interleaved import Collator, InterleavedTrainer
+from pixrec.training.trainer import DivergedError
+from pixrec.training.windows import ShiftedWindows
 
 INTERLEAVED = {"user_tower": "interleaved"}
 
@@ -17,7 +20,7 @@ def trainer(**sections):
     sections = {"model": INTERLEAVED, **sections}
     config, dataset = tiny_config(**sections), tiny_dataset(num_events=8)
     model = tiny_model(config, dataset.items)
-    source = BatchSource(dataset.training_histories(), config.model.max_history_items, config.train)
+    source = ShiftedWindows(dataset.training_histories(), config.model.max_history_items, config.train)
     catalog = Catalog(dataset.items, model.encoder)
     collator = Collator(catalog, dataset.training_counts(), config, source.examples_per_step)
     return InterleavedTrainer(model.tower, source, collator, config), dataset
@@ -25,14 +28,14 @@ def trainer(**sections):
 
 def test_every_event_is_a_target_once_an_epoch_when_windows_fit():
     histories = [np.arange(10 * i, 10 * i + n) for i, n in enumerate((2, 5, 3))]
-    source = BatchSource(histories, 4, TrainConfig(histories_per_step=3, num_workers=1))
+    source = ShiftedWindows(histories, 4, TrainConfig(histories_per_step=3, num_workers=1))
     windows = source.step(0)
     assert sorted(len(w) - 1 for w in windows) == [1, 2, 4]
     assert source.steps_per_epoch == 1
 
 
 def test_long_histories_are_cut_into_windows_that_move_from_epoch_to_epoch():
-    source = BatchSource([np.arange(50)], 4, TrainConfig(histories_per_step=1, num_workers=1, alpha=0, beta=0))
+    source = ShiftedWindows([np.arange(50)], 4, TrainConfig(histories_per_step=1, num_workers=1, alpha=0, beta=0))
     epochs = [
         [tuple(source.step(e * source.steps_per_epoch + s)[0]) for s in range(source.steps_per_epoch)] for e in (0, 1)
     ]
@@ -43,7 +46,7 @@ def test_long_histories_are_cut_into_windows_that_move_from_epoch_to_epoch():
 def test_a_batch_is_a_function_of_the_step_and_workers_share_it():
     histories = [np.arange(i, i + 4) for i in range(20)]
     config = TrainConfig(histories_per_step=6, num_workers=2)
-    first, second = BatchSource(histories, 4, config), BatchSource(histories, 4, config)
+    first, second = ShiftedWindows(histories, 4, config), ShiftedWindows(histories, 4, config)
     whole = [tuple(w) for w in first.step(17)]
     assert [tuple(w) for w in second.step(17)] == whole
     shared = [[tuple(w) for w in first.step(17, rank, 2)] for rank in (0, 1)]
@@ -56,7 +59,7 @@ def test_buckets_of_like_length_hold_every_history_once_and_pad_less():
 
     def epoch(bucket_steps, number=0):
         config = TrainConfig(histories_per_step=8, num_workers=1, bucket_steps=bucket_steps)
-        source = BatchSource(histories, 10, config)
+        source = ShiftedWindows(histories, 10, config)
         return [source.step(number * source.steps_per_epoch + step) for step in range(source.steps_per_epoch)]
 
     def padding(batches):
@@ -72,12 +75,12 @@ def test_buckets_of_like_length_hold_every_history_once_and_pad_less():
 
 def test_nothing_to_learn_is_said():
     with pytest.raises(InputError, match="two events"):
-        BatchSource([np.array([1]), np.array([2])], 4, TrainConfig())
+        ShiftedWindows([np.array([1]), np.array([2])], 4, TrainConfig())
 
 
 def test_no_held_out_event_reaches_training():
     dataset = tiny_dataset(num_events=6)
-    source = BatchSource(dataset.training_histories(), 4, TrainConfig(histories_per_step=4))
+    source = ShiftedWindows(dataset.training_histories(), 4, TrainConfig(histories_per_step=4))
     seen = {tuple(w) for step in range(source.total_steps()) for w in source.step(step)}
     training = {tuple(h.tolist()) for h in dataset.training_histories()}
     assert all(len(t) == 4 for t in training)
@@ -90,7 +93,7 @@ def test_training_learns_the_next_item():
     while training.step < training.total_steps:
         last = training.train_step()
     assert last["loss_ut"] < 0.6 * first["loss_ut"]
-    figures = training.validate(training.collate.catalog, dataset.held_out("valid"))
+    figures = training.validate(dataset.held_out("valid"))
     assert figures["valid_recall@1"] > 0.5
 
 
@@ -108,7 +111,7 @@ def test_a_resumed_run_goes_on_as_the_undisturbed_one():
         start.train_step()
     resumed, _ = trainer()
     resumed.tower.load_state_dict(start.tower.state_dict())
-    resumed.restore(3, {name: tensor.clone() for name, tensor in start.optimizer_tensors().items()})
+    resumed.restore({"step": 3}, {name: tensor.clone() for name, tensor in start.training_tensors().items()})
     assert [resumed.train_step()["loss"] for _ in range(3)] == pytest.approx(losses[3:], rel=1e-6)
 
 
@@ -141,7 +144,7 @@ def test_a_data_set_without_pictures_trains():
     config = tiny_config(model=INTERLEAVED)
     dataset = tiny_dataset(tiny_items(with_pictures=False), num_events=6)
     model = tiny_model(config, dataset.items)
-    source = BatchSource(dataset.training_histories(), 4, config.train)
+    source = ShiftedWindows(dataset.training_histories(), 4, config.train)
     collator = Collator(Catalog(dataset.items, model.encoder), dataset.training_counts(), config, 4.0)
     row = InterleavedTrainer(model.tower, source, collator, dataclasses.replace(config)).train_step()
     assert np.isfinite(row["loss"])
@@ -200,7 +203,7 @@ def test_extra_negatives_come_from_a_table_that_a_validation_renews():
     table = training.table.clone()
     training.train_step()
     assert torch.equal(training.table, table), "stale until the next validation"
-    training.validate(training.collate.catalog, dataset.held_out("valid"))
+    training.validate(dataset.held_out("valid"))
     assert not torch.equal(training.table, table)
     assert torch.allclose(training.table.norm(dim=1), torch.ones(12), atol=1e-5)
 
@@ -210,11 +213,11 @@ def test_a_resumed_run_draws_the_extra_negatives_of_the_undisturbed_one():
     whole, dataset = trainer(**option)
     for _ in range(2):
         whole.train_step()
-    state, tensors = whole.whole_state(), {n: t.clone() for n, t in whole.optimizer_tensors().items()}
-    whole.validate(whole.collate.catalog, dataset.held_out("valid"))
+    state, tensors = whole.whole_state(), {n: t.clone() for n, t in whole.training_tensors().items()}
+    whole.validate(dataset.held_out("valid"))
     resumed, _ = trainer(**option)
     resumed.tower.load_state_dict(state)
-    resumed.restore(2, tensors)
+    resumed.restore({"step": 2}, tensors)
     expected = [whole.train_step()["loss"] for _ in range(2)]
     assert [resumed.train_step()["loss"] for _ in range(2)] == pytest.approx(expected, rel=1e-5)
 
@@ -223,11 +226,11 @@ def test_a_validation_says_what_each_modality_brings():
     training, dataset = trainer(train={"epochs": 60, "learning_rate": 3e-3})
     while training.step < 60:
         training.train_step()
-    figures = training.validate(training.collate.catalog, dataset.held_out("valid"))
+    figures = training.validate(dataset.held_out("valid"))
     assert figures["valid_loss"] < figures["valid_loss_text_only"]  # only pictures tell these items apart
     assert figures["valid_recall@10_image_only"] >= figures["valid_recall@10_text_only"]
     quiet, _ = trainer(train={"validate_modalities": False})
-    assert not [k for k in quiet.validate(quiet.collate.catalog, dataset.held_out("valid")) if "only" in k]
+    assert not [k for k in quiet.validate(dataset.held_out("valid")) if "only" in k]
 
 
 def test_every_row_says_what_the_step_took():
@@ -258,5 +261,5 @@ def test_where_nobody_is_held_out_there_are_no_figures():
     training, dataset = trainer(train={"extra_negatives": 5})
     held_out = dataset.held_out("valid")
     nobody = type(held_out)([], [], held_out.targets[:0])
-    assert training.validate(training.collate.catalog, nobody) == {}
+    assert training.validate(nobody) == {}
     assert training.table is not None, "the table is renewed all the same"

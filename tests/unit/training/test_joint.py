@@ -6,10 +6,10 @@ import torch
 from fakes import tiny_config, tiny_dataset, tiny_items, tiny_model
 
 from pixrec.artifact import load_model, save_model
-from pixrec.cluster.joint import check_joint
 from pixrec.errors import ConfigError, InputError
 from pixrec.model.catalog import Catalog
 from pixrec.training.joint import JointTrainer
+from pixrec.training.stages import check_joint
 
 NO_CLIP = 1e9
 WINDOWS = [np.array([0, 1, 2, 3]), np.array([4, 5]), np.array([2, 6, 1])]
@@ -127,9 +127,9 @@ def test_the_table_is_computed_anew_at_its_steps_and_its_age_is_logged():
     original = training.refresh
     training.refresh = lambda: refreshed.append(training.step) or original()
     for _ in range(7):
-        training._step(WINDOWS)
-        ages.append(training._staleness["age_steps"])
-        assert training._staleness["fresh_share"] == pytest.approx(1 / 7)
+        row = training._step(WINDOWS)
+        ages.append(row["age_steps"])
+        assert row["fresh_share"] == pytest.approx(1 / 7)
     assert refreshed == [0, 3, 6]
     assert [ages[i] for i in (0, 3, 6)] == [0, 0, 0]
     assert all(0 < age <= 2 for age in (ages[1], ages[4]))
@@ -163,7 +163,7 @@ def test_a_resumed_run_goes_on_as_the_undisturbed_one(tmp_path):
     save_model(str(tmp_path), model, {})
     second, _, _ = trainer(**settings)
     second.towers.load_state_dict(load_model(str(tmp_path)).tower.state_dict())
-    second.restore(first.epoch, first.step, first.training_tensors())
+    second.restore(first.position(), first.training_tensors())
     assert begun + work(second, dataset, 2) == expected
 
 

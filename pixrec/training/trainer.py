@@ -1,0 +1,220 @@
+"""One optimisation step, and the loop of steps and validations, whatever is trained. No Ray, no file system.
+
+A trainer is a strategy: what a step reads, what its loss is, and what is validated. All else is here. Every batch is a
+function of the seed and of the place in the training, so that a resumed run continues exactly where the other stopped.
+Workers split each batch between them and are joined by torch.distributed where it is initialised.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pixrec.data.sequences import HeldOut
+from pixrec.errors import InputError
+from pixrec.model.averaging import WeightMean
+from pixrec.model.compact import CompactTower
+from pixrec.model.parallel import clip_gradients, optimizer_tensors, rank_and_size, restore_optimizer
+from pixrec.model.towers import DualTower
+from pixrec.training.windows import rows_of
+
+Tower = TypeVar("Tower", DualTower, CompactTower)
+OnRow = Callable[[dict[str, Any]], None]
+
+
+class DivergedError(InputError):
+    """The loss or its gradient is no number any more. `batch` says what the worker read."""
+
+    def __init__(self, message: str, batch: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.batch = batch
+
+
+class EarlyStopping:
+    """Remembers the best validation and how many came since."""
+
+    def __init__(self, patience: float = math.inf) -> None:
+        self.patience = patience
+        self.best = -math.inf
+        self.since = 0
+        self.figures: dict[str, float] = {}
+
+    @property
+    def over(self) -> bool:
+        return self.since >= self.patience
+
+    def is_best(self, score: float, figures: dict[str, float] | None = None) -> bool:
+        """Take note of a validation; whether it is the best so far."""
+        if score <= self.best:
+            self.since += 1
+            return False
+        self.best, self.since, self.figures = score, 0, figures or {}
+        return True
+
+
+def scheduled(peak: float, step: int, warmup_steps: int, total_steps: int | None = None) -> float:
+    """The learning rate of a step, from 0: linear warm-up to the peak, which stays or, with `total_steps`, falls as a
+    cosine to a tenth of it."""
+    warmup = max(1, warmup_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if total_steps is None:
+        return peak
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+class Trainer(ABC, Generic[Tower]):
+    """What is trained, its optimiser and its place in the data, on one worker. Subclasses set what has none here."""
+
+    section = "train"
+    """Where the settings stand, for those who have to change them."""
+    counters: tuple[str, ...] = ("step",)
+    """What tells the place in the data; the last of them is what `every` and `limit` count."""
+    every: int
+    """Steps or epochs between validations."""
+    limit: int
+    """Steps or epochs of the whole training."""
+    patience: float = math.inf
+    """Validations without a better NDCG@10 before training stops."""
+    validates_first = False
+    """Whether the weights before the first step may be the best."""
+    warmup_steps: int
+    decay_steps: int | None = None
+    """Where the rate has fallen to a tenth; None: it stays at its peak."""
+    item_ids: Sequence[Any]
+    """What people call the items, by row."""
+    clipped: Sequence[nn.Parameter] = ()
+    """Whose gradient has a joint norm of `gradient_clip` at most."""
+    gradient_clip = 0.0
+
+    def __init__(self, tower: Tower, seed: int) -> None:
+        self.tower: Tower = tower
+        self.trained: nn.Module = tower  # all that the optimiser moves
+        self.device, self.seed = tower.log_temperature.device, seed
+        self.rank, self.world_size = rank_and_size()
+        self.step = self.epoch = 0
+
+    def _optimise(
+        self, named: dict[str, nn.Parameter], groups: Sequence[dict[str, Any]], decay: float, averaging: float = 0.0
+    ) -> None:
+        """Move the parameters `named`, in `groups` with the `lr` each has once warmed up."""
+        peaks = [{**group, "peak": group["lr"]} for group in groups if group["params"]]
+        self.named, self.mean = named, WeightMean(named, averaging)
+        self.optimizer = torch.optim.AdamW(peaks, weight_decay=decay, betas=(0.9, 0.98))
+
+    @property
+    @abstractmethod
+    def total_steps(self) -> int:
+        """Optimisation steps of the whole training, as far as is known."""
+
+    @abstractmethod
+    def _next(self) -> Any:
+        """What the next step reads."""
+
+    @abstractmethod
+    def _backward(self, batch: Any) -> tuple[float, Any]:
+        """Leave the gradient of the joined batch; returns its loss, and what `_row` wants to know."""
+
+    @abstractmethod
+    def validate(self, held_out: HeldOut) -> dict[str, float]:
+        """Figures named `valid_…`; none where nobody is held out."""
+
+    def _windows(self, batch: Any) -> Sequence[np.ndarray]:
+        """The histories of a batch."""
+        return cast(Sequence[np.ndarray], batch)
+
+    def _row(self, found: Any, norm: float) -> dict[str, float]:
+        """What the log gets of a step beside its loss."""
+        return dict(found)
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimisation step over all workers; returns the joined loss and what else the log gets."""
+        return self._step(self._next())
+
+    def _step(self, batch: Any) -> dict[str, Any]:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, found = self._backward(batch)
+        norm = clip_gradients(self.clipped, self.gradient_clip) if self.clipped else 0.0
+        self._guard(loss, norm, batch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = scheduled(group["peak"], self.step, self.warmup_steps, self.decay_steps)
+        self.optimizer.step()
+        self.step += 1
+        self.mean.update(self.step)
+        at = {"step": self.step, "total_steps": self.total_steps}
+        return {**at, "loss": loss, "temperature": float(self.tower.temperature.detach()), **self._row(found, norm)}
+
+    def _guard(self, loss: float, norm: float, batch: Any) -> None:
+        """Raise DivergedError before the weights are spoilt."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        histories = [[self.item_ids[row] for row in rows_of(window)] for window in self._windows(batch)]
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        raise DivergedError(
+            f"{what} at step {self.step + 1}, whose batch holds among others {', '.join(map(str, histories[0][:3]))}; "
+            f"lower {self.section}.learning_rate ({self.optimizer.param_groups[0]['peak']}) or look at those items",
+            {"step": self.step + 1, "loss": str(loss), "gradient_norm": str(norm), "histories": histories},
+        )
+
+    def validations(
+        self, held_out: HeldOut, watch: EarlyStopping, on_row: OnRow = lambda row: None
+    ) -> Iterator[dict[str, float]]:
+        """Train until the end, or until `watch` has seen enough; the figures of every validation. While they are looked
+        at, the weights are those that were validated. `on_row` gets a row a step and a row a validation."""
+        if self.validates_first and watch.best == -math.inf:
+            yield self._validation(held_out, watch, on_row)
+        while (at := self._at()) < self.limit and not watch.over:
+            on_row(self.train_step())
+            now = self._at()
+            if now > at and (now % self.every == 0 or now == self.limit):
+                with self.mean.applied():
+                    yield self._validation(held_out, watch, on_row)
+
+    def _at(self) -> int:
+        return int(getattr(self, self.counters[-1]))
+
+    def _validation(self, held_out: HeldOut, watch: EarlyStopping, on_row: OnRow) -> dict[str, float]:
+        figures = {**self.validate(held_out), **{name: float(getattr(self, name)) for name in self.counters[1:]}}
+        on_row({**figures, **self.position(), "total_steps": self.total_steps})
+        watch.is_best(self.score(figures), figures)
+        return figures
+
+    def score(self, figures: dict[str, float]) -> float:
+        """What the best weights have most of: NDCG@10, or steps where nobody is held out."""
+        return figures.get("valid_ndcg@10", float(self.step))
+
+    def fit(self, held_out: HeldOut, on_row: OnRow = lambda row: None) -> dict[str, float]:
+        """Train until no validation has been better for `patience` of them; the best weights stay.
+
+        Returns the figures of the best validation.
+        """
+        watch, best = EarlyStopping(self.patience), dict[str, Tensor]()
+        for figures in self.validations(held_out, watch, on_row):
+            if watch.figures is figures:
+                best = copy.deepcopy(self.trained.state_dict())
+        self.trained.load_state_dict(best)
+        return watch.figures
+
+    def position(self) -> dict[str, int]:
+        """How far training has come."""
+        return {name: getattr(self, name) for name in self.counters}
+
+    def training_tensors(self) -> dict[str, Tensor]:
+        """What training goes on from beside the model, whole, for safetensors: the optimiser's state by parameter name
+        and, where a mean of the weights is kept, that and the last weights. A collective where weights are sharded."""
+        return optimizer_tensors(self.optimizer, self.named) | self.mean.tensors()
+
+    def restore(self, position: dict[str, int], tensors: dict[str, Tensor]) -> None:
+        """Continue after `position` with what `training_tensors` gave."""
+        for name in self.counters:
+            setattr(self, name, position[name])
+        restore_optimizer(self.optimizer, self.named, tensors)
+        self.mean.restore(tensors)

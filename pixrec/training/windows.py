@@ -1,0 +1,173 @@
+"""Training histories cut into windows, and the windows of an epoch dealt into batches.
+
+The batches of an epoch are a function of the histories, the settings, the seed and the epoch's number alone, so that a
+resumed run reads what the undisturbed one would have. They are arrays of numbers: where each window begins and ends in
+the one array of all events. A window is a view of that, made when its batch is asked for.
+
+Shapes: B histories · E events · W windows of an epoch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from pixrec.config import SequenceConfig, TrainConfig
+from pixrec.data.sequences import Histories
+from pixrec.errors import InputError
+
+POOL_STEPS = 16
+"""`RecentWindows` sorts the windows of so many steps by length together, so that those of a batch are alike."""
+
+
+class Batches:
+    """The batches of an epoch: its windows in order, and where each batch ends."""
+
+    def __init__(self, windows: Histories, ends: np.ndarray) -> None:
+        self.windows, self._bounds = windows, [0, *ends.tolist()]
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, at: int) -> Histories:
+        at = range(len(self))[at]
+        return self.windows[self._bounds[at] : self._bounds[at + 1]]
+
+    def __iter__(self) -> Iterator[Histories]:
+        return (self[at] for at in range(len(self)))
+
+
+class _Windows(ABC):
+    """Windows of at most `max_history_items` + 1 events of the histories that have two or more.
+
+    An event is a row, or a pair of a row and its timestamp: a history of n is an array (n,) or (n, 2).
+    """
+
+    stream: int
+    """Tells the random numbers of one way of cutting from those of the other."""
+
+    def __init__(self, histories: Sequence[np.ndarray], max_history_items: int, size: int, seed: int) -> None:
+        given = Histories.of(histories)
+        self.histories = given.only(given.lengths >= 2)
+        if not len(self.histories):
+            raise InputError(
+                "no training history has two events, so there is no next item to learn; lower prepare.min_* "
+                "or give more interactions"
+            )
+        self.lengths = self.histories.lengths
+        self.stride, self.size, self.seed = max_history_items, size, seed
+        self._latest: tuple[int, Batches] | None = None
+
+    def epoch(self, epoch: int) -> Batches:
+        """The batches of an epoch, each of up to `size` windows of events, oldest first."""
+        if self._latest is None or self._latest[0] != epoch:
+            history, end, ends = self._draw(np.random.default_rng([self.seed, self.stream, epoch]))
+            first = self.histories.starts[history]
+            starts = first + np.maximum(0, end - self.stride - 1)
+            self._latest = (epoch, Batches(Histories(self.histories.values, starts, first + end), ends))
+        return self._latest[1]
+
+    @abstractmethod
+    def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Number of the history (W,) and end within it (W,) of each window in order; where each batch ends."""
+
+    def _grid(self, newest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Windows that end at `newest` (B,) and at every `stride` events before, while two events are left: numbers of
+        their histories (W,) and their ends (W,), the newest of each history first."""
+        counts = np.maximum(0, -((1 - newest) // self.stride))  # of range(newest, 1, -stride)
+        history = np.repeat(np.arange(len(newest)), counts)
+        before = np.arange(len(history)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return history, newest[history] - self.stride * before
+
+    def _alike(self, order: np.ndarray, end: np.ndarray, pool: int) -> np.ndarray:
+        """Windows in an order, those of each `pool` sorted by their length."""
+        lengths = np.minimum(end[order], self.stride + 1)
+        return order[np.lexsort((lengths, np.arange(len(order)) // pool))]
+
+
+class ShiftedWindows(_Windows):
+    """As many batches in every epoch, all of one size: every event is a target once where windows fit, and where longer
+    histories are cut is shifted from epoch to epoch. What the interleaved towers read."""
+
+    stream = 1
+
+    def __init__(self, histories: Sequence[np.ndarray], max_history_items: int, config: TrainConfig) -> None:
+        super().__init__(histories, max_history_items, config.histories_per_step, config.seed)
+        self.config = config
+        self._history, self._end = self._grid(self.lengths)
+        self.steps_per_epoch = -(-len(self._end) // self.size)
+        self.examples_per_step = int((self.lengths - 1).sum()) / self.steps_per_epoch
+
+    def total_steps(self) -> int:
+        steps = self.steps_per_epoch * self.config.epochs
+        return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
+
+    def step(self, step: int, rank: int = 0, world_size: int = 1) -> Sequence[np.ndarray]:
+        """The windows of catalog rows that worker `rank` reads in `step`."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return self.epoch(epoch)[within][rank::world_size]
+
+    def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        order = np.resize(rng.permutation(len(self._end)), self.steps_per_epoch * self.size)
+        shift = rng.integers(0, self.stride, len(self._end))
+        if (steps := self.config.bucket_steps) > 1:
+            alike = self._alike(order, self._end, steps * self.size).reshape(-1, self.size)
+            buckets = np.split(alike, range(steps, len(alike), steps))
+            order = np.concatenate([rng.permutation(b) for b in buckets]).ravel()  # no order of lengths step by step
+        history, end = self._history[order], self._end[order]
+        is_cut = self.lengths[history] > self.stride + 1
+        end = np.where(is_cut, np.maximum(end - shift[order], 2), end)
+        return history, end, np.arange(self.size, len(order) + 1, self.size)
+
+
+class RecentWindows(_Windows):
+    """Each epoch the newest window of every history, and older ones cut at places that change. Batches are of windows
+    of like length. What the compact tower reads."""
+
+    stream = 3
+
+    def __init__(
+        self, histories: Sequence[np.ndarray], max_history_items: int, config: SequenceConfig, seed: int
+    ) -> None:
+        super().__init__(histories, max_history_items, config.histories_per_step, seed)
+
+    def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        long = np.flatnonzero(self.lengths > self.stride + 1)
+        older, older_end = self._grid(self.lengths[long] - rng.integers(1, self.stride + 1, len(long)))
+        history = np.concatenate([np.arange(len(self.lengths)), long[older]])
+        end = np.concatenate([self.lengths, older_end])
+        by_history = np.argsort(history, kind="stable")
+        history, end = history[by_history], end[by_history]
+        near = self._alike(rng.permutation(len(end)), end, self.size * POOL_STEPS)
+        batches = np.split(near, range(self.size, len(near), self.size))
+        dealt = [batches[b] for b in rng.permutation(len(batches))]
+        order = np.concatenate(dealt)
+        return history[order], end[order], np.cumsum([len(batch) for batch in dealt])
+
+
+class _Pairs:
+    """Two arrays (E,) as one of pairs (E, 2), put together for the piece that is asked for."""
+
+    def __init__(self, *columns: np.ndarray) -> None:
+        self.columns = columns
+
+    def __getitem__(self, piece: Any) -> np.ndarray:
+        return np.stack([column[piece] for column in self.columns], axis=1)
+
+
+def timed(histories: Sequence[np.ndarray], timestamps: Sequence[np.ndarray] | None) -> Sequence[np.ndarray]:
+    """Histories (n, 2) of rows and their timestamps; as they are where those are unknown."""
+    if timestamps is None:
+        return histories
+    rows, times = Histories.of(histories), Histories.of(timestamps)
+    if not (np.array_equal(rows.starts, times.starts) and np.array_equal(rows.ends, times.ends)):
+        raise ValueError("the timestamps are not those of the histories: they lie elsewhere in their array")
+    return Histories(cast(np.ndarray, _Pairs(rows.values, times.values)), rows.starts, rows.ends)
+
+
+def rows_of(window: np.ndarray) -> np.ndarray:
+    """The catalog rows (n,) of a window of rows, or of pairs of a row and its timestamp."""
+    return window if window.ndim == 1 else window[:, 0]
