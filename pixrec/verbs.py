@@ -162,8 +162,7 @@ def evaluate(
             rank=_ranker(data, config, stack),
             progress=lambda name, done, total: console.progress(f"rank {name}", done, total),
         )
-        metrics = evaluation.metrics_json(dataset.info["split"]["kind"])
-        metrics["knockouts"] = knockouts
+        metrics = evaluation.metrics_json(dataset.info["split"]["kind"], knockouts)
         metrics["guards"] |= {"audit": audited, **dataset_guards(dataset)}
         if inputs.predictions:
             metrics["predictions"] = {"scorer": inputs.predictions.name, **inputs.predictions.counts}
@@ -175,15 +174,13 @@ def evaluate(
             metrics["seeds"] = aggregate({"this run": metrics, **seeds})
         storage.write_json(storage.join(staging, METRICS), metrics)
         log = read_log(model) if model else []
-        title = f"{storage.name(data)}: what {_author(scorers[0].name)} recommends"
-        _write_page(staging, title, metrics, dataset, scorers[0], evaluation, log)
+        _write_page(staging, metrics, dataset, scorers[0], evaluation, log)
     console.say(format_table(metrics))
     return {"out": out, **{key: metrics[key] for key in ("users", "results", "guards")}}
 
 
 def _write_page(
     folder: str,
-    title: str,
     metrics: Mapping[str, Any],
     dataset: Dataset,
     scorer: Scorer,
@@ -194,7 +191,7 @@ def _write_page(
     write_report(
         folder,
         metrics,
-        title=title,
+        data_name=dataset.name,
         items=dataset.items,
         examples=choose_examples(scorer, evaluation.held_out, evaluation.config),
         grids=choose_grids(scorer, evaluation),
@@ -240,10 +237,6 @@ def _device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("evaluate.device is cuda, but torch sees no GPU; set it to auto or cpu")
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def _author(scorer: str) -> str:
-    return "PixRec" if scorer == "pixrec" else scorer
 
 
 def recommend(
@@ -332,7 +325,11 @@ def demo(out: str, config: Config, console: Console) -> Summary:
 
 def demo_config(config: Config) -> Config:
     """The demo's own defaults on top of the general ones; what the user sets comes after."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, knockouts=("text",)))
+    return dataclasses.replace(
+        config,
+        prepare=dataclasses.replace(config.prepare, name="the synthetic shop"),
+        train=dataclasses.replace(config.train, knockouts=("text",)),
+    )
 
 
 def _demo_verdict(results: Mapping[str, Any], guards: Mapping[str, Any], best: Mapping[str, Summary]) -> str:

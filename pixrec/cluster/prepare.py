@@ -26,7 +26,7 @@ from pixrec.console import Rate
 from pixrec.data import amazon2023, interactions, tables
 from pixrec.data.fetch import Fetcher, Picture
 from pixrec.data.images import DECODER, shrink_image
-from pixrec.data.sequences import DATASET_MARKER, ITEMS_FOLDER, REJECTS_FOLDER, SEQUENCES_FOLDER
+from pixrec.data.sequences import DATASET_MARKER, ITEMS_FOLDER, REJECTS_FOLDER, SEQUENCES_FOLDER, source_name
 from pixrec.schema import (
     IMAGE,
     IMAGE_URI,
@@ -107,6 +107,7 @@ def _prepare(
         info = {
             "pixrec_version": __version__,
             "decoder": DECODER,
+            "name": config.name or source_name(inputs["interactions"]),
             "fingerprint": _fingerprint(config, hashes),
             **_counts(raw, catalog, usable, len(distinct), len(core), held_out, parts),
             "rejects": _count_rejects(staging),
@@ -345,7 +346,7 @@ def _count_rejects(staging: str) -> dict[str, int]:
 
 
 # What changes how the work is done and nothing of what is written; a picture that came or did not is in the hashes.
-_NOT_CONTENT = {"num_cpus_per_task", "allow_private_addresses"}
+_NOT_CONTENT = {"name", "num_cpus_per_task", "allow_private_addresses"}
 _OF_COLD_ITEMS = {"cold_item_share", "seed"}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -22,6 +23,9 @@ from pixrec.schema import ITEM_IDS, SEQUENCES, TIMESTAMPS, USER_ID
 
 ONE_STEP_SHARE = 0.9
 """Where so many of the steps between events are of one length, timestamps tell the order and nothing else."""
+
+CONTENT_NAMES = {"interactions", "events", "ratings", "reviews", "sequences"}
+"""File names that say what is in the file and not whose it is."""
 
 DATASET_MARKER = "dataset.json"
 ITEMS_FOLDER, SEQUENCES_FOLDER, REJECTS_FOLDER = "items", "sequences", "rejects"
@@ -137,6 +141,11 @@ class Dataset:
     info: dict[str, Any]
     events: Events = field(repr=False)
 
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return str(self.info.get("name") or storage.name(self.uri))
+
     def training_histories(self, *, with_validation: bool = False) -> Histories:
         """Each user's rows visible to training, oldest first; users without any are left out.
 
@@ -211,6 +220,14 @@ class Dataset:
         ends = lengths if part == "test" else self.events.before(split["test_start_ms"])
         starts = self.events.before(split["test_start_ms"] if part == "test" else split["valid_start_ms"])
         return np.where(ends > starts, ends - 1, -1)
+
+
+def source_name(interactions_uri: str) -> str:
+    """What to call a data set without a name: the interactions' file or folder, or, where that is only called what it
+    holds (`interactions.parquet`), the folder that it lies in."""
+    path = PurePosixPath(storage.absolute(interactions_uri))
+    stem = path.name.partition(".")[0]
+    return path.parent.name if stem.lower() in CONTENT_NAMES and path.parent.name else stem
 
 
 def sample_users(held_out: HeldOut, max_users: int | None, seed: int) -> HeldOut:
