@@ -194,8 +194,7 @@ def _evaluate(
             rank=_ranker(data, config, stack),
             progress=lambda name, *rest: console.progress(f"rank {name}", *rest),
         )
-        metrics = evaluation.metrics_json(dataset.info["split"]["kind"])
-        metrics["knockouts"] = knockouts
+        metrics = evaluation.metrics_json(dataset.info["split"]["kind"], knockouts)
         metrics["guards"] |= {"audit": audited, **dataset_guards(dataset)}
         if inputs.predictions:
             metrics["predictions"] = {"scorer": inputs.predictions.name, **inputs.predictions.counts}
@@ -207,14 +206,12 @@ def _evaluate(
             metrics["seeds"] = aggregate({"this run": metrics, **seeds})
         storage.write_json(storage.join(staging, METRICS), metrics)
         log = read_log(model) if model else []
-        title = f"{storage.name(data)}: what {_author(scorers[0].name)} recommends"
-        _write_page(staging, title, metrics, dataset, scorers[0], evaluation, log)
+        _write_page(staging, metrics, dataset, scorers[0], evaluation, log)
     return metrics
 
 
 def _write_page(
     folder: str,
-    title: str,
     metrics: Mapping[str, Any],
     dataset: Dataset,
     scorer: Scorer,
@@ -225,7 +222,7 @@ def _write_page(
     write_report(
         folder,
         metrics,
-        title=title,
+        data_name=dataset.name,
         items=dataset.items,
         examples=choose_examples(scorer, evaluation.held_out, evaluation.config),
         grids=choose_grids(scorer, evaluation),
@@ -271,10 +268,6 @@ def _device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("evaluate.device is cuda, but torch sees no GPU; set it to auto or cpu")
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def _author(scorer: str) -> str:
-    return "PixRec" if scorer == "pixrec" else scorer
 
 
 @surfaced()
@@ -365,7 +358,7 @@ def _demo(places: Mapping[str, str], config: Config, console: Console) -> tuple[
 
 def demo_config() -> Config:
     """The demo's own defaults; what the user sets comes on top."""
-    return change_config(Config(), {"train.knockouts": ["text"]})
+    return change_config(Config(), {"prepare.name": "the synthetic shop", "train.knockouts": ["text"]})
 
 
 @contextlib.contextmanager

@@ -56,6 +56,7 @@ from pixrec.data.sequences import (
 from pixrec.model import vision
 from pixrec.model.catalog import Catalog
 from pixrec.schema import IMAGE, IMAGE_STATUS, MISSING, OK, PREPARED_ITEM_FIELDS, REJECTED, REJECTS, SEQUENCES
+from pixrec.scorers import Scorer
 
 NUM_ITEMS, NUM_USERS = 12, 10
 _TITLES = ("Square", "Tile", "Patch")
@@ -80,6 +81,16 @@ TINY = Config(
     ),
     train=TrainConfig(histories_per_step=4, epochs=2, num_workers=1, validate_every_steps=4),
 )
+
+
+class FixedScorer(Scorer):
+    """Gives every user the same scores."""
+
+    def __init__(self, name: str, scores: Sequence[float]) -> None:
+        self.name, self._scores = name, torch.tensor(scores, dtype=torch.float32)
+
+    def scores(self, users: Users) -> torch.Tensor:
+        return self._scores.expand(len(users.histories), -1)
 
 
 def users_of(histories: Sequence[np.ndarray]) -> Users:

@@ -30,7 +30,7 @@ from pixrec.data import amazon2023, interactions, partitions, pictures, tables
 from pixrec.data.fetch import Fetcher, Picture
 from pixrec.data.images import DECODER, shrink_image
 from pixrec.data.partitions import Answer, Number, Plan
-from pixrec.data.sequences import DATASET_MARKER, FORMAT, ITEMS_FOLDER, PICTURES_FOLDER, REJECTS_FOLDER
+from pixrec.data.sequences import DATASET_MARKER, FORMAT, ITEMS_FOLDER, PICTURES_FOLDER, REJECTS_FOLDER, source_name
 from pixrec.schema import (
     EVENT,
     IMAGE,
@@ -156,6 +156,7 @@ def _prepare(
         "format": FORMAT,
         "pixrec_version": __version__,
         "decoder": DECODER,
+        "name": config.name or source_name(inputs["interactions"]),
         "fingerprint": _fingerprint(config, hashes + [digest for part in written for digest in part["hashes"]]),
         "items": {"read": num_items + bad_items, "kept": sum(part["items"] for part in slices), "rejected": bad_items},
         "images": {status: sum(part[status] for part in slices) for status in (OK, MISSING, REJECTED)},
@@ -481,7 +482,7 @@ def _count_rejects(staging: str) -> dict[str, int]:
 
 
 # What changes how the work is done and nothing of what is written; a picture that came or did not is in the hashes.
-_NOT_CONTENT = {"num_cpus_per_task", "allow_private_addresses"}
+_NOT_CONTENT = {"name", "num_cpus_per_task", "allow_private_addresses"}
 _OF_COLD_ITEMS = {"cold_item_share", "seed"}
 _OF_KINDS = {"history_events", "target_events"}
 

@@ -11,6 +11,9 @@ from pixrec.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
+    name: str | None = None
+    """What the data set is called in the report. None: as the interactions' file, or as its folder where the file is
+    only called what it holds (interactions.parquet)."""
     min_user_events: int = 1
     """Users with fewer events are left out (k-core, repeated until stable)."""
     min_item_events: int = 1

@@ -11,10 +11,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 
+from pixrec import storage
 from pixrec.data.arrays import Arrays, open_arrays
 from pixrec.data.ids import Ids, only
 from pixrec.data.items import DATASET_MARKER, FORMAT, PICTURES_FOLDER, ItemTable, open_items, read_info
@@ -41,6 +43,8 @@ __all__ = [
 ONE_STEP_SHARE = 0.9
 """Where so many of the steps between events are of one length, timestamps tell the order and nothing else."""
 
+CONTENT_NAMES = {"interactions", "events", "ratings", "reviews", "sequences"}
+"""File names that say what is in the file and not whose it is."""
 ITEMS_FOLDER, SEQUENCES_FOLDER, REJECTS_FOLDER = "items", "sequences", "rejects"
 
 Part = Literal["valid", "test"]
@@ -210,6 +214,11 @@ class Dataset:
     info: dict[str, Any]
     events: Events = field(repr=False)
 
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return str(self.info.get("name") or storage.name(self.uri))
+
     def training_histories(self, *, with_validation: bool = False) -> Histories:
         """Each user's rows visible to training, oldest first; users without any are left out.
 
@@ -287,6 +296,14 @@ def visible(offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     np.add.at(mask, offsets[:-1], np.int8(1))
     np.add.at(mask, offsets[:-1] + lengths, np.int8(-1))
     return np.cumsum(mask[:-1], dtype=np.int8).astype(bool)
+
+
+def source_name(interactions_uri: str) -> str:
+    """What to call a data set without a name: the interactions' file or folder, or, where that is only called what it
+    holds (`interactions.parquet`), the folder that it lies in."""
+    path = PurePosixPath(storage.absolute(interactions_uri))
+    stem = path.name.partition(".")[0]
+    return path.parent.name if stem.lower() in CONTENT_NAMES and path.parent.name else stem
 
 
 def sample_users(held_out: HeldOut, max_users: int | None, seed: int) -> HeldOut:

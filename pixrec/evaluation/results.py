@@ -5,6 +5,7 @@ Shapes: N items.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -55,11 +56,12 @@ class Evaluation:
     """Items whose picture can be seen (N,) bool."""
     config: EvaluateConfig
 
-    def metrics_json(self, protocol_split: str) -> dict[str, Any]:
+    def metrics_json(self, protocol_split: str, knockouts: Mapping[str, str] | None = None) -> dict[str, Any]:
         """The content of metrics.json; every number a plain int or float.
 
         `results` is the setting `config.seen`, `results_other_seen` the other one. `differences` compares the first
-        scorer with each other one, user by user.
+        scorer with each other one, user by user. `knockouts`: how each knockout of the model was made, as
+        `build_scorers` tells it.
         """
         seen = self.config.seen
         other = SEEN[1 - SEEN.index(seen)]
@@ -74,7 +76,8 @@ class Evaluation:
             "results_other_seen": {"seen": other, "results": self._results(other)},
             "differences": self._differences(),
             "buckets": self._buckets(),
-            "guards": self._guards(),
+            "guards": self._guards(knockouts or {}),
+            "knockouts": dict(knockouts or {}),
         }
 
     @cached_property
@@ -163,12 +166,17 @@ class Evaluation:
             "history_long": (f"history of more than {up_to}", lengths > middle),
         }  # fmt: skip
 
-    def _guards(self) -> dict[str, Any]:
-        """Figures that expose a flattering evaluation: repeats, ties, and what needs no model at all."""
+    def _guards(self, knockouts: Mapping[str, str]) -> dict[str, Any]:
+        """Figures that expose a flattering evaluation: repeats, ties, and what needs no model at all.
+
+        `below_popularity` is an alarm about the first scorer, which is what is evaluated, and about the knockouts that
+        were trained beside it. A baseline may well be below popularity, and so may a model whose input is damaged.
+        """
         histories, targets = self.held_out.histories, self.held_out.targets
         repeats = [target in history for target, history in zip(targets, histories, strict=True)]
         recalls = {s: float(values["recall@10"].mean()) for s, values in self._values.items()}
-        floor = recalls.get("popularity")
+        floor = recalls.get("popularity", 0.0)
+        trained = [next(iter(self.outcomes)), *(scorer for scorer, how in knockouts.items() if how == "trained")]
         return {
             "repeat_share": float(np.mean(repeats)),
             "tie_share": {scorer: float((outcome.ties > 0).mean()) for scorer, outcome in self.outcomes.items()},
@@ -179,6 +187,6 @@ class Evaluation:
                 for scorer, outcome in self.outcomes.items()
             },
             "chance_recall@10": min(1.0, 10 / len(self.cold)),
-            "popularity_recall@10": floor,
-            "below_popularity": [] if floor is None else [s for s, recall in recalls.items() if recall < floor],
+            "popularity_recall@10": recalls.get("popularity"),
+            "below_popularity": [scorer for scorer in trained if recalls[scorer] < floor],
         }

@@ -1,5 +1,9 @@
 """How sure a mean over users is, and whether two scorers differ. Knows values, one a user; knows no metric.
 
+Resampling counts of distinct values rather than users is why this is not `scipy.stats.bootstrap` and
+`permutation_test`: for 100,000 users they took 4 to 4,000 times as long and three times the memory, and scipy has no
+Holm.
+
 Shapes: B users.
 """
 

@@ -22,7 +22,7 @@ def write_report(
     out_uri: str,
     metrics: Mapping[str, Any],
     *,
-    title: str,
+    data_name: str,
     items: ItemTable,
     examples: Sequence[Example] = (),
     grids: Sequence[Grid] = (),
@@ -32,14 +32,15 @@ def write_report(
 ) -> None:
     """Write `index.html` below `out_uri`.
 
-    metrics is the content of metrics.json. training_log rows hold "part" and "step" beside any of "loss_nig",
-    "loss_tt", "loss_ut", "loss" and "valid_ndcg@10". ceiling gives the best possible value by metric name, and its
-    own "name". Raises OutputError when the place cannot be written.
+    metrics is the content of metrics.json, data_name what the data set is called. training_log rows hold "part" and
+    "step" beside any of "loss_nig", "loss_tt", "loss_ut", "loss" and "valid_ndcg@10". ceiling gives the best possible
+    value by metric name, and its own "name". Raises OutputError when the place cannot be written.
     """
     ceiling = ceiling or {}
     results, other = metrics["results"], metrics.get("results_other_seen")
     page = _environment().get_template("report.html").render(
-        title=title,
+        title=words.title(metrics, data_name),
+        evaluated=words.evaluated(metrics),
         metrics=metrics,
         lead=words.lead(metrics),
         metric_names=[metric_name(m) for m in HEADLINE_METRICS],

@@ -68,15 +68,15 @@ def choose_grids(scorer: Scorer, evaluation: Evaluation, k: int = 5) -> list[Gri
     draw = np.random.default_rng(config.seed).permutation(len(ranks))
     cold = evaluation.cold[users.targets]
     wanted: list[tuple[str, str, np.ndarray, np.ndarray, np.ndarray | None]] = [
-        ("Best cases", "The target came first, or nearly.", np.ones(len(ranks), bool), ranks, None),
-        ("Worst cases", "The target ranks far behind.", np.ones(len(ranks), bool), -ranks, None),
-        ("Cold items", "The target is in no training history: only its content can place it. Best ranks first.",
+        ("Best cases", "The next item was ranked first, or close to it.", np.ones(len(ranks), bool), ranks, None),
+        ("Worst cases", "The next item was ranked far down.", np.ones(len(ranks), bool), -ranks, None),
+        ("Cold items", "The next item is in no training history: only its content can place it. Best ranks first.",
          cold, ranks, None),
     ]  # fmt: skip
     if TEXT_ONLY in evaluation.outcomes and scorer.name != TEXT_ONLY:
         text = evaluation.outcomes[TEXT_ONLY].ranks[config.seen]
         missed = (ranks <= HIT_RANK) & (text > HIT_RANK)
-        reason = f"Among the first {HIT_RANK} with pictures, not among them for {TEXT_ONLY}. Largest gaps first."
+        reason = f"In the top {HIT_RANK} with pictures, but not for {TEXT_ONLY}. Largest gaps first."
         wanted.append(("What text alone gets wrong", reason, missed, ranks - text, text))
     grids = []
     for title, reason, mask, order, text_ranks in wanted:

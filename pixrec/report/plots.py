@@ -1,6 +1,7 @@
 """Where marks lie on the report's plots. Knows results and geometry; knows no HTML.
 
-Geometry is given in percent of a plot's width (`x`, `low`, `high`), so that plots fit a phone without shrinking text.
+The template draws them as inline SVG. Geometry is given in percent of a plot's width (`x`, `low`, `high`), so that a
+plot fits a phone without shrinking its text and follows the page into dark mode; an SVG by matplotlib does neither.
 """
 
 from __future__ import annotations

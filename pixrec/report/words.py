@@ -14,10 +14,10 @@ SCORER_MEANINGS = {
     "pixrec": "pictures and text",
     "pixrec_text_only": "text alone",
     "pixrec_image_only": "pictures alone",
-    "popularity": "the most bought items for everybody",
-    "recent_popularity": "the most bought items of late",
+    "popularity": "the best-sellers list, the same for everybody",
+    "recent_popularity": "the best-sellers of late",
     "repeat_last": "the user's own items again, latest first",
-    "item_transition": "what followed the last item before",
+    "item_transition": "what most often followed the user's last item",
     "content_linear": "a linear map of the history's item vectors",
     "sasrec": "learned item ids, no content",
     "sasrec_sampled": "learned item ids, softmax over sampled items",
@@ -78,29 +78,54 @@ def stage_name(stage: str) -> str:
     return known.get(stage, f"The towers, stage {stage}")
 
 
+def title(metrics: Mapping[str, Any], data_name: str) -> str:
+    return f"{_author(_evaluated(metrics))} on {data_name}"
+
+
+def evaluated(metrics: Mapping[str, Any]) -> str:
+    """What was evaluated, on how much."""
+    split = metrics["protocol"]["split"].replace("_", "-")
+    items = f" · {metrics['items']:,} items" if "items" in metrics else ""
+    return f"Evaluated: {_evaluated(metrics)} · {split} split · {metrics['users']:,} users{items}"
+
+
 def lead(metrics: Mapping[str, Any]) -> str:
-    results = metrics["results"]
-    scorer = "pixrec" if "pixrec" in results else next(iter(results))
-    low, high = results[scorer]["ci95"]["recall@10"]
+    """The headline: Recall@10 of what is evaluated beside the best-sellers list, in shoppers."""
+    results, scorer = metrics["results"], _evaluated(metrics)
+    value, (low, high) = results[scorer]["recall@10"], results[scorer]["ci95"]["recall@10"]
+    floor = results["popularity"]["recall@10"] if scorer != "popularity" and "popularity" in results else None
+    compared = [value] if floor is None else [value, floor]
+    coarse = min(compared) >= 0.01 and (len({round(100 * v) for v in compared}) == len(set(compared)))
+    of = 100 if coarse else 1000
     text = (
-        f"Of {metrics['users']:,} users, {percent(results[scorer]['recall@10'])} find their next item among the first "
-        f"ten that {scorer} recommends (95{NO_BREAK_SPACE}% interval {percent(low)} to {percent(high)})."
+        f"{_author(scorer)} puts the item that a shopper picked next into its top 10 for {of * value:.0f} of {of:,} "
+        "shoppers"
     )
-    if scorer != "popularity" and "popularity" in results:
-        text += f" By popularity alone it is {percent(results['popularity']['recall@10'])}."
-    return text
+    if floor is not None:
+        text += f"; the best-sellers list manages {of * floor:.0f}"
+    return f"{text}. (95{NO_BREAK_SPACE}% interval: {of * low:.0f} to {of * high:.0f}.)"
+
+
+def _evaluated(metrics: Mapping[str, Any]) -> str:
+    """The scorer that the report is about."""
+    return "pixrec" if "pixrec" in metrics["results"] else next(iter(metrics["results"]))
+
+
+def _author(scorer: str) -> str:
+    return {"pixrec": "PixRec", "popularity": "The best-sellers list"}.get(scorer, scorer)
 
 
 def protocol_sentences(metrics: Mapping[str, Any]) -> list[str]:
     protocol = metrics["protocol"]
     splits = {
-        "leave_one_out": "Split: leave one out. Each user's last event is the test; the one before it validates.",
+        "leave_one_out": "Split: leave one out. Each user's last event is the test target, the one before it the "
+        "validation target; training sees the rest.",
         "temporal": "Split: by time. Training ends before the validation period, which ends before the test period; "
-        "each user's last event in the test period is the test.",
+        "each user's last event in the test period is the test target.",
     }
     seen = {
-        "allowed": "Items of the user's own history stay among the candidates.",
-        "filtered": "Items of the user's own history are taken out of the candidates, except the target itself.",
+        "allowed": "Items that the user already has stay among the candidates.",
+        "filtered": "Items that the user already has are removed from the candidates, unless one is the target.",
     }
     items = f" of {metrics['items']:,} items" if "items" in metrics else ""
     sample = metrics.get("settings", {}).get("evaluate", {}).get("max_users")
@@ -112,15 +137,15 @@ def protocol_sentences(metrics: Mapping[str, Any]) -> list[str]:
             else []
         ),
         f"Candidates: the whole catalog{items}, never a sample.",
-        "Ties count against the scorer: an item with the target's score ranks before it.",
+        "Ties are ranked pessimistically: an item with the same score as the target counts as ranked above it.",
         seen[protocol["seen"]],
-        "One target a user, so recall is the hit rate, and MAP@k and MRR@k are the same number.",
-        "Intervals hold 95 % of the means over resampled users (bootstrap). They say how sure a figure is for users "
-        "like these, not how much it would move if the model were trained again.",
-        "p: the chance of a difference at least as large if each user's two results could as well be swapped (paired "
-        "randomisation test), adjusted for the number of scorers (Holm).",
-        "Coverage@k: share of the catalog in somebody's first k. Novelty@k: mean of minus log2 of the recommended "
-        "items' share of the training events, in bits.",
+        "Each user has one target, so recall equals the hit rate, and MAP@k equals MRR@k.",
+        "Intervals are 95 % bootstrap intervals over users: how much a figure would vary with other users like these, "
+        "not how much it would if the model were trained again.",
+        "p: how often a difference at least as large appears when each user's two results are swapped at random "
+        "(paired randomisation test), adjusted for the number of comparisons (Holm).",
+        "Coverage@k: the share of the catalog that is in at least one user's top k. Novelty@k: how rare the "
+        "recommended items are in training, as the mean of minus log2 of their share of the events, in bits.",
     ]
 
 
@@ -131,10 +156,10 @@ def guard_sentences(metrics: Mapping[str, Any]) -> list[str]:
     ties = ", ".join(f"{scorer} {percent(share)}" for scorer, share in guards["tie_share"].items())
     return [
         *_audit_sentence(guards.get("audit")),
-        f"{percent(guards['repeat_share'])} of the targets already occur in the user's own history.",
-        f"Targets that tie with another item: {ties}.",
+        f"{percent(guards['repeat_share'])} of the targets are items that the user already has.",
+        f"Targets whose score another item shares: {ties}.",
         *_random_tie_sentence(guards),
-        f"Recall@10 of a blind guess: {number(guards['chance_recall@10'])}.",
+        f"Recall@10 of random guessing: {number(guards['chance_recall@10'])}.",
         *_floor_sentence(guards),
         *_one_event_sentence(guards),
         *_time_sentence(metrics),
@@ -145,9 +170,14 @@ def guard_sentences(metrics: Mapping[str, Any]) -> list[str]:
 
 def warnings(metrics: Mapping[str, Any]) -> list[str]:
     below = metrics.get("guards", {}).get("below_popularity", [])
-    found = [f"Below popularity in Recall@10: {', '.join(below)}."] if below else []
+    found = []
+    if below:
+        names = f"{' and '.join(below)} {'ranks' if len(below) == 1 else 'rank'}"
+        found.append(f"{names} below popularity in Recall@10: the best-sellers list would serve these users better.")
     if metrics.get("protocol", {}).get("split") == "temporal" and not _tells_time(metrics):
-        found.append("The split is by time, but the timestamps tell the order of each user's events and no time.")
+        found.append(
+            "The split is by time, but the timestamps only tell the order of each user's events, not when they were."
+        )
     for source in metrics.get("guards", {}).get("audit", {}).get("elsewhere", []):
         trained = f"The model was trained {_where(source)}"
         if not source["checked"]:
@@ -231,25 +261,23 @@ def _random_tie_sentence(guards: Mapping[str, Any]) -> list[str]:
         for scorer, found in guards.get("random_ties", {}).items()
         if guards["tie_share"][scorer] > 0
     ]
-    return (
-        [f"Recall@1 and @10 if ties were broken at random, which is generous: {', '.join(figures)}."] if figures else []
-    )
+    return [f"Recall@1 and @10 with ties broken at random, which is generous: {', '.join(figures)}."] if figures else []
 
 
 def _floor_sentence(guards: Mapping[str, Any]) -> list[str]:
     floor = guards["popularity_recall@10"]
-    return [] if floor is None else [f"Recall@10 of popularity, the floor: {number(floor)}."]
+    return [] if floor is None else [f"Recall@10 of popularity, which a model has to beat: {number(floor)}."]
 
 
 def _one_event_sentence(guards: Mapping[str, Any]) -> list[str]:
     share = guards.get("users_with_one_event_share")
-    return [] if share is None else [f"{percent(share)} of all users have a single event and cannot be measured."]
+    return [] if share is None else [f"{percent(share)} of all users have a single event and cannot be evaluated."]
 
 
 def _time_sentence(metrics: Mapping[str, Any]) -> list[str]:
     if _tells_time(metrics) or "recent_popularity" not in metrics["results"]:
         return []
-    return ["The timestamps tell the order of each user's events and no time, so recent_popularity has no clock."]
+    return ["The timestamps only tell the order of each user's events, so recent_popularity has no clock to go by."]
 
 
 def _tells_time(metrics: Mapping[str, Any]) -> bool:

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from fakes import tiny_dataset
 
 from pixrec import storage
 from pixrec.data.arrays import write_arrays, write_flat
-from pixrec.data.sequences import Dataset, load_dataset, sample_users
+from pixrec.data.sequences import Dataset, load_dataset, sample_users, source_name
 from pixrec.errors import ArtifactError, InputError
 
 LEAVE_ONE_OUT = {"kind": "leave_one_out"}
@@ -214,3 +216,23 @@ def test_timestamps_that_number_the_events_are_no_times(tmp_path: Path, step: in
 def test_events_of_one_moment_do_not_hide_that_the_others_have_times(tmp_path: Path):
     baskets = {str(u): at("abcdef", 5, 5, 5, 5, 5, 40 + 13 * u) for u in range(9)}
     assert dataset(tmp_path, baskets, LEAVE_ONE_OUT).tells_time
+
+
+@pytest.mark.parametrize(
+    ("interactions", "name"),
+    [
+        ("/shops/lamps/interactions.parquet", "lamps"),
+        ("/shops/lamps/interactions", "lamps"),
+        ("/raw/All_Beauty.jsonl.gz", "All_Beauty"),
+        ("s3://shop/lamps/events/", "lamps"),
+        ("s3://shop/ratings.csv", "shop"),
+    ],
+)
+def test_a_data_set_is_called_after_its_source(interactions: str, name: str):
+    assert source_name(interactions) == name
+
+
+def test_a_data_set_without_a_name_is_called_as_its_folder():
+    dataset = tiny_dataset(uri="/data/lamps")
+    assert dataset.name == "lamps"
+    assert dataclasses.replace(dataset, info={**dataset.info, "name": "Lamps & chairs"}).name == "Lamps & chairs"

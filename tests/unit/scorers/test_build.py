@@ -107,12 +107,19 @@ def test_recent_popularity_sees_training_events_only(dataset: Dataset):
         ({"scorers": ("rrf",), "fused": ("pixrec", "rrf")}, ConfigError, "evaluate.fused names 'rrf'"),
         ({"scorers": ("content_linear",)}, InputError, "needs a --model"),
         ({"scorers": ("pixrec_image_noise",)}, InputError, "names pixrec_image_noise, which needs a --model"),
+        ({"scorers": ("rrf",)}, InputError, "evaluate.fused names pixrec, which needs a --model"),
         ({"scorers": ("generative_bm25",)}, InputError, "generative_bm25, which needs a --model"),
     ],
 )
 def test_names_that_cannot_be_made(dataset: Dataset, settings, error, message):
     with pytest.raises(error, match=message):
         build(dataset, **settings)
+
+
+def test_a_model_without_the_knockout_that_is_merged(dataset: Dataset, items: ItemTable):
+    blind = tiny_model(tiny_config(model={"modalities": "text"}), items)
+    with pytest.raises(InputError, match="names pixrec_text_only, which needs a --model that has it"):
+        build(dataset, blind, scorers=("rrf",), fused=("pixrec_text_only", "popularity"))
 
 
 def test_a_model_of_one_modality_cannot_lose_the_other(dataset: Dataset, items: ItemTable):
