@@ -20,6 +20,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from pixrec.model.backbone import Backbone
 HASH, TOKENS = "picture", "tokens"
 _MARKER, _INDEX, _PARTS, _HASHES = "tokens.json", "index.json", "parts", "hashes"
 _CURE = "remove it, it will be made again"
+_FORMAT = 2  # 1: a .npy and a .hashes a part
 _LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -128,11 +130,11 @@ class PictureTokens:
 
 
 def vision_fingerprint(backbone: Backbone) -> str:
-    """Hash of everything that the picture tokens follow from."""
+    """Hash of everything that the picture tokens follow from, and of how they are stored."""
     family = backbone.family
     digest = hashlib.blake2b(digest_size=16)
     size = (family.image_size_px, family.tokens_per_picture)
-    digest.update(repr((type(family).__name__, *size, DECODER, *family.vision_settings)).encode())
+    digest.update(repr((_FORMAT, type(family).__name__, *size, DECODER, *family.vision_settings)).encode())
     for tensor in (backbone.pixel_mean, backbone.pixel_std, *family.vision_parameters(backbone.model)):
         digest.update(repr(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
@@ -181,14 +183,18 @@ def index_parts(folder: str, schema: pa.Schema) -> int:
     files = [file for part in parts if part is not None for file in json.loads(part)]
     version = publish(folder, files, schema)
     hashes = Rows(folder, _CURE, version).column(HASH)
-    columns = sort_hashes(b"".join(memoryview(chunk.cast(pa.binary()).buffers()[2]) for chunk in hashes.chunks))
+    columns = sort_hashes(b"".join(_bytes_of(chunk) for chunk in hashes.chunks))
     sink = io.BytesIO()
     np.save(sink, columns)
-    name = f"{_HASHES}-{version}.npy"
+    name = f"{_HASHES}-{picture_hash(sink.getvalue()).hex()}.npy"  # an older one may be in use
     storage.write_bytes(storage.join(folder, name), sink.getvalue())
     facts = {"pictures": columns.shape[1], "version": version, "hashes": name}
     storage.write_json(storage.join(folder, _INDEX), facts)
     return columns.shape[1]
+
+
+def _bytes_of(hashes: pa.FixedSizeBinaryArray) -> memoryview:
+    return memoryview(hashes.buffers()[1])[HASH_BYTES * hashes.offset : HASH_BYTES * (hashes.offset + len(hashes))]
 
 
 def complete_store(folder: str, schema: pa.Schema, data: Sequence[str] = ()) -> None:
@@ -230,7 +236,7 @@ def open_stores(places: Sequence[str], backbone: Backbone) -> PictureTokens | No
         rows = Rows(folder, _CURE, facts["version"])
         if rows.schema != token_schema(backbone):
             raise ArtifactError(f"{folder} is damaged: its tokens are not {shape[0]} of {shape[1]} numbers; {_CURE}")
-        stores.append((_mapped(folder, facts), rows))
+        stores.append((_mapped(folder, facts["hashes"], facts["pictures"]), rows))
     return PictureTokens(stores, shape)
 
 
@@ -238,16 +244,18 @@ def stored_pictures(folder: str) -> StoredPictures:
     """Which pictures the store in `folder` has, as of the last `index_parts`."""
     if not storage.exists(storage.join(folder, _INDEX)):
         return StoredPictures(np.empty((3, 0), np.uint64))
-    return _mapped(folder, _index_facts(folder))
+    facts = _index_facts(folder)
+    return _mapped(folder, facts["hashes"], facts["pictures"])
 
 
 def _index_facts(folder: str) -> dict[str, Any]:
     return storage.read_json(storage.join(folder, _INDEX), ["pictures", "version", "hashes"])
 
 
-def _mapped(folder: str, facts: dict[str, Any]) -> StoredPictures:
-    """The index of a store; from s3:// it is copied to local disk, for as long as it is in use."""
-    file = storage.join(folder, facts["hashes"])
+@lru_cache(maxsize=4)
+def _mapped(folder: str, hashes: str, pictures: int) -> StoredPictures:
+    """The index of a store; from s3:// it is copied to local disk, once a process."""
+    file = storage.join(folder, hashes)
     try:
         if not storage.is_remote(file):
             columns = np.load(storage.absolute(file), mmap_mode="r")
@@ -260,7 +268,7 @@ def _mapped(folder: str, facts: dict[str, Any]) -> StoredPictures:
     except (OSError, ValueError, EOFError, InputError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ArtifactError(f"{file} is damaged: {reason}; remove its folder, it will be made again") from None
-    if columns.shape != (3, facts["pictures"]):
+    if columns.shape != (3, pictures):
         raise ArtifactError(f"{file} is damaged: it does not fit {_INDEX}; remove its folder, it will be made again")
     return StoredPictures(columns)
 
