@@ -5,8 +5,6 @@ To add a family, subclass `Family` in a file of its own and list it in FAMILIES 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from transformers import PreTrainedModel
 
 from pixrec.errors import ConfigError
@@ -17,7 +15,7 @@ from pixrec.model.families.smolvlm import SmolVLM
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 
-FAMILIES: dict[str, Callable[[PreTrainedModel], Family]] = {
+FAMILIES: dict[str, type[Family]] = {
     "smolvlm": SmolVLM,
     "idefics3": SmolVLM,
     "paligemma": PaliGemma,

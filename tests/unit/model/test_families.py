@@ -1,5 +1,6 @@
 """Every family from its own classes, small: saved as the hub lays it out, loaded, and read as our method needs it."""
 
+import copy
 import json
 
 import numpy as np
@@ -21,8 +22,9 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from pixrec.artifact import load_model, new_model, save_model
+from pixrec.config import LoraConfig
 from pixrec.errors import ConfigError
-from pixrec.model.backbone import Backbone
+from pixrec.model.backbone import Backbone, add_lora, use_attention
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoding import Content, train_tokenizer
 from pixrec.model.families import FAMILIES, family_of
@@ -189,6 +191,37 @@ def test_generation_sees_the_history_and_never_what_it_must_name(model):
     scores = first_scores(shown, ("Square", None))
     assert torch.allclose(scores, first_scores(shown, ("Patch", shown)), atol=1e-5)
     assert (scores - first_scores(picture(model, 2), ("Square", None))).abs().max() > 1e-4
+
+
+def test_adapters_reach_the_attention_of_the_part_that_is_named(model):
+    for where in ("language", "vision", "all"):
+        base = copy.deepcopy(model.tower.backbone.model)
+        family = family_of(base)
+        vision = {id(p) for p in family.vision_parameters(base)}
+        layers = {"language": base.config.text_config.num_hidden_layers, "vision": 2}
+        names = {"language": family.language_attention, "vision": family.vision_attention}
+        add_lora(base, LoraConfig(enabled=True, targets=where))
+        found = {"language": 0, "vision": 0}
+        for name, module in base.named_modules():
+            if hasattr(module, "lora_A"):
+                assert isinstance(module.base_layer, torch.nn.Linear)
+                assert "attn" in name or "attention" in name
+                found["vision" if id(module.base_layer.weight) in vision else "language"] += 1
+        assert found == {part: layers[part] * len(names[part]) * (where in (part, "all")) for part in found}
+
+
+def test_attention_that_the_family_cannot_use_is_refused(model):
+    backbone = model.tower.backbone
+    base, kind = copy.deepcopy(backbone.model), backbone.model.config.model_type
+    if not backbone.family.causal:
+        with pytest.raises(ConfigError, match=f"flash_attention_2 .* {kind}|package flash_attn"):
+            use_attention(base, "flash_attention_2")
+    if base.config.text_config.model_type == "gemma2":
+        with pytest.raises(ConfigError, match="sdpa does not suit"):
+            use_attention(base, "sdpa")
+    else:
+        use_attention(base, "sdpa")
+    use_attention(base, "eager")
 
 
 def test_it_learns_is_saved_and_loaded(model, catalog, tmp_path):
