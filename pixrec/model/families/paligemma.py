@@ -19,6 +19,7 @@ from pixrec.model.families.base import Family
 
 class PaliGemma(Family):
     causal = False
+    first_position = 1
 
     @property
     def tokens_per_picture(self) -> int:
@@ -46,7 +47,7 @@ class PaliGemma(Family):
         mask: Any = create_causal_mask(**masks)
         if getattr(self.config.text_config, "sliding_window", None) is not None:
             mask = {"full_attention": mask, "sliding_attention": create_sliding_window_causal_mask(**masks)}
-        positions = torch.arange(1, embeddings.shape[1] + 1, device=embeddings.device).unsqueeze(0)
+        positions = torch.arange(embeddings.shape[1], device=embeddings.device).unsqueeze(0) + self.first_position
         output = self.language_model(model)(
             inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False
         )
