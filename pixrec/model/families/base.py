@@ -94,9 +94,11 @@ class Family(ABC):
 
         `is_token` and `picture_slot` (B, T) as in `encoding.Items`; `deeper` (P·K, X - W) is what the picture tokens
         hold beyond their embeddings, which are in `embeddings` already.
+
+        A token looks back only, so none looks at the padding behind it: no mask is made, which leaves attention the
+        faster kernels. What stands at padding has no meaning.
         """
-        output = self.language_model(model)(inputs_embeds=embeddings, attention_mask=is_token.long(), use_cache=False)
-        return output.last_hidden_state
+        return self.language_model(model)(inputs_embeds=embeddings, use_cache=False).last_hidden_state
 
     def token_logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
         """Scores (…, V) of the next token from hidden states (…, W)."""

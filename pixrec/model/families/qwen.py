@@ -62,7 +62,6 @@ class QwenVL(Family):
     ) -> Tensor:
         output = self.language_model(model)(
             inputs_embeds=embeddings,
-            attention_mask=is_token.long(),
             position_ids=self.positions(is_token, picture_slot),
             use_cache=False,
             **self.deepstack(picture_slot, deeper),

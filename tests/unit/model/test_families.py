@@ -215,6 +215,28 @@ def test_padding_and_company_change_no_vector(model, catalog):
     assert users == pytest.approx(np.concatenate([embedder.users(catalog, [h], together) for h in histories]), abs=2e-5)
 
 
+def test_the_mask_of_padding_changes_no_state(model, monkeypatch):
+    """To the bit: those families that look back only are given none."""
+    backbone, family = model.tower.backbone, model.tower.backbone.family
+    if not family.causal:
+        pytest.skip("its pictures see all of themselves, which a mask says")
+    encoded = model.encoder.items([Content(text, picture(model, 1)) for text in ("Square", "Tile Patch Square by Ann")])
+    assert not encoded.is_token.all()
+    inputs = encoded.token_ids, encoded.is_token, encoded.picture_slot, model.tower.pictures(encoded)
+    language = family.language_model(backbone.model)
+    seen = []
+
+    def masked(**inputs):
+        seen.append(inputs.get("attention_mask"))
+        return language(**{**inputs, "attention_mask": encoded.is_token.long()})
+
+    with torch.no_grad():
+        without = backbone.hidden_states(*inputs)
+        monkeypatch.setattr(family, "language_model", lambda model: masked)
+        assert torch.equal(backbone.hidden_states(*inputs)[encoded.is_token], without[encoded.is_token])
+    assert seen == [None]
+
+
 def test_a_prefix_does_not_see_its_future(model, catalog):
     _, batch, sequences = catalog.histories([HISTORY])
     with torch.no_grad():
