@@ -94,7 +94,8 @@ def new_model(config: Config, texts: list[str], device: str = "cpu") -> Model:
     with seeded(config.train.seed):
         if config.model.lora.enabled:
             add_lora(base, config.model.lora, config.model.learns_vision)
-        tower = DualTower(Backbone(base, *statistics), config.model, config.train.temperature)
+        backbone = Backbone(base, *statistics, _instruction(config, tokenizer))
+        tower = DualTower(backbone, config.model, config.train.temperature)
     tower.to(device)
     encoder = ItemEncoder(tokenizer, tower.backbone.family, config.model.max_text_tokens)
     return Model(tower, encoder, config, {}, pretrained=pretrained)
@@ -201,7 +202,7 @@ def _read_model(path: Path) -> Model:
     else:
         base = load_pretrained(str(path / "backbone"), dtype=DTYPES[config.model.dtype])
         use_attention(base, config.model.attn_implementation)
-    backbone = Backbone(base, *picture_statistics(str(path / "processor")))
+    backbone = Backbone(base, *picture_statistics(str(path / "processor")), _instruction(config, tokenizer))
     tower = DualTower(backbone, config.model, config.train.temperature)
     encoder = ItemEncoder(tokenizer, backbone.family, config.model.max_text_tokens)
     model = Model(tower, encoder, config, info, pretrained=recorded)
@@ -228,6 +229,11 @@ def _base(config: Config, tokenizer: PreTrainedTokenizerBase, revision: str | No
         pretrained = pretrained_facts(settings.backbone, revision)
     use_attention(base, settings.attn_implementation)
     return base, pretrained
+
+
+def _instruction(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    text = config.model.instruction
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
 def _heads(tower: DualTower) -> dict[str, Tensor]:

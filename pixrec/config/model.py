@@ -124,6 +124,10 @@ class ModelConfig:
     """`interleaved` reads the history's pictures and text through the backbone; `compact` reads its item vectors."""
     user_pooling: Literal["mean", "separator"] = "separator"
     """Interleaved tower: mean over all history tokens (the paper's), or the state at the last separator."""
+    pooling: Literal["mean", "last"] = "mean"
+    """An item's vector: the mean over its tokens, or the state of its last one, as backbones tuned to embed want it."""
+    instruction: str = ""
+    """What every item and history begins with, as a backbone tuned to embed expects; special tokens are understood."""
     modalities: Modalities = "both"
     """What the towers may see; anything but `both` is a knockout."""
     embedding_width: int = 128

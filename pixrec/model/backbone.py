@@ -13,9 +13,11 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlamaConfig, PreTrainedModel, SmolVLMConfig
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
@@ -39,13 +41,18 @@ class Backbone(nn.Module):
 
     pixel_mean: Tensor
     pixel_std: Tensor
+    instruction: Tensor
 
-    def __init__(self, model: PreTrainedModel, mean: list[float], std: list[float]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, mean: list[float], std: list[float], instruction: Sequence[int] = ()
+    ) -> None:
+        """instruction: ids of tokens that every sequence begins with; their states are dropped again."""
         super().__init__()
         self.model = model
         self.family = family_of(model)
         self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("instruction", torch.tensor(list(instruction), dtype=torch.long), persistent=False)
 
     @property
     def width(self) -> int:
@@ -68,13 +75,19 @@ class Backbone(nn.Module):
         `token_ids` and `is_token` (B, T): the tokens and which of them are real. `picture_slot` (B, T): for a
         picture token its row in `pictures` (P·K, X), -1 elsewhere.
         """
+        start = len(self.instruction)
+        if start:
+            token_ids = torch.cat([self.instruction.expand(len(token_ids), -1), token_ids], dim=1)
+            is_token = F.pad(is_token, (start, 0), value=True)
+            picture_slot = F.pad(picture_slot, (start, 0), value=-1)
         # A picture token's id may lie outside the vocabulary (PaliGemma); its embedding is not looked at.
         embeddings = self.model.get_input_embeddings()(token_ids.masked_fill(picture_slot >= 0, 0))
         if pictures.shape[0]:
             looked_up = pictures[:, : self.width].to(embeddings.dtype)[picture_slot.clamp(min=0)]
             embeddings = torch.where((picture_slot >= 0).unsqueeze(-1), looked_up, embeddings)
         deeper = pictures[:, self.width :].to(embeddings.dtype)
-        return self.family.hidden_states(self.model, embeddings, is_token, picture_slot, deeper).float()
+        states = self.family.hidden_states(self.model, embeddings, is_token, picture_slot, deeper)
+        return states[:, start:].float()
 
     def token_logits(self, hidden: Tensor) -> Tensor:
         """Scores (…, vocabulary) of the next token from hidden states (…, W)."""
