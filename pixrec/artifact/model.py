@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,18 @@ from pixrec import storage
 from pixrec.config import Config, dump_config, load_config
 from pixrec.data.items import load_texts
 from pixrec.errors import ArtifactError, ConfigError
-from pixrec.model.backbone import TINY, Backbone, add_lora, build_tiny, load_pretrained
+from pixrec.model.backbone import (
+    DTYPES,
+    TINY,
+    Backbone,
+    add_lora,
+    build_tiny,
+    cannot_load,
+    keep_adapters_whole,
+    load_pretrained,
+    pretrained_facts,
+    use_attention,
+)
 from pixrec.model.catalog import Embedder
 from pixrec.model.compact import CompactTower
 from pixrec.model.encoding import ItemEncoder, picture_statistics, train_tokenizer
@@ -56,6 +67,8 @@ class Model:
     """model.json: fingerprint, metrics, counts of training."""
     embedded_ids: tuple[str, ...] = ()
     """Items that have a learned vector of their own, in the order of those vectors."""
+    pretrained: dict[str, Any] = field(default_factory=dict)
+    """Revision and hash of the weights that training began from; empty for `pixrec-tiny`."""
 
     @property
     def fingerprint(self) -> str:
@@ -73,18 +86,21 @@ def new_model(config: Config, texts: list[str], device: str = "cpu") -> Model:
         statistics = ([0.5] * 3, [0.5] * 3)
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(config.model.backbone, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                config.model.backbone, trust_remote_code=False, revision=config.model.revision
+            )
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"model.backbone {config.model.backbone!r} cannot be loaded: {reason}") from None
-        statistics = picture_statistics(config.model.backbone)
-    base = _base(config, tokenizer)
+            raise cannot_load(config.model.backbone, config.model.revision, error) from None
+        statistics = picture_statistics(config.model.backbone, config.model.revision)
+    base, pretrained = _base(config, tokenizer, config.model.revision)
     with seeded(config.train.seed):
         if config.model.lora.enabled:
-            add_lora(base, config.model.lora)
-        tower = DualTower(Backbone(base, *statistics), config.model, config.train.temperature)
+            add_lora(base, config.model.lora, config.model.learns_vision)
+        backbone = Backbone(base, *statistics, _instruction(config, tokenizer))
+        tower = DualTower(backbone, config.model, config.train.temperature)
     tower.to(device)
-    return Model(tower, ItemEncoder(tokenizer, tower.backbone.family, config.model.max_text_tokens), config, {})
+    encoder = ItemEncoder(tokenizer, tower.backbone.family, config.model.max_text_tokens)
+    return Model(tower, encoder, config, {}, pretrained=pretrained)
 
 
 def untrained_model(config: Config, data_uris: Sequence[str], device: str = "cpu") -> Model:
@@ -122,6 +138,8 @@ def save_model(folder: str, model: Model, info: dict[str, Any]) -> dict[str, Any
     if model.embedded_ids:
         (path / _EMBEDDED_IDS).write_text(json.dumps(model.embedded_ids))
     facts = {"fingerprint": fingerprint(model), "pixrec": pixrec.__version__, **info}
+    if model.pretrained:
+        facts["pretrained"] = model.pretrained
     (path / MODEL_MARKER).write_text(json.dumps(facts, indent=2) + "\n")
     return facts
 
@@ -161,7 +179,8 @@ def knockout_uri(model_uri: str, modality: str) -> str:
 
 
 def fingerprint(model: Model) -> str:
-    """Hash of all weights, the tokenizer and the model section of the config: equal towers, equal fingerprint.
+    """Hash of all weights, those that training began from, the tokenizer and the model section of the config: equal
+    towers, equal fingerprint.
 
     Matrices in 4 bits and their biases are left out: their layout and type depend on the device and on use.
     """
@@ -176,6 +195,7 @@ def fingerprint(model: Model) -> str:
     digest.update(json.dumps(sorted(model.encoder.tokenizer.get_vocab().items())).encode())
     digest.update(repr(model.config.model).encode())
     digest.update(json.dumps(model.embedded_ids).encode())
+    digest.update(json.dumps(model.pretrained, sort_keys=True).encode() if model.pretrained else b"")
     return digest.hexdigest()
 
 
@@ -183,14 +203,23 @@ def _read_model(path: Path) -> Model:
     info = dict(json.loads((path / MODEL_MARKER).read_text()))
     config = load_config((path / "config.yaml").read_text())
     tokenizer = AutoTokenizer.from_pretrained(path / "processor", trust_remote_code=False)
+    recorded = info.get("pretrained", {})
     if config.model.lora.enabled:
-        base = _base(config, tokenizer)
+        base, pretrained = _base(config, tokenizer, recorded.get("revision"))
+        if pretrained != recorded:
+            raise ArtifactError(
+                f"model.backbone {config.model.backbone!r} no longer holds the weights that the adapters were trained "
+                "on; put those back, or train again"
+            )
         base.load_adapter(str(path / "adapter"))
+        keep_adapters_whole(base)
     else:
-        base = load_pretrained(str(path / "backbone"))
-    backbone = Backbone(base, *picture_statistics(str(path / "processor")))
+        base = load_pretrained(str(path / "backbone"), dtype=DTYPES[config.model.dtype])
+        use_attention(base, config.model.attn_implementation)
+    backbone = Backbone(base, *picture_statistics(str(path / "processor")), _instruction(config, tokenizer))
     tower = DualTower(backbone, config.model, config.train.temperature)
-    model = Model(tower, ItemEncoder(tokenizer, backbone.family, config.model.max_text_tokens), config, info)
+    encoder = ItemEncoder(tokenizer, backbone.family, config.model.max_text_tokens)
+    model = Model(tower, encoder, config, info, pretrained=recorded)
     heads = safetensors.torch.load_file(path / "heads.safetensors")
     if any(name.startswith("compact.") for name in heads):
         listed = path / _EMBEDDED_IDS
@@ -201,12 +230,24 @@ def _read_model(path: Path) -> Model:
     return model
 
 
-def _base(config: Config, tokenizer: PreTrainedTokenizerBase) -> Any:
-    if config.model.backbone != TINY:
-        return load_pretrained(config.model.backbone, nf4=config.model.lora.base == "nf4")
-    names = {"image": "<image>", "pad": "<pad>", "bos": "<s>", "eos": "<end_of_utterance>"}
-    ids = {key: tokenizer.get_vocab()[token] for key, token in names.items()}
-    return build_tiny(config.model.tiny, len(tokenizer), ids, config.train.seed)
+def _base(config: Config, tokenizer: PreTrainedTokenizerBase, revision: str | None) -> tuple[Any, dict[str, Any]]:
+    """The backbone without adapters, and what tells its pretrained weights from all others."""
+    settings, dtype = config.model, DTYPES[config.model.dtype]
+    pretrained: dict[str, Any] = {}
+    if settings.backbone == TINY:
+        names = {"image": "<image>", "pad": "<pad>", "bos": "<s>", "eos": "<end_of_utterance>"}
+        ids = {key: tokenizer.get_vocab()[token] for key, token in names.items()}
+        base = build_tiny(settings.tiny, len(tokenizer), ids, config.train.seed, dtype)
+    else:
+        base = load_pretrained(settings.backbone, settings.lora.base == "nf4", revision, dtype)
+        pretrained = pretrained_facts(settings.backbone, revision)
+    use_attention(base, settings.attn_implementation)
+    return base, pretrained
+
+
+def _instruction(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    text = config.model.instruction
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
 def _heads(tower: DualTower) -> dict[str, Tensor]:

@@ -48,8 +48,13 @@ class LoraConfig:
     """Rank of each adapter."""
     alpha: int = 16
     """Scale numerator of the adapters."""
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Module names that receive an adapter; a name that matches nothing is an error."""
+    targets: Literal["language", "vision", "all"] | tuple[str, ...] = "all"
+    """What receives adapters: the attention of the language model, of the vision part, or both (a frozen vision part
+    receives none); or a list of module names, of which one that matches nothing is an error."""
+    use_rslora: bool = False
+    """Scale adapters by alpha / √rank, not alpha / rank (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Learn the length of each weight apart from its direction (DoRA, Liu et al. 2024, arXiv 2402.09353)."""
     base: Literal["as_is", "nf4"] = "as_is"
     """`nf4` holds the backbone's own weights in 4 bits (QLoRA, Dettmers et al. 2023); needs bitsandbytes and a GPU."""
 
@@ -106,10 +111,24 @@ class CompactConfig:
 class ModelConfig:
     backbone: str = "pixrec-tiny"
     """`pixrec-tiny`, or a name or folder for `from_pretrained`."""
+    revision: str | None = None
+    """Branch, tag or commit of a backbone on the hub; none: its main branch. model.json says which commit it was."""
+    dtype: Literal["float32", "bf16"] = "float32"
+    """Type of the backbone's weights; adapters, heads and losses are float32 all the same."""
+    # Not in `repr`, so not in a model's fingerprint: it gives the same vectors, to rounding.
+    attn_implementation: Literal[
+        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = field(default="auto", repr=False)
+    """How attention is computed, in the terms of transformers; `auto` is the fastest that each part of the backbone
+    has without a further package."""
     user_tower: Literal["interleaved", "compact"] = "interleaved"
     """`interleaved` reads the history's pictures and text through the backbone; `compact` reads its item vectors."""
     user_pooling: Literal["mean", "separator"] = "separator"
     """Interleaved tower: mean over all history tokens (the paper's), or the state at the last separator."""
+    pooling: Literal["mean", "last"] = "mean"
+    """An item's vector: the mean over its tokens, or the state of its last one, as backbones tuned to embed want it."""
+    instruction: str = ""
+    """What every item and history begins with, as a backbone tuned to embed expects; special tokens are understood."""
     modalities: Modalities = "both"
     """Which modalities the towers see; a model that sees one of them serves as a knockout."""
     embedding_width: int = 128
@@ -134,9 +153,22 @@ class ModelConfig:
         """Width of the vectors that requests are answered with."""
         return self.compact_width if self.user_tower == "compact" else self.embedding_width
 
+    @property
+    def learns_vision(self) -> bool:
+        """Whether training may alter the vision part."""
+        return not self.freeze_vision and self.modalities != "text"
+
     def __post_init__(self) -> None:
         at_least(self, 1, "embedding_width", "max_history_items", "max_text_tokens")
         if self.compact.width is None:
             self.compact.check_width(self, "embedding_width")
+        if self.revision is not None and self.backbone == "pixrec-tiny":
+            raise ConfigError(
+                f"model.revision {self.revision!r} pins a pretrained model.backbone; pixrec-tiny has none"
+            )
+        if self.attn_implementation.startswith("flash") and self.dtype == "float32":
+            raise ConfigError(f"model.attn_implementation {self.attn_implementation} needs model.dtype bf16")
+        if self.lora.enabled and self.lora.targets == "vision" and not self.learns_vision:
+            raise ConfigError("model.lora.targets vision leaves nothing to learn: the vision part is frozen or unused")
         if self.lora.base == "nf4" and not (self.lora.enabled and self.backbone != "pixrec-tiny"):
             raise ConfigError("model.lora.base nf4 needs model.lora.enabled and a pretrained model.backbone")

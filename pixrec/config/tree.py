@@ -148,7 +148,8 @@ def _coerce(value: Any, hint: Any, path: str, base: Any = None) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _coerce(value, next(a for a in args if a is not type(None)), path)
+        listed = [a for a in args if isinstance(value, (list, tuple)) and typing.get_origin(a) is tuple]
+        return _coerce(value, next(a for a in (*listed, *args) if a is not type(None)), path)
     if origin is Literal:
         if value not in args:
             raise ConfigError(f"config key {path!r} is {value!r}: must be one of {', '.join(map(str, args))}")

@@ -8,21 +8,32 @@ token, W or more · S side in pixels.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.util
+import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlamaConfig, PreTrainedModel, SmolVLMConfig
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from pixrec.config import LoraConfig, TinyConfig
 from pixrec.errors import ConfigError
-from pixrec.model.families import family_of
+from pixrec.model.families import FAMILIES, family_of
 from pixrec.model.seeding import seeded
 
 TINY = "pixrec-tiny"
-VISION_MODULES = ("vision_model", "vision_tower", "visual", "connector", "multi_modal_projector")
+ADAPTER = "lora_"
+"""In the name of every weight of an adapter."""
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+_FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
 class Backbone(nn.Module):
@@ -30,45 +41,63 @@ class Backbone(nn.Module):
 
     pixel_mean: Tensor
     pixel_std: Tensor
+    instruction: Tensor
 
-    def __init__(self, model: PreTrainedModel, mean: list[float], std: list[float]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, mean: list[float], std: list[float], instruction: Sequence[int] = ()
+    ) -> None:
+        """instruction: ids of tokens that every sequence begins with; their states are dropped again."""
         super().__init__()
         self.model = model
         self.family = family_of(model)
         self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("instruction", torch.tensor(list(instruction), dtype=torch.long), persistent=False)
 
     @property
     def width(self) -> int:
         return int(self.model.config.text_config.hidden_size)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights; those in 4 bits aside."""
+        return self.model.get_input_embeddings().weight.dtype
+
     def picture_tokens(self, pixels: Tensor) -> Tensor:
         """Raw pictures (P, S, S, 3) uint8 to picture tokens (P, K, X)."""
         scaled = pixels.permute(0, 3, 1, 2).float() / 255
         normalised = (scaled - self.pixel_mean) / self.pixel_std
-        return self.family.encode_pictures(self.model, normalised)
+        return self.family.encode_pictures(self.model, normalised.to(self.dtype))
 
     def hidden_states(self, token_ids: Tensor, is_token: Tensor, picture_slot: Tensor, pictures: Tensor) -> Tensor:
-        """Last hidden states (B, T, W).
+        """Last hidden states (B, T, W), float32 whatever the weights are.
 
         `token_ids` and `is_token` (B, T): the tokens and which of them are real. `picture_slot` (B, T): for a
         picture token its row in `pictures` (P·K, X), -1 elsewhere.
         """
+        start = len(self.instruction)
+        if start:
+            token_ids = torch.cat([self.instruction.expand(len(token_ids), -1), token_ids], dim=1)
+            is_token = F.pad(is_token, (start, 0), value=True)
+            picture_slot = F.pad(picture_slot, (start, 0), value=-1)
         # A picture token's id may lie outside the vocabulary (PaliGemma); its embedding is not looked at.
         embeddings = self.model.get_input_embeddings()(token_ids.masked_fill(picture_slot >= 0, 0))
         if pictures.shape[0]:
             looked_up = pictures[:, : self.width].to(embeddings.dtype)[picture_slot.clamp(min=0)]
             embeddings = torch.where((picture_slot >= 0).unsqueeze(-1), looked_up, embeddings)
-        deeper = pictures[:, self.width :]
-        return self.family.hidden_states(self.model, embeddings, is_token, picture_slot, deeper)
+        deeper = pictures[:, self.width :].to(embeddings.dtype)
+        states = self.family.hidden_states(self.model, embeddings, is_token, picture_slot, deeper)
+        return states[:, start:].float()
 
     def token_logits(self, hidden: Tensor) -> Tensor:
         """Scores (…, vocabulary) of the next token from hidden states (…, W)."""
-        return self.family.token_logits(self.model, hidden)
+        return self.family.token_logits(self.model, hidden.to(self.dtype))
 
 
-def build_tiny(config: TinyConfig, tokenizer_size: int, ids: dict[str, int], seed: int) -> PreTrainedModel:
-    """`pixrec-tiny`: the SmolVLM class with random weights; the same seed gives the same weights.
+def build_tiny(
+    config: TinyConfig, tokenizer_size: int, ids: dict[str, int], seed: int, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """`pixrec-tiny`: the SmolVLM class with random weights; the same seed gives the same weights, rounded to `dtype`.
 
     `ids` holds the token ids of `image`, `pad`, `bos` and `eos`.
     """
@@ -99,24 +128,87 @@ def build_tiny(config: TinyConfig, tokenizer_size: int, ids: dict[str, int], see
         text_config=text, vision_config=vision, image_token_id=ids["image"], scale_factor=2, tie_word_embeddings=True
     )
     with seeded(seed):
-        return AutoModelForImageTextToText.from_config(whole)
+        model = AutoModelForImageTextToText.from_config(whole)
+    for parameter in model.parameters():  # not the buffers: rotary frequencies stay whole
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
-def load_pretrained(name_or_folder: str, nf4: bool = False) -> PreTrainedModel:
-    """`from_pretrained` on a name or a local folder, safetensors only, weights in float32.
+def load_pretrained(
+    name_or_folder: str, nf4: bool = False, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """`from_pretrained` on a name or a local folder, safetensors only, weights in `dtype`.
 
-    `nf4` holds the matrices of the language model in 4 bits, for adapters to be trained on (QLoRA, Dettmers et al.
-    2023); the vision part stays whole. Raises ConfigError where bitsandbytes is not installed.
+    `revision` pins a name on the hub to a branch, tag or commit. `nf4` holds the matrices of the language model in 4
+    bits, for adapters to be trained on (QLoRA, Dettmers et al. 2023); the vision part stays whole. Raises ConfigError
+    where bitsandbytes is not installed.
     """
     options = {"quantization_config": _nf4()} if nf4 else {}
     try:
         return AutoModelForImageTextToText.from_pretrained(
-            name_or_folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, **options
+            name_or_folder, use_safetensors=True, trust_remote_code=False, revision=revision, dtype=dtype, **options
         )
     except (OSError, ValueError) as error:
-        local = " (no such folder)" if not Path(name_or_folder).exists() else ""
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"model.backbone {name_or_folder!r} cannot be loaded{local}: {reason}") from None
+        raise cannot_load(name_or_folder, revision, error) from None
+
+
+def cannot_load(name_or_folder: str, revision: str | None, error: Exception) -> ConfigError:
+    """What is said of a backbone that `from_pretrained` refuses."""
+    local = " (no such folder)" if not Path(name_or_folder).exists() else ""
+    pinned = f" at revision {revision!r}" if revision else ""
+    return ConfigError(f"model.backbone {name_or_folder!r} cannot be loaded{pinned}{local}: {_one_line(error)}")
+
+
+def pretrained_facts(name_or_folder: str, revision: str | None) -> dict[str, str | None]:
+    """What tells the weights that `load_pretrained` read from all others: `revision`, which is the commit where they
+    came from the hub, and `weights`, a hash of their files."""
+    revision = extract_commit_hash(cached_file(name_or_folder, "config.json", revision=revision), None) or revision
+    find = functools.partial(cached_file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    names = ["model.safetensors"]
+    if find(name_or_folder, names[0]) is None and (index := find(name_or_folder, f"{names[0]}.index.json")):
+        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    hashes = [_file_hash(cached_file(name_or_folder, name, revision=revision)) for name in names]
+    return {"revision": revision, "weights": hashlib.sha256("".join(hashes).encode()).hexdigest()}
+
+
+def _file_hash(file: str) -> str:
+    """sha256 of a file, which in the hub's cache is the name of what a link points to."""
+    real = Path(file).resolve()
+    if real.parent.name == "blobs" and len(real.name) == 64:
+        return real.name
+    return _sha256(str(real), os.stat(real).st_size, os.stat(real).st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256(file: str, size: int, changed: int) -> str:
+    """Once for each state of a file, which its size and time of change tell apart."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def use_attention(model: PreTrainedModel, wanted: str) -> None:
+    """Compute attention the way `wanted` says, in every part of `model`; `auto` leaves what transformers chose: sdpa
+    where a part has it, eager where it has not (Gemma 2, whose scores are capped).
+
+    Raises ConfigError where the model has no such way, or its package is not installed.
+    """
+    if wanted == "auto":
+        return
+    package = _FLASH.get(wanted)
+    setting = f"model.attn_implementation {wanted}"
+    if package and not any(importlib.util.find_spec(name) for name in (package, "kernels")):
+        raise ConfigError(f"{setting} needs the package {package} or kernels; install one of them, or set it to auto")
+    if package and not family_of(model).causal:
+        kind = model.config.model_type
+        raise ConfigError(f"{setting} knows no mask as a {kind} needs one; set it to auto or flex_attention")
+    try:
+        model.set_attn_implementation(wanted)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{setting} does not suit model.backbone: {_one_line(error)}; set it to auto") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _nf4() -> BitsAndBytesConfig:
@@ -125,23 +217,50 @@ def _nf4() -> BitsAndBytesConfig:
             "model.lora.base nf4 needs bitsandbytes, which is not installed; pip install 'pixrec[nf4]', or set it to "
             "as_is"
         )
+    vision = sorted({name for family in FAMILIES.values() for name in family.vision_parts})
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["lm_head", *(f".*{name}" for name in VISION_MODULES)],  # matched from the start
+        llm_int8_skip_modules=["lm_head", *(f".*{name}" for name in vision)],  # matched from the start
     )
 
 
-def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Insert low-rank adapters into `model` in place; everything else in it is frozen."""
+def add_lora(model: PreTrainedModel, config: LoraConfig, vision: bool = True) -> None:
+    """Insert low-rank adapters into `model` in place; everything else in it is frozen.
+
+    `vision`: whether the vision part may have any. Raises ConfigError where a target matches nothing.
+    """
     from peft import LoraConfig as PeftLoraConfig
 
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    for target in config.targets:
-        if target not in names:
-            raise ConfigError(f"model.lora.targets names {target!r}, which matches no module of the backbone")
-    model.add_adapter(
-        PeftLoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), lora_dropout=0.0)
+    family, wanted = family_of(model), config.targets
+    if not isinstance(wanted, str):
+        names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+        for target in wanted:
+            if target not in names:
+                raise ConfigError(f"model.lora.targets names {target!r}, which matches no module of the backbone")
+        targets: str | list[str] = list(wanted)
+    else:
+        targets = family.attention_layers(wanted if vision else "language")
+    settings = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=targets,
+        exclude_modules=None if vision else family.vision_layers,
+        lora_dropout=0.0,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
     )
+    try:
+        model.add_adapter(settings)
+    except ValueError as error:
+        raise ConfigError(f"model.lora.targets: {_one_line(error)}") from None
+    keep_adapters_whole(model)
+
+
+def keep_adapters_whole(model: PreTrainedModel) -> None:
+    """Hold the adapters in float32, whatever the type of the weights below them."""
+    for name, parameter in model.named_parameters():
+        if ADAPTER in name:
+            parameter.data = parameter.data.float()

@@ -244,14 +244,14 @@ def train_tokenizer(texts: Sequence[str], vocabulary_tokens: int) -> PreTrainedT
     )
 
 
-def picture_statistics(name_or_folder: str) -> tuple[list[float], list[float]]:
+def picture_statistics(name_or_folder: str, revision: str | None = None) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the pixels that the backbone was trained with, from its processor's file.
 
     transformers 5 writes one file for the whole processor in place of the image processor's own.
     """
     settings: dict[str, Any] = {}
     for name in ("processor_config.json", "preprocessor_config.json"):
-        file = cached_file(name_or_folder, name, _raise_exceptions_for_missing_entries=False)
+        file = cached_file(name_or_folder, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         if file is not None:
             found = json.loads(Path(file).read_text())
             settings |= found.get("image_processor", {}) if name == "processor_config.json" else found

@@ -83,6 +83,7 @@ class DualTower(nn.Module):
     def __init__(self, backbone: Backbone, config: ModelConfig, temperature: float) -> None:
         super().__init__()
         self.backbone = backbone
+        self.pooling = config.pooling
         self.item_proj = nn.Linear(backbone.width, config.embedding_width)
         self.user_tower = InterleavedUserTower(backbone.width, config)
         self.compact: CompactTower | None = None  # set once the item tower is trained (`artifact.with_compact`)
@@ -107,7 +108,8 @@ class DualTower(nn.Module):
         """v_T: each item encoded alone, unit vectors (U, D)."""
         pictures = self.pictures(items) if pictures is None else pictures
         hidden = self.backbone.hidden_states(items.token_ids, items.is_token, items.picture_slot, pictures)
-        return F.normalize(self.item_proj(_mean(hidden, items.is_token)), dim=-1)
+        pooled = _mean(hidden, items.is_token) if self.pooling == "mean" else _last(hidden, items.is_token)
+        return F.normalize(self.item_proj(pooled), dim=-1)
 
     def history_states(self, histories: Histories, pictures: Tensor) -> Tensor:
         """Last hidden states (B, T, W) of whole histories."""
@@ -124,7 +126,11 @@ class DualTower(nn.Module):
         has_next = histories.item[:, 1:] >= 0
         hidden = self.history_states(histories, pictures)
         user = self.user_tower(hidden, histories)[:, :-1][has_next]
-        conditioned = F.normalize(self.item_proj(_mean_of_each_item(hidden, histories)), dim=-1)[:, 1:][has_next]
+        if self.pooling == "mean":
+            of_items = _mean_of_each_item(hidden, histories)
+        else:
+            of_items = _take(hidden, (histories.separator_at - 1).clamp(min=0))
+        conditioned = F.normalize(self.item_proj(of_items), dim=-1)[:, 1:][has_next]
         if not generate:
             return HistoryOutputs(user, conditioned, None, None)
         wanted = histories.target_text
@@ -150,6 +156,11 @@ def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
     """Mean over the masked tokens, (B, T, W) to (B, W)."""
     weight = mask.unsqueeze(-1).to(hidden.dtype)
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def _last(hidden: Tensor, is_token: Tensor) -> Tensor:
+    """State of the last token of each row, (B, T, W) to (B, W)."""
+    return _take(hidden, is_token.sum(1, keepdim=True) - 1)[:, 0]
 
 
 def _mean_of_each_item(hidden: Tensor, histories: Histories) -> Tensor:

@@ -134,7 +134,9 @@ def vision_fingerprint(backbone: Backbone) -> str:
     family = backbone.family
     digest = hashlib.blake2b(digest_size=16)
     size = (family.image_size_px, family.tokens_per_picture)
-    digest.update(repr((_FORMAT, type(family).__name__, *size, DECODER, *family.vision_settings)).encode())
+    computed_in = () if backbone.dtype == torch.float32 else (backbone.dtype,)
+    described = (_FORMAT, type(family).__name__, *size, DECODER, *family.vision_settings, *computed_in)
+    digest.update(repr(described).encode())
     for tensor in (backbone.pixel_mean, backbone.pixel_std, *family.vision_parameters(backbone.model)):
         digest.update(repr(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

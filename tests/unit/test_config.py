@@ -173,6 +173,13 @@ def test_an_override_names_a_key_of_a_section(override: str):
         (["model.tiny.image_size_px=49"], r"model.tiny.image_size_px is 49: must be a multiple of \d+ \(twice "),
         (["model.lora.rank=0"], "model.lora.rank is 0: must be at least 1"),
         (["model.lora.targets=[]"], "model.lora.targets is empty"),
+        (["model.lora.targets=some"], "model.lora.targets' is 'some': must be one of language, vision, all"),
+        (
+            ["model.lora.enabled=true", "model.lora.targets=vision", "model.freeze_vision=true"],
+            "model.lora.targets vision leaves nothing to learn",
+        ),
+        (["model.revision=v1"], "model.revision 'v1' pins a pretrained model.backbone"),
+        (["model.attn_implementation=flash_attention_2"], "flash_attention_2 needs model.dtype bf16"),
         (
             ["model.compact.heads=7"],
             r"model.embedding_width is \d+: must be a multiple of 14 \(twice model.compact.heads",

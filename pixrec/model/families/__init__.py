@@ -5,22 +5,26 @@ To add a family, subclass `Family` in a file of its own and list it in FAMILIES 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from transformers import PreTrainedModel
 
 from pixrec.errors import ConfigError
 from pixrec.model.families.base import Family
+from pixrec.model.families.gemma3 import Gemma3
+from pixrec.model.families.internvl import InternVL
+from pixrec.model.families.llava import LlavaOnevision
 from pixrec.model.families.paligemma import PaliGemma
 from pixrec.model.families.qwen import Qwen3VL, QwenVL
 from pixrec.model.families.smolvlm import SmolVLM
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 
-FAMILIES: dict[str, Callable[[PreTrainedModel], Family]] = {
+FAMILIES: dict[str, type[Family]] = {
     "smolvlm": SmolVLM,
     "idefics3": SmolVLM,
     "paligemma": PaliGemma,
+    "gemma3": Gemma3,
+    "internvl": InternVL,
+    "llava_onevision": LlavaOnevision,
     "qwen2_vl": QwenVL,
     "qwen2_5_vl": QwenVL,
     "qwen3_vl": Qwen3VL,

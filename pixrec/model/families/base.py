@@ -7,7 +7,7 @@ token: W, and what deeper layers are given of it · S side in pixels · V vocabu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,6 +24,16 @@ class Family(ABC):
     """Tokens before the picture tokens."""
     picture_suffix: tuple[str, ...] = ()
     """Tokens after them."""
+    language_part: str = "language_model"
+    """Name of the language model in `model.model`."""
+    vision_parts: tuple[str, ...] = ("vision_tower", "multi_modal_projector")
+    """Names in `model.model` of all that only pictures use, the encoder first."""
+    language_attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Names of the projections in an attention block of the language model."""
+    vision_attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    """Names of those in a block of the encoder."""
+    causal: bool = True
+    """Whether a token sees all before it and nothing behind; else attention needs a mask."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.config: Any = model.config
@@ -56,13 +66,26 @@ class Family(ABC):
     def encode_pictures(self, model: PreTrainedModel, pixels: Tensor) -> Tensor:
         """Normalised pixels (P, 3, S, S) to picture tokens (P, K, X)."""
 
-    @abstractmethod
     def language_model(self, model: PreTrainedModel) -> nn.Module:
         """The module that takes `inputs_embeds` and returns `last_hidden_state`."""
+        return model.model.get_submodule(self.language_part)
 
-    @abstractmethod
     def vision_parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
         """All parameters that only pictures use."""
+        return [p for name, p in model.model.named_parameters() if name.split(".")[0] in self.vision_parts]
+
+    def attention_layers(self, where: Literal["language", "vision", "all"]) -> str:
+        """Pattern of the full names of the attention's projections, as peft reads one."""
+        patterns = {
+            "language": rf"model\.{self.language_part}\..*\.({'|'.join(self.language_attention)})",
+            "vision": rf"model\.{self.vision_parts[0]}\..*\.({'|'.join(self.vision_attention)})",
+        }
+        return "|".join(patterns.values()) if where == "all" else patterns[where]
+
+    @property
+    def vision_layers(self) -> str:
+        """Pattern of the full names of all modules that only pictures use."""
+        return rf"model\.({'|'.join(self.vision_parts)})(\..*)?"
 
     def hidden_states(
         self, model: PreTrainedModel, embeddings: Tensor, is_token: Tensor, picture_slot: Tensor, deeper: Tensor
@@ -71,9 +94,11 @@ class Family(ABC):
 
         `is_token` and `picture_slot` (B, T) as in `encoding.Items`; `deeper` (P·K, X - W) is what the picture tokens
         hold beyond their embeddings, which are in `embeddings` already.
+
+        A token looks back only, so none looks at the padding behind it: no mask is made, which leaves attention the
+        faster kernels. What stands at padding has no meaning.
         """
-        output = self.language_model(model)(inputs_embeds=embeddings, attention_mask=is_token.long(), use_cache=False)
-        return output.last_hidden_state
+        return self.language_model(model)(inputs_embeds=embeddings, use_cache=False).last_hidden_state
 
     def token_logits(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
         """Scores (…, V) of the next token from hidden states (…, W)."""

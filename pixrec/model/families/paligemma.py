@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
@@ -18,18 +18,15 @@ from pixrec.model.families.base import Family
 
 
 class PaliGemma(Family):
+    causal = False
+    first_position = 1
+
     @property
     def tokens_per_picture(self) -> int:
         return int((self.image_size_px // self.config.vision_config.patch_size) ** 2)
 
     def encode_pictures(self, model: PreTrainedModel, pixels: Tensor) -> Tensor:
         return model.model.get_image_features(pixels).pooler_output
-
-    def language_model(self, model: PreTrainedModel) -> nn.Module:
-        return model.model.language_model
-
-    def vision_parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
-        return [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
 
     def hidden_states(
         self, model: PreTrainedModel, embeddings: Tensor, is_token: Tensor, picture_slot: Tensor, deeper: Tensor
@@ -50,7 +47,7 @@ class PaliGemma(Family):
         mask: Any = create_causal_mask(**masks)
         if getattr(self.config.text_config, "sliding_window", None) is not None:
             mask = {"full_attention": mask, "sliding_attention": create_sliding_window_causal_mask(**masks)}
-        positions = torch.arange(1, embeddings.shape[1] + 1, device=embeddings.device).unsqueeze(0)
+        positions = torch.arange(embeddings.shape[1], device=embeddings.device).unsqueeze(0) + self.first_position
         output = self.language_model(model)(
             inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False
         )

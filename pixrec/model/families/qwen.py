@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pixrec.model.families.base import Family
@@ -23,6 +23,8 @@ PATCHES_PER_SIDE = 16
 class QwenVL(Family):
     picture_prefix = ("<|vision_start|>",)
     picture_suffix = ("<|vision_end|>",)
+    vision_parts = ("visual",)
+    vision_attention = (r"attn\.qkv", r"attn\.proj")  # another `proj` embeds the patches
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -55,18 +57,11 @@ class QwenVL(Family):
         frames = tiles.unsqueeze(6).expand(*tiles.shape[:6], int(self.vision.temporal_patch_size), patch, patch)
         return frames.reshape(len(pixels) * PATCHES_PER_SIDE**2, -1)
 
-    def language_model(self, model: PreTrainedModel) -> nn.Module:
-        return model.model.language_model
-
-    def vision_parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
-        return list(model.model.visual.parameters())
-
     def hidden_states(
         self, model: PreTrainedModel, embeddings: Tensor, is_token: Tensor, picture_slot: Tensor, deeper: Tensor
     ) -> Tensor:
         output = self.language_model(model)(
             inputs_embeds=embeddings,
-            attention_mask=is_token.long(),
             position_ids=self.positions(is_token, picture_slot),
             use_cache=False,
             **self.deepstack(picture_slot, deeper),

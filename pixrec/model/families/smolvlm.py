@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pixrec.model.families.base import Family
@@ -12,6 +12,8 @@ from pixrec.model.families.base import Family
 class SmolVLM(Family):
     picture_prefix = ("<fake_token_around_image>", "<global-img>")
     picture_suffix = ("<fake_token_around_image>",)
+    language_part = "text_model"
+    vision_parts = ("vision_model", "connector")
 
     @property
     def tokens_per_picture(self) -> int:
@@ -23,9 +25,3 @@ class SmolVLM(Family):
         if isinstance(features, (list, tuple)):
             features = torch.stack(list(features))
         return features.view(pixels.shape[0], self.tokens_per_picture, -1)
-
-    def language_model(self, model: PreTrainedModel) -> nn.Module:
-        return model.model.text_model
-
-    def vision_parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
-        return [*model.model.vision_model.parameters(), *model.model.connector.parameters()]

@@ -1,6 +1,7 @@
 """The real loading code, on small models of the real classes saved to a folder."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,11 +9,12 @@ import torch
 from fakes import tiny_config, tiny_items, tiny_model
 from transformers import AutoModelForImageTextToText, Idefics3Config, LlamaConfig
 
-from pixrec.artifact import load_model, new_model, save_model
-from pixrec.errors import ConfigError
-from pixrec.model.backbone import build_tiny, load_pretrained
+from pixrec.artifact import fingerprint, load_model, new_model, save_model
+from pixrec.errors import ArtifactError, ConfigError
+from pixrec.model.backbone import build_tiny, load_pretrained, pretrained_facts
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoding import train_tokenizer
+from pixrec.model.vision import vision_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +139,150 @@ def test_adapters_train_on_a_base_in_four_bits(tmp_path, items):
     with torch.no_grad():
         model.tower.eval()
         assert torch.allclose(again.tower.item_vectors(batch), model.tower.item_vectors(batch), atol=0.02)
+
+
+FIRST, SECOND, THIRD = (letter * 40 for letter in "abc")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub's cache with two commits of one model, the second of which is main; nothing is asked for outside."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # peft asks the environment
+    repository = tmp_path / "models--team--tiny"
+    for seed, commit in enumerate((FIRST, SECOND)):
+        tiny = tiny_model(tiny_config(train={"seed": seed}))
+        save_pretrained(repository / "snapshots" / commit, tiny.tower.backbone.model, tiny.encoder.tokenizer)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(SECOND)
+    return repository
+
+
+def of_hub(**model):
+    return new_model(tiny_config(model={"backbone": "team/tiny", **model}), [])
+
+
+def test_a_revision_pins_the_weights_and_is_kept(hub, tmp_path):
+    pinned, newest = of_hub(revision=FIRST), of_hub()
+    assert pinned.pretrained["revision"] == FIRST
+    assert newest.pretrained["revision"] == SECOND
+    assert pinned.pretrained["weights"] != newest.pretrained["weights"]
+    first = tiny_model(tiny_config(train={"seed": 0})).tower.backbone.state_dict()
+    assert all(torch.equal(weight, first[name]) for name, weight in pinned.tower.backbone.state_dict().items())
+    info = save_model(str(tmp_path / "model"), pinned, {})
+    assert info["pretrained"] == pinned.pretrained
+    loaded = load_model(str(tmp_path / "model"))
+    assert loaded.pretrained == pinned.pretrained
+    other = dict(pinned.pretrained, weights="another")
+    assert fingerprint(loaded) != fingerprint(type(loaded)(**{**vars(loaded), "pretrained": other}))
+
+
+def test_an_absent_revision_is_said(hub):
+    with pytest.raises(ConfigError, match=r"'team/tiny' cannot be loaded at revision 'v9'"):
+        of_hub(revision="v9")
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in team/tiny:UserWarning")  # peft's, without a hub
+def test_adapters_find_their_base_again_though_main_has_moved(hub, tmp_path):
+    save_model(str(tmp_path / "model"), of_hub(lora={"enabled": True}), {})
+    shutil.copytree(hub / "snapshots" / FIRST, hub / "snapshots" / THIRD)
+    (hub / "refs" / "main").write_text(THIRD)
+    assert load_model(str(tmp_path / "model")).pretrained["revision"] == SECOND
+    weights = hub / "snapshots" / SECOND / "model.safetensors"
+    shutil.copy(hub / "snapshots" / FIRST / "model.safetensors", weights)
+    with pytest.raises(ArtifactError, match="'team/tiny' no longer holds the weights"):
+        load_model(str(tmp_path / "model"))
+
+
+def test_weights_in_several_files_are_hashed_like_those_in_one(hub, tmp_path):
+    """Only in that each file counts."""
+    base = load_pretrained("team/tiny")
+    tiny = tiny_model()
+    folder = tmp_path / "parts"
+    save_pretrained(folder, base, tiny.encoder.tokenizer)
+    (folder / "model.safetensors").unlink()
+    base.save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    before = pretrained_facts(str(folder), None)["weights"]
+    last = sorted(folder.glob("*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes() + b" ")
+    assert pretrained_facts(str(folder), None)["weights"] != before
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_weights_in_bf16_under_heads_in_float32(tmp_path, items, lora):
+    settings = {"user_tower": "interleaved", "lora": {"enabled": lora}}
+    whole, model = (tiny_model(tiny_config(model={**settings, "dtype": dtype})) for dtype in ("float32", "bf16"))
+    kinds = {n: p.dtype for n, p in model.tower.named_parameters()}
+    assert {kind for n, kind in kinds.items() if n.startswith("backbone.") and "lora_" not in n} == {torch.bfloat16}
+    assert {kind for n, kind in kinds.items() if not n.startswith("backbone.") or "lora_" in n} == {torch.float32}
+    catalog, rows = Catalog(items, model.encoder), np.arange(len(items))
+    vectors = model.embedder().items(catalog, rows)
+    exact = whole.embedder().items(Catalog(items, whole.encoder), rows)
+    assert np.sum(vectors * exact, axis=1) == pytest.approx(1, abs=1e-3)
+    _, batch, sequences = catalog.histories([np.array([0, 1, 2])])
+    out = model.tower.train()(batch, sequences, generate=True)
+    assert out.user.dtype == out.item.dtype == torch.float32
+    (out.user.sum() + out.text_logits.float().logsumexp(-1).sum()).backward()
+    assert all(p.grad is not None for n, p in model.tower.named_parameters() if "lora_B" in n and "text_model" in n)
+    save_model(str(tmp_path / "model"), model, {})
+    again = load_model(str(tmp_path / "model"))
+    assert {n: p.dtype for n, p in again.tower.named_parameters()} == kinds
+    assert again.embedder().items(catalog, rows) == pytest.approx(vectors, abs=1e-6)
+    one, other = (vision_fingerprint(m.tower.backbone) for m in (whole, model))
+    assert one != other, "tokens computed in another type"
+
+
+def test_attention_as_the_setting_says(items):
+    catalog, rows = Catalog(items, tiny_model().encoder), np.arange(len(items))
+    models = {kind: tiny_model(tiny_config(model={"attn_implementation": kind})) for kind in ("auto", "sdpa", "eager")}
+    used = {kind: model.tower.backbone.model.config.text_config._attn_implementation for kind, model in models.items()}
+    assert used == {"auto": "sdpa", "sdpa": "sdpa", "eager": "eager"}
+    assert models["eager"].tower.backbone.model.config.vision_config._attn_implementation == "eager"
+    vectors = [model.embedder().items(catalog, rows) for model in models.values()]
+    assert vectors[0] == pytest.approx(vectors[2], abs=1e-5)
+    assert len({model.fingerprint for model in models.values()}) == 1
+
+
+def test_attention_whose_package_is_lacking_is_said(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"flash_attention_2 needs the package flash_attn or kernels; .*auto"):
+        tiny_model(tiny_config(model={"attn_implementation": "flash_attention_2", "dtype": "bf16"}))
+
+
+@pytest.mark.parametrize("kind", ["use_rslora", "use_dora"])
+def test_forms_of_adapters(tmp_path, items, kind):
+    plain, model = (
+        tiny_model(tiny_config(model={"lora": {"enabled": True, "rank": 2, **more}})) for more in ({}, {kind: True})
+    )
+    adapters = [m.tower.backbone.model.peft_config["default"] for m in (plain, model)]
+    assert [getattr(config, kind) for config in adapters] == [False, True]
+    magnitudes = [n for n, _ in model.tower.named_parameters() if "lora_magnitude" in n]
+    assert bool(magnitudes) == (kind == "use_dora")
+    with torch.no_grad():
+        for tower in (plain.tower, model.tower):
+            for name, parameter in tower.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    rows = np.arange(len(items))
+    vectors, others = (m.embedder().items(Catalog(items, m.encoder), rows) for m in (model, plain))
+    assert np.abs(vectors - others).max() > 1e-3
+    save_model(str(tmp_path / "model"), model, {})
+    again = load_model(str(tmp_path / "model"))
+    assert again.embedder().items(Catalog(items, again.encoder), rows) == pytest.approx(vectors, abs=1e-6)
+
+
+@pytest.mark.parametrize("targets", ["all", ["q_proj", "out_proj"]])
+def test_a_frozen_vision_part_is_the_same_under_adapters_of_any_seed(targets):
+    """Or its stored tokens would not be found."""
+    frozen = [tiny_config(model={"freeze_vision": True})]
+    for seed in (0, 1):
+        lora = {"enabled": True, "targets": targets}
+        frozen.append(tiny_config(model={"freeze_vision": True, "lora": lora}, train={"seed": seed}))
+    models = [tiny_model(config) for config in frozen]
+    models[2].tower.backbone.load_state_dict(models[1].tower.backbone.state_dict())  # the base follows the seed too
+    assert len({vision_fingerprint(model.tower.backbone) for model in models}) == 1
+    adapters = {n for n, _ in models[1].tower.named_parameters() if "lora_" in n}
+    assert adapters
+    assert all("text_model" in name for name in adapters)

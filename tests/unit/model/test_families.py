@@ -1,5 +1,6 @@
 """Every family from its own classes, small: saved as the hub lays it out, loaded, and read as our method needs it."""
 
+import copy
 import json
 
 import numpy as np
@@ -9,27 +10,40 @@ from fakes import Seen, tiny_config, tiny_items, tiny_model, write_tokens
 from transformers import (
     AutoModelForImageTextToText,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3Processor,
+    Gemma3TextConfig,
     GemmaConfig,
     Idefics3Config,
+    InternVLConfig,
     LlamaConfig,
+    LlavaOnevisionConfig,
     PaliGemmaConfig,
     Qwen2_5_VLConfig,
+    Qwen2Config,
     Qwen3VLConfig,
     SiglipVisionConfig,
     SmolVLMConfig,
 )
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from pixrec.artifact import load_model, new_model, save_model
+from pixrec.config import LoraConfig
 from pixrec.errors import ConfigError
-from pixrec.model.backbone import Backbone
+from pixrec.model.backbone import Backbone, add_lora, use_attention
 from pixrec.model.catalog import Catalog
-from pixrec.model.encoding import Content, train_tokenizer
+from pixrec.model.encoding import Content, ItemEncoder, train_tokenizer
 from pixrec.model.families import FAMILIES, family_of
 from pixrec.model.vision import open_store, vision_fingerprint
 
-FAMILY_NAMES = ("smolvlm", "idefics3", "paligemma", "paligemma2", "qwen2_5_vl", "qwen3_vl")
+FAMILY_NAMES = (
+    "smolvlm", "idefics3", "paligemma", "paligemma2", "gemma3", "internvl", "llava_onevision", "qwen2_5_vl", "qwen3_vl",
+)  # fmt: skip
 QWEN_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+OTHER_TOKENS = ["<img>", "</img>", "<IMG_CONTEXT>", "\n\n", "<start_of_image>", "<end_of_image>", "<image_soft_token>"]
 HISTORY = np.array([1, 7, 4, 2])  # items 6 and beyond have no picture
 
 
@@ -64,6 +78,26 @@ def small(family, tokenizer):
             projection_dim=96,
             hidden_size=96,
         )
+    elif family == "gemma3":  # a window that no item fits into
+        gemma = Gemma3TextConfig(
+            **text, num_key_value_heads=2, head_dim=24, query_pre_attn_scalar=24, sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+        )  # fmt: skip
+        config = Gemma3Config(
+            vision_config=SiglipVisionConfig(**vision, vision_use_head=False), text_config=gemma,
+            image_token_index=known["<image_soft_token>"], mm_tokens_per_image=4,
+        )  # fmt: skip
+    elif family == "internvl":
+        config = InternVLConfig(
+            vision_config=vision, text_config=Qwen2Config(**text, num_key_value_heads=2),
+            image_token_id=known["<IMG_CONTEXT>"],
+        )  # fmt: skip
+    elif family == "llava_onevision":
+        config = LlavaOnevisionConfig(
+            vision_config=SiglipVisionConfig(**vision, vision_use_head=False),
+            text_config=Qwen2Config(**text, num_key_value_heads=2), image_token_index=known["<image>"],
+            video_token_index=known["<|video_pad|>"], image_grid_pinpoints=[[32, 32], [32, 64]],
+        )  # fmt: skip
     else:
         vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "patch_size": 4,
                   "out_hidden_size": 96}  # fmt: skip
@@ -83,7 +117,10 @@ def small(family, tokenizer):
         )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return AutoModelForImageTextToText.from_config(config)
+        model = AutoModelForImageTextToText.from_config(config)
+        if family == "gemma3":  # which begins without a projection
+            torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.5)
+        return model
 
 
 @pytest.fixture(scope="module", params=FAMILY_NAMES)
@@ -91,7 +128,9 @@ def model(request, tmp_path_factory, items):
     """Loaded by `from_pretrained` from a folder, in evaluation mode."""
     texts = [items.text(row) for row in range(len(items))]
     tokenizer = train_tokenizer(texts, 400)
-    tokenizer.add_special_tokens({"extra_special_tokens": [*tokenizer.extra_special_tokens, *QWEN_TOKENS]})
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": [*tokenizer.extra_special_tokens, *QWEN_TOKENS, *OTHER_TOKENS]}
+    )
     folder, base = tmp_path_factory.mktemp(request.param), small(request.param, tokenizer)
     assert 200_000 < sum(p.numel() for p in base.parameters()) < 700_000
     base.save_pretrained(folder)
@@ -132,19 +171,25 @@ def test_an_item_is_written_as_the_family_writes_it(model):
 def test_hidden_states_equal_those_of_the_library_itself(model):
     """Our placement of picture tokens, positions and masks against the forward pass of transformers."""
     backbone, family = model.tower.backbone, model.tower.backbone.family
-    encoded = model.encoder.items([Content("Square", picture(model, 1))])
-    pixels = (encoded.pixels.permute(0, 3, 1, 2).float() / 255 - backbone.pixel_mean) / backbone.pixel_std
-    ids, in_picture = encoded.token_ids, (encoded.picture_slot >= 0).long()
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
     kind = backbone.model.config.model_type
+    encoded = model.encoder.items([Content("Square", picture(model, n)) for n in range(1 + ("llava" in kind))])
+    pixels = (encoded.pixels.permute(0, 3, 1, 2).float() / 255 - backbone.pixel_mean) / backbone.pixel_std
+    ids, is_token, slots = (x.view(1, -1) for x in (encoded.token_ids, encoded.is_token, encoded.picture_slot))
+    in_picture = (slots >= 0).long()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
     if kind in ("smolvlm", "idefics3"):
         inputs["pixel_values"] = pixels.unsqueeze(1)
-    elif kind == "paligemma":  # <bos> before; token type 0 marks the block that sees all of itself
+    elif kind == "internvl":
+        pass
+    elif kind == "llava_onevision":  # two pictures, or the library would cut the one into tiles
+        inputs |= {"image_sizes": torch.tensor([[32, 32]] * 2), "batch_num_images": torch.tensor([2])}
+    elif kind in ("paligemma", "gemma3"):  # <bos> before; a token type marks the block that sees all of itself
         bos = torch.tensor([[model.encoder.tokenizer.bos_token_id]])
+        outside = int(kind == "paligemma")
         inputs |= {
             "input_ids": torch.cat([bos, ids], 1),
             "attention_mask": torch.ones(1, ids.shape[1] + 1),
-            "token_type_ids": torch.cat([torch.ones_like(bos), 1 - in_picture], 1),
+            "token_type_ids": torch.cat([torch.zeros_like(bos), in_picture], 1) ^ outside,
         }
     else:
         inputs |= {
@@ -153,7 +198,7 @@ def test_hidden_states_equal_those_of_the_library_itself(model):
             "mm_token_type_ids": in_picture,
         }
     with torch.no_grad():
-        ours = backbone.hidden_states(ids, encoded.is_token, encoded.picture_slot, model.tower.pictures(encoded))
+        ours = backbone.hidden_states(ids, is_token, slots, model.tower.pictures(encoded))
         theirs = backbone.model.model(**inputs).last_hidden_state[:, -ids.shape[1] :]
         logits = backbone.model(**inputs).logits[:, -ids.shape[1] :]
         assert torch.allclose(ours, theirs, atol=1e-5)
@@ -168,6 +213,28 @@ def test_padding_and_company_change_no_vector(model, catalog):
     histories = [np.array([1]), HISTORY, np.array([8, 9])]
     users = embedder.users(catalog, histories, together)
     assert users == pytest.approx(np.concatenate([embedder.users(catalog, [h], together) for h in histories]), abs=2e-5)
+
+
+def test_the_mask_of_padding_changes_no_state(model, monkeypatch):
+    """To the bit: those families that look back only are given none."""
+    backbone, family = model.tower.backbone, model.tower.backbone.family
+    if not family.causal:
+        pytest.skip("its pictures see all of themselves, which a mask says")
+    encoded = model.encoder.items([Content(text, picture(model, 1)) for text in ("Square", "Tile Patch Square by Ann")])
+    assert not encoded.is_token.all()
+    inputs = encoded.token_ids, encoded.is_token, encoded.picture_slot, model.tower.pictures(encoded)
+    language = family.language_model(backbone.model)
+    seen = []
+
+    def masked(**inputs):
+        seen.append(inputs.get("attention_mask"))
+        return language(**{**inputs, "attention_mask": encoded.is_token.long()})
+
+    with torch.no_grad():
+        without = backbone.hidden_states(*inputs)
+        monkeypatch.setattr(family, "language_model", lambda model: masked)
+        assert torch.equal(backbone.hidden_states(*inputs)[encoded.is_token], without[encoded.is_token])
+    assert seen == [None]
 
 
 def test_a_prefix_does_not_see_its_future(model, catalog):
@@ -189,6 +256,37 @@ def test_generation_sees_the_history_and_never_what_it_must_name(model):
     scores = first_scores(shown, ("Square", None))
     assert torch.allclose(scores, first_scores(shown, ("Patch", shown)), atol=1e-5)
     assert (scores - first_scores(picture(model, 2), ("Square", None))).abs().max() > 1e-4
+
+
+def test_adapters_reach_the_attention_of_the_part_that_is_named(model):
+    for where in ("language", "vision", "all"):
+        base = copy.deepcopy(model.tower.backbone.model)
+        family = family_of(base)
+        vision = {id(p) for p in family.vision_parameters(base)}
+        layers = {"language": base.config.text_config.num_hidden_layers, "vision": 2}
+        names = {"language": family.language_attention, "vision": family.vision_attention}
+        add_lora(base, LoraConfig(enabled=True, targets=where))
+        found = {"language": 0, "vision": 0}
+        for name, module in base.named_modules():
+            if hasattr(module, "lora_A"):
+                assert isinstance(module.base_layer, torch.nn.Linear)
+                assert "attn" in name or "attention" in name
+                found["vision" if id(module.base_layer.weight) in vision else "language"] += 1
+        assert found == {part: layers[part] * len(names[part]) * (where in (part, "all")) for part in found}
+
+
+def test_attention_that_the_family_cannot_use_is_refused(model):
+    backbone = model.tower.backbone
+    base, kind = copy.deepcopy(backbone.model), backbone.model.config.model_type
+    if not backbone.family.causal:
+        with pytest.raises(ConfigError, match=f"flash_attention_2 .* {kind}|package flash_attn"):
+            use_attention(base, "flash_attention_2")
+    if base.config.text_config.model_type == "gemma2":
+        with pytest.raises(ConfigError, match="sdpa does not suit"):
+            use_attention(base, "sdpa")
+    else:
+        use_attention(base, "sdpa")
+    use_attention(base, "eager")
 
 
 def test_it_learns_is_saved_and_loaded(model, catalog, tmp_path):
@@ -270,5 +368,42 @@ def test_patches_are_laid_out_as_the_library_lays_them_out(family, statistics):
 def test_an_unknown_family_is_said_with_what_is_known():
     model = tiny_model().tower.backbone.model
     model.config.model_type = "flamingo"
-    with pytest.raises(ConfigError, match=r"'flamingo'; known: idefics3, paligemma.*pixrec/model/families"):
+    with pytest.raises(ConfigError, match=r"'flamingo'; known: gemma3, idefics3, internvl.*pixrec/model/families"):
         family_of(model)
+
+
+def test_a_gemma_3_item_is_written_as_its_processor_writes_it():
+    tokenizer = train_tokenizer(["Square Tile"], 300)
+    names = {"boi": "<start_of_image>", "eoi": "<end_of_image>", "image": "<image_soft_token>"}
+    tokenizer.add_special_tokens({"extra_special_tokens": [*tokenizer.extra_special_tokens, *OTHER_TOKENS]})
+    for name, token in names.items():
+        setattr(tokenizer, f"{name}_token", token)
+        setattr(tokenizer, f"{name}_token_id", tokenizer.get_vocab()[token])
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    processor = Gemma3Processor(
+        Gemma3ImageProcessorPil(size={"height": 32, "width": 32}), tokenizer, image_seq_length=4
+    )
+    theirs = processor(text="Square<start_of_image>", images=[pixels], add_special_tokens=False)
+    encoder = ItemEncoder(tokenizer, FAMILIES["gemma3"](small("gemma3", tokenizer)), 8)
+    assert encoder.items([Content("Square", pixels)]).token_ids[0].tolist() == theirs["input_ids"][0]
+
+
+@pytest.mark.parametrize(
+    ("processor", "more"),
+    [
+        (Gemma3ImageProcessorPil, {}),
+        (GotOcr2ImageProcessorPil, {"crop_to_patches": False}),  # InternVL's
+        (LlavaOnevisionImageProcessorPil, {"image_grid_pinpoints": [[32, 32]]}),
+    ],
+    ids=["gemma3", "internvl", "llava_onevision"],
+)
+def test_pixel_values_equal_those_of_the_library(processor, more):
+    """Of a picture of the family's size, with the statistics in the processor's file."""
+    made = processor(size={"height": 32, "width": 32}, **more)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+    theirs = torch.as_tensor(np.array(made(images=[list(pixels)])["pixel_values"]))
+    backbone = Backbone(tiny_model().tower.backbone.model, list(made.image_mean), list(made.image_std))
+    seen = []
+    backbone.family.encode_pictures = lambda model, pixels: seen.append(pixels)
+    backbone.picture_tokens(torch.from_numpy(pixels))
+    assert torch.allclose(seen[0], theirs.reshape(-1, *seen[0].shape[1:])[:2], atol=1e-5)

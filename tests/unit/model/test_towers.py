@@ -5,15 +5,18 @@ import pytest
 import torch
 from fakes import TINY, tiny_config, tiny_items, tiny_model
 
+from pixrec.artifact import load_model, save_model
+from pixrec.model.backbone import Backbone
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoding import Content
 
 INTERLEAVED = tiny_config(model={"user_tower": "interleaved"})
 MEAN = tiny_config(model={"user_tower": "interleaved", "user_pooling": "mean"})
+LAST = tiny_config(model={"user_tower": "interleaved", "pooling": "last", "instruction": "<s>Square Tile:"})
 COMPACT = tiny_config(model={"user_tower": "compact"})
 
 
-@pytest.fixture(params=[INTERLEAVED, MEAN, COMPACT], ids=["separator", "mean", "compact"])
+@pytest.fixture(params=[INTERLEAVED, MEAN, LAST, COMPACT], ids=["separator", "mean", "last", "compact"])
 def model(request):
     return tiny_model(request.param)
 
@@ -58,6 +61,35 @@ def test_a_prefix_does_not_see_its_future(model, catalog):
             user = model.tower.compact.user_vectors(torch.from_numpy(vectors[history])[None])[0, :4]
     assert user.numpy() == pytest.approx(prefixes, abs=1e-5)
     assert items.token_ids.shape[0] == len(set(history.tolist()))
+
+
+def test_the_last_token_speaks_for_an_item_and_an_instruction_comes_first(tmp_path):
+    """Against the states of sequences written by hand; within a history an item is what stands before its separator."""
+    model = tiny_model(LAST)
+    catalog, tower, tokenizer = Catalog(tiny_items(), model.encoder), model.tower, model.encoder.tokenizer
+    instruction = tokenizer("<s>Square Tile:", add_special_tokens=False)["input_ids"]
+    assert instruction[0] == tokenizer.bos_token_id
+    assert tower.backbone.instruction.tolist() == instruction
+    tower.eval()
+
+    def project(encoded, at):
+        ids = torch.tensor([instruction + encoded.token_ids[0].tolist()])
+        slots = torch.cat([torch.full((1, len(instruction)), -1), encoded.picture_slot[:1]], 1)
+        plain = Backbone(tower.backbone.model, [0.5] * 3, [0.5] * 3)
+        states = plain.hidden_states(ids, torch.ones_like(ids, dtype=torch.bool), slots, pictures)
+        return torch.nn.functional.normalize(tower.item_proj(states[0, len(instruction) + at]), dim=-1)
+
+    with torch.no_grad():
+        items = catalog.items(np.array([3]))
+        pictures = tower.pictures(items)
+        assert torch.allclose(tower.item_vectors(items)[0], project(items, items.token_ids.shape[1] - 1), atol=1e-5)
+        _, items, histories = catalog.histories([np.array([5, 3])])
+        pictures = tower.pictures(items)
+        found = tower(items, histories, generate=False).target_given_user[0]
+        assert torch.allclose(found, project(histories, int(histories.separator_at[0, 1]) - 1), atol=1e-5)
+    save_model(str(tmp_path / "model"), model, {})
+    again, rows = load_model(str(tmp_path / "model")).embedder(), np.arange(12)
+    assert again.items(catalog, rows) == pytest.approx(model.embedder().items(catalog, rows), abs=1e-6)
 
 
 def test_only_the_last_events_are_read(model, catalog):
