@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import job_of
-from fakes import tiny_config, tiny_dataset, tiny_model, write_model, write_prepared
+from fakes import job_of, tiny_config, tiny_dataset, tiny_model, write_model, write_prepared
 
 from pixrec.artifact import load_model
 from pixrec.cluster.train import _worker
