@@ -47,7 +47,7 @@ def test_two_workers_end_where_one_process_does(tmp_path: Path, dataset: Dataset
     assert model.tower.compact is not None
     assert model.config.model.user_tower == "compact"
 
-    alone, reference, _, _ = begin("compact", [dataset.uri], CONFIG, "cpu", start=str(tmp_path / "base"))
+    alone, reference, _ = begin("compact", [dataset.uri], CONFIG, "cpu", start=str(tmp_path / "base"))
     figures = alone.fit(dataset.held_out("valid"))
     assert model.info["epoch"] == figures["epoch"]
     assert model.info["metrics"]["valid_ndcg@10"] == pytest.approx(figures["valid_ndcg@10"])

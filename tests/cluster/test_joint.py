@@ -46,7 +46,7 @@ def test_two_workers_end_where_one_process_does(tmp_path: Path, ray_session: Non
     assert any("table_staleness" in row for row in rows)
 
     model = load_model(best)
-    alone, reference, _, _ = begin("joint", [dataset.uri], CONFIG, "cpu", start=str(tmp_path / "begun"))
+    alone, reference, _ = begin("joint", [dataset.uri], CONFIG, "cpu", start=str(tmp_path / "begun"))
     figures = alone.fit(dataset.held_out("valid"))
     assert figures["epoch"] > 0, "the towers learned nothing together: this test shows nothing"
     assert model.info["epoch"] == figures["epoch"]
