@@ -35,6 +35,7 @@ from pixrec.config import (
     PrepareConfig,
     TinyConfig,
     TrainConfig,
+    dump_config,
     load_config,
     to_dict,
 )
@@ -207,6 +208,11 @@ def write_model(folder: str | Path, model: Model | None = None) -> Model:
     """Save `model`; returns it with the model.json that was written."""
     model = model or tiny_model()
     return dataclasses.replace(model, info=save_model(str(folder), model, {}))
+
+
+def job_of(phase: str, start: Path | str, data: str, config: Config) -> dict[str, Any]:
+    """What the workers of a phase are given, on top of the model at `start`."""
+    return {"phase": phase, "start": str(start), "data": [data], "vocabulary": [], "config": dump_config(config)}
 
 
 def write_tokens(place: str | Path, model: Model, items: ItemTable) -> str:

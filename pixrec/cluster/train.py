@@ -80,7 +80,7 @@ def _worker(job: dict[str, Any]) -> None:
     torch.set_num_threads(config.train.threads_per_worker)
     checkpoint = ray.train.get_checkpoint()
     with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
-        trainer, model, held_out, watch = begin(
+        trainer, model, held_out = begin(
             job["phase"],
             job["data"],
             config,
@@ -91,8 +91,8 @@ def _worker(job: dict[str, Any]) -> None:
         )
     log, reported = NewsLog(job["mailbox"]), False
     try:
-        for figures in trainer.validations(held_out, watch, log.add):
-            saved = save_checkpoint(trainer, model, watch, figures)
+        for figures in trainer.validations(held_out, log.add):
+            saved = save_checkpoint(trainer, model, figures)
             if reported:  # at most one upload at a time: a worker that dies loses no more than an interval and it
                 ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
             ray.train.report(

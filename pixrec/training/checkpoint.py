@@ -12,12 +12,12 @@ import safetensors.torch
 from pixrec import storage
 from pixrec.artifact import MODEL_MARKER, Model, save_model
 from pixrec.training.interleaved import InterleavedTrainer
-from pixrec.training.trainer import EarlyStopping, Trainer
+from pixrec.training.trainer import Trainer
 
 _OPTIMIZER, _STATE = "optimizer.safetensors", "state.json"
 
 
-def save_checkpoint(trainer: Trainer[Any], model: Model, watch: EarlyStopping, figures: dict[str, float]) -> str | None:
+def save_checkpoint(trainer: Trainer[Any], model: Model, figures: dict[str, float]) -> str | None:
     """Write a local folder, the caller's to remove, on the first worker; None on the others. All have to call it."""
     tensors = trainer.training_tensors()
     if isinstance(trainer, InterleavedTrainer) and trainer.sharded:  # `model` is a whole copy
@@ -27,15 +27,15 @@ def save_checkpoint(trainer: Trainer[Any], model: Model, watch: EarlyStopping, f
     folder = tempfile.mkdtemp(prefix="pixrec-")
     save_model(folder, model, {**trainer.position(), "metrics": figures})
     safetensors.torch.save_file(tensors, Path(folder) / _OPTIMIZER)
-    state = {**trainer.position(), "best": watch.best, "since": watch.since}
+    state = {**trainer.position(), "best": trainer.watch.best, "since": trainer.watch.since}
     (Path(folder) / _STATE).write_text(json.dumps(state))
     return folder
 
 
-def restore(trainer: Trainer[Any], watch: EarlyStopping, folder: str) -> None:
+def restore(trainer: Trainer[Any], folder: str) -> None:
     """Continue where the checkpoint of a local folder was made; the trainer's model has its weights already."""
     state = json.loads((Path(folder) / _STATE).read_text())
-    watch.best, watch.since = state["best"], state["since"]
+    trainer.watch.best, trainer.watch.since = state["best"], state["since"]
     trainer.restore(state, safetensors.torch.load_file(Path(folder) / _OPTIMIZER, str(trainer.device)))
 
 

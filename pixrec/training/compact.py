@@ -52,9 +52,9 @@ class CompactTrainer(Trainer[CompactTower]):
         timestamps: Sequence[np.ndarray] | None = None,
         item_ids: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(tower, seed)
+        super().__init__(tower, seed, config.patience)
         self.config = config
-        self.every, self.limit, self.patience = config.validate_every_epochs, config.epochs, config.patience
+        self.every, self.limit = config.validate_every_epochs, config.epochs
         self.warmup_steps, self.item_ids = config.warmup_steps, item_ids or range(len(id_rows))
         self.id_dropout = id_dropout if content is not None else 0.0
         events = timed(histories, timestamps) if tower.user.reads_times else histories
@@ -92,15 +92,15 @@ class CompactTrainer(Trainer[CompactTower]):
             self._batches = self.source.epoch(self.epoch)
         return self._batches[self._within]
 
-    def _backward(self, batch: Sequence[np.ndarray]) -> tuple[float, dict[str, float]]:
+    def _backward(self, windows: Sequence[np.ndarray]) -> tuple[float, dict[str, float]]:
         reseed(seed_of([self.seed, 4, self.step]), self.device)
-        each = (len(batch),) if self.config.loss == "gbce" else ()  # its own for every history, or shared by all
+        each = (len(windows),) if self.config.loss == "gbce" else ()  # its own for every history, or shared by all
         negatives = self.warm[torch.randint(len(self.warm), (*each, self.config.negatives), device=self.device)]
         by_content_alone = torch.rand(len(self.id_rows), device=self.device) < self.id_dropout
         reseed(seed_of([self.seed, 5, self.step, self.rank]), self.device)
         self.tower.train()
-        examples = sum(len(window) - 1 for window in batch)
-        mine = batch[self.rank :: self.world_size]
+        examples = sum(len(window) - 1 for window in windows)
+        mine = windows[self.rank :: self.world_size]
         negatives = negatives[self.rank :: self.world_size] if each else negatives
         loss = self._loss(mine, negatives, by_content_alone) if mine else 0.0 * self.tower.log_temperature
         (loss / examples).backward()

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from pixrec.model.catalog import Catalog, distinct_rows
 from pixrec.model.gradcache import HistoryPart, Parts
 from pixrec.model.losses import all_reduced_rows
 from pixrec.model.objective import PARTS, Batch, Extra, TrainingTask
-from pixrec.model.parallel import average_gradients, shard, whole
+from pixrec.model.parallel import average_gradients, clip_gradients, shard, whole
 from pixrec.model.seeding import reseed, seed_of
 from pixrec.model.towers import DualTower
 from pixrec.model.usage import usage
@@ -108,12 +108,8 @@ class Collator:
         return HistoryPart(items, self.catalog.encoder.histories(items, local), torch.from_numpy(of_batch))
 
 
-class _Read(NamedTuple):
-    """What one step reads."""
-
-    windows: Sequence[np.ndarray]
-    passes: list[Plan]
-    whole: list[Batch]
+_Read = tuple[Sequence[np.ndarray], list[Plan], list[Batch]]
+"""The windows of a step, its passes, and those encoded where they are not read in parts."""
 
 
 class InterleavedTrainer(Trainer[DualTower]):
@@ -137,14 +133,9 @@ class InterleavedTrainer(Trainer[DualTower]):
             self.task = DistributedDataParallel(self.core, find_unused_parameters=True)
         named = {n: p for n, p in tower.named_parameters() if p.requires_grad}
         self._optimise(named, _groups(named, train.learning_rate), train.weight_decay)
-        self.clipped, self.gradient_clip = list(named.values()), train.gradient_clip
         self.table: Tensor | None = None
         self._ahead: tuple[int, Future[_Read]] | None = None
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pixrec-read")
-
-    @property
-    def total_steps(self) -> int:
-        return self.limit
 
     def validate(self, held_out: HeldOut) -> dict[str, float]:
         """Figures over the whole catalog (see `validation`); also renews the table of extra negatives."""
@@ -160,13 +151,13 @@ class InterleavedTrainer(Trainer[DualTower]):
         """All weights, whole and on the CPU; a collective where they are sharded."""
         return {n: whole(t.detach()).to("cpu").contiguous() for n, t in self.tower.state_dict().items()}
 
-    def _backward(self, batch: _Read) -> tuple[float, list[float]]:
+    def _backward(self, windows: Sequence[np.ndarray]) -> tuple[float, list[float]]:
         """And of all workers the totals and counts of PARTS, histories, tokens, tokens and padding, seconds waited."""
-        config, passes = self.config.train, len(batch.passes)
+        config, passes = self.config.train, len(self._passes)
         self.task.train()
         totals, loss = torch.zeros(len(PARTS), 2, device=self.device), torch.zeros((), device=self.device)
         real = slots = 0.0
-        for i, plan in enumerate(batch.passes):
+        for i, plan in enumerate(self._passes):
             seed = seed_of(self._seed(self.step, i))
             extra = self._extra(i)
             if config.micro_batch_histories is not None:
@@ -174,7 +165,7 @@ class InterleavedTrainer(Trainer[DualTower]):
                 one, sums, used = gradcache.backward(self.core, parts, extra, seed, 1 / passes)
             else:
                 reseed(seed, self.device)
-                encoded = batch.whole[i].to(self.device)
+                encoded = self._encoded[i].to(self.device)
                 if isinstance(self.task, DistributedDataParallel):
                     self.task.require_backward_grad_sync = i == passes - 1
                 one, sums = self.task(encoded, extra)
@@ -184,7 +175,7 @@ class InterleavedTrainer(Trainer[DualTower]):
             real, slots = real + used[0], slots + used[1]
         if self.sharded or config.micro_batch_histories is not None:
             average_gradients(self.named.values())
-        mine = [float(loss) / self.world_size, len(batch.windows), real, slots, self._waited]
+        mine = [float(loss) / self.world_size, len(windows), real, slots, self._waited]
         joined = all_reduced_rows(torch.cat([torch.tensor(mine, device=self.device), totals.flatten()])).tolist()
         return joined[0], joined[1:]
 
@@ -202,23 +193,23 @@ class InterleavedTrainer(Trainer[DualTower]):
             **usage(self.tower, real / seconds / self.world_size, self.device),
         }
 
-    def _windows(self, batch: _Read) -> Sequence[np.ndarray]:
-        return batch.windows
+    def _clip(self) -> float:
+        return clip_gradients(self.named.values(), self.config.train.gradient_clip)
 
     def _seed(self, step: int, index: int) -> list[int]:
         return [self.seed, 2, step, self.rank, *([index] if index else [])]
 
-    def _next(self) -> _Read:
-        """The step's batch, read while the step before was taken."""
+    def _next(self) -> Sequence[np.ndarray]:
+        """What the step reads, read while the step before was taken."""
         self._started = time.perf_counter()
         if self._ahead is None or self._ahead[0] != self.step:
             self._settle()
             self._ahead = (self.step, self._reader.submit(self._read, self.step))
-        read = self._ahead[1].result()
+        windows, self._passes, self._encoded = self._ahead[1].result()
         following = self.step + 1
         self._ahead = (following, self._reader.submit(self._read, following)) if following < self.limit else None
         self._waited = time.perf_counter() - self._started
-        return read
+        return windows
 
     def _read(self, step: int) -> _Read:
         windows = self.source.step(step, self.rank, self.world_size)
@@ -227,7 +218,7 @@ class InterleavedTrainer(Trainer[DualTower]):
         for i in range(count):
             passes.append(self.collate.plan(windows[i::count], np.random.default_rng(self._seed(step, i))))
         at_once = self.config.train.micro_batch_histories is None
-        return _Read(windows, passes, [self.collate.batch(plan) for plan in passes] if at_once else [])
+        return windows, passes, [self.collate.batch(plan) for plan in passes] if at_once else []
 
     def _settle(self) -> None:
         """Wait for what is being read: the catalog's caches are not for two threads."""

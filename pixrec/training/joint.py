@@ -33,6 +33,7 @@ from pixrec.data.sequences import HeldOut
 from pixrec.model.catalog import Catalog
 from pixrec.model.gradcache import GradCache
 from pixrec.model.losses import all_reduced_rows, gather_with_gradient
+from pixrec.model.parallel import clip_gradients
 from pixrec.model.seeding import reseed, seed_of
 from pixrec.model.towers import DualTower
 from pixrec.training.compact import CompactTrainer
@@ -50,6 +51,8 @@ class JointTrainer(CompactTrainer):
     where a validation has just computed it.
     """
 
+    content: Tensor
+    """(N, C) as the next step would read them"""
     section = "train.joint"
     validates_first = True  # the frozen phase may have ended better than this one ever gets
 
@@ -82,20 +85,14 @@ class JointTrainer(CompactTrainer):
         self.modalities, self.item_precision = model.modalities, config.train.precision
         prepare_backbone(towers, config)
         item = item_parameters(towers, config)
-        self.clipped, self.gradient_clip = list(item.values()), config.train.gradient_clip
+        self.item, self.gradient_clip = item, config.train.gradient_clip
         compact = {f"compact.{name}": parameter for name, parameter in self.named.items()}
         rates = ((compact, settings.learning_rate), (item, settings.item_learning_rate))
         groups = [{"params": list(named.values()), "lr": rate} for named, rate in rates]
         self._optimise({**compact, **item}, groups, self.config.weight_decay)
         self._computed_at = torch.zeros(len(catalog), dtype=torch.int64, device=self.device)
         self._refreshed_at: int | None = None
-        self._fresh, self._vectors = np.zeros(0, dtype=np.int64), self.content_table[:0]
-
-    @property
-    def content_table(self) -> Tensor:
-        """Content vectors (N, C) as the next step would read them."""
-        assert self.content is not None
-        return self.content
+        self._fresh, self._vectors = np.zeros(0, dtype=np.int64), self.content[:0]
 
     @torch.no_grad()
     def refresh(self) -> float:
@@ -104,8 +101,8 @@ class JointTrainer(CompactTrainer):
         share = self._share(np.arange(len(self.catalog)))
         parts = [share[i : i + _ROWS_PER_PASS] for i in range(0, len(share), _ROWS_PER_PASS)]
         vectors = self._gathered([self._read(part) for part in parts])
-        moved = 0.0 if self._refreshed_at is None else float(_distance(self.content_table, vectors))
-        self.content_table.copy_(vectors)
+        moved = 0.0 if self._refreshed_at is None else float(_distance(self.content, vectors))
+        self.content.copy_(vectors)
         self._computed_at.fill_(self.step)
         self._refreshed_at = self.step
         return moved
@@ -120,17 +117,17 @@ class JointTrainer(CompactTrainer):
         super().restore(position, tensors)
         self._refreshed_at = None
 
-    def _backward(self, batch: Sequence[np.ndarray]) -> tuple[float, dict[str, float]]:
+    def _backward(self, windows: Sequence[np.ndarray]) -> tuple[float, dict[str, float]]:
         if self._refreshed_at is None or self.step - self._refreshed_at >= self.settings.refresh_every_steps:
             self.refresh()
-        staleness = self._renew(batch)
-        return super()._backward(batch)[0], staleness
+        staleness = self._renew(windows)
+        return super()._backward(windows)[0], staleness
 
     @torch.no_grad()
-    def _renew(self, batch: Sequence[np.ndarray]) -> dict[str, float]:
+    def _renew(self, windows: Sequence[np.ndarray]) -> dict[str, float]:
         """Encode items of the step's histories and write them into the table, on all workers alike."""
         rng = np.random.default_rng([self.seed, 6, self.step])
-        present = np.unique(np.concatenate([rows_of(window) for window in batch]))
+        present = np.unique(np.concatenate([rows_of(window) for window in windows]))
         count = min(len(present), self.settings.fresh_items_per_step)
         self._fresh = np.sort(rng.choice(present, count, replace=False))
         mine, size = self._share(self._fresh), self.settings.micro_batch_items
@@ -139,11 +136,11 @@ class JointTrainer(CompactTrainer):
         vectors = self._gathered(self._cache.vectors())
         rows = torch.from_numpy(self._fresh).to(self.device)
         staleness = {
-            "staleness": float(_distance(self.content_table[rows], vectors)),
+            "staleness": float(_distance(self.content[rows], vectors)),
             "age_steps": float((self.step - self._computed_at[rows]).float().mean()),
             "fresh_share": count / len(present),
         }
-        self.content_table[rows] = vectors
+        self.content[rows] = vectors
         self._computed_at[rows] = self.step
         self._vectors = vectors.requires_grad_()
         return staleness
@@ -153,7 +150,7 @@ class JointTrainer(CompactTrainer):
         place = torch.full_like(self._computed_at, -1)
         place[torch.from_numpy(self._fresh).to(self.device)] = torch.arange(len(self._fresh), device=self.device)
         at = place[items]
-        content, fresh = self.content_table[items], at >= 0
+        content, fresh = self.content[items], at >= 0
         content[fresh] = self._vectors[at[fresh]]
         return content
 
@@ -164,6 +161,9 @@ class JointTrainer(CompactTrainer):
         mine = self._share(np.arange(len(self._fresh)))
         self._cache.send(gradient[torch.from_numpy(mine).to(self.device)])
         super()._join_gradients()
+
+    def _clip(self) -> float:
+        return clip_gradients(self.item.values(), self.gradient_clip)
 
     def _encoded(self, rows: np.ndarray, index: int) -> Tensor:
         """Content vectors (U, C) in training, the same dropout each time a step asks for micro-batch `index`."""
@@ -180,7 +180,7 @@ class JointTrainer(CompactTrainer):
 
     def _gathered(self, parts: list[Tensor]) -> Tensor:
         """The vectors of all workers, in the order of the rows that they shared."""
-        return gather_with_gradient(torch.cat([self.content_table[:0], *parts]))[0]
+        return gather_with_gradient(torch.cat([self.content[:0], *parts]))[0]
 
 
 def item_parameters(towers: DualTower, config: Config) -> dict[str, nn.Parameter]:

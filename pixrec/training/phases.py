@@ -26,7 +26,7 @@ from pixrec.training.compact import CompactTrainer
 from pixrec.training.interleaved import Collator, InterleavedTrainer
 from pixrec.training.joint import JointTrainer
 from pixrec.training.stages import Phase
-from pixrec.training.trainer import EarlyStopping, Trainer
+from pixrec.training.trainer import Trainer
 from pixrec.training.validation import item_table
 from pixrec.training.windows import ShiftedWindows
 
@@ -38,7 +38,6 @@ class Begun(NamedTuple):
     model: Model
     """what checkpoints are written from: the model under training, or a whole copy of one that is sharded"""
     held_out: HeldOut
-    watch: EarlyStopping
 
 
 def begin(
@@ -75,12 +74,11 @@ def begin(
     else:
         trainer = joint_trainer(model, catalog, datasets[0], config)
         _load_weights(model, checkpoint)
-    watch = EarlyStopping(trainer.patience)
     if checkpoint is not None:
-        restore(trainer, watch, checkpoint)
+        restore(trainer, checkpoint)
     users = (config.train if phase == "interleaved" else config.train.compact).max_validation_users
     held_out = sample_users(joined.valid, users, config.train.seed)
-    return Begun(trainer, dataclasses.replace(model, config=config), held_out, watch)
+    return Begun(trainer, dataclasses.replace(model, config=config), held_out)
 
 
 def _load_weights(model: Model, uri: str | None) -> None:
@@ -109,37 +107,31 @@ def compact_trainer(base: Model, catalog: Catalog, dataset: Dataset, config: Con
     model.tower.compact.whiten(content.to(model.tower.log_temperature.device))
     trainer = CompactTrainer(
         model.tower.compact,
-        dataset.training_histories(),
-        counts,
-        content,
-        id_rows_of(model, dataset),
-        config.train.compact,
-        config.model.compact.id_dropout,
-        config.train.seed,
-        _timestamps(dataset, config),
-        dataset.items.item_ids,
+        content=content,
+        config=config.train.compact,
+        id_dropout=config.model.compact.id_dropout,
+        seed=config.train.seed,
+        item_ids=dataset.items.item_ids,
+        **_learned_from(model, dataset, config),
     )
     return trainer, model
 
 
 def joint_trainer(model: Model, catalog: Catalog, dataset: Dataset, config: Config) -> JointTrainer:
     """The trainer of both towers of a `model` whose compact tower is trained."""
-    return JointTrainer(
-        model.tower,
-        catalog,
-        dataset.training_histories(),
-        dataset.training_counts(),
-        id_rows_of(model, dataset),
-        config,
-        _timestamps(dataset, config),
-    )
+    return JointTrainer(model.tower, catalog, config=config, **_learned_from(model, dataset, config))
+
+
+def _learned_from(model: Model, dataset: Dataset, config: Config) -> dict[str, Any]:
+    return {
+        "histories": dataset.training_histories(),
+        "counts": dataset.training_counts(),
+        "id_rows": id_rows_of(model, dataset),
+        "timestamps": None if config.model.compact.time == "none" else dataset.training_timestamps(),
+    }
 
 
 def id_rows_of(model: Model, dataset: Dataset) -> np.ndarray:
     """(N,) for each item of the data set the row of its learned vector in the model, -1 where it has none."""
     row_of = {item_id: row for row, item_id in enumerate(model.embedded_ids)}
     return np.array([row_of.get(item_id, -1) for item_id in dataset.items.item_ids])
-
-
-def _timestamps(dataset: Dataset, config: Config) -> Sequence[np.ndarray] | None:
-    return None if config.model.compact.time == "none" else dataset.training_timestamps()

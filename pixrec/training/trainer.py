@@ -11,7 +11,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from pixrec.data.sequences import HeldOut
 from pixrec.errors import InputError
 from pixrec.model.averaging import WeightMean
 from pixrec.model.compact import CompactTower
-from pixrec.model.parallel import clip_gradients, optimizer_tensors, rank_and_size, restore_optimizer
+from pixrec.model.parallel import optimizer_tensors, rank_and_size, restore_optimizer
 from pixrec.model.towers import DualTower
 from pixrec.training.windows import rows_of
 
@@ -82,8 +82,6 @@ class Trainer(ABC, Generic[Tower]):
     """Steps or epochs between validations."""
     limit: int
     """Steps or epochs of the whole training."""
-    patience: float = math.inf
-    """Validations without a better NDCG@10 before training stops."""
     validates_first = False
     """Whether the weights before the first step may be the best."""
     warmup_steps: int
@@ -91,15 +89,13 @@ class Trainer(ABC, Generic[Tower]):
     """Where the rate has fallen to a tenth; None: it stays at its peak."""
     item_ids: Sequence[Any]
     """What people call the items, by row."""
-    clipped: Sequence[nn.Parameter] = ()
-    """Whose gradient has a joint norm of `gradient_clip` at most."""
-    gradient_clip = 0.0
 
-    def __init__(self, tower: Tower, seed: int) -> None:
+    def __init__(self, tower: Tower, seed: int, patience: float = math.inf) -> None:
         self.tower: Tower = tower
         self.trained: nn.Module = tower  # all that the optimiser moves
         self.device, self.seed = tower.log_temperature.device, seed
         self.rank, self.world_size = rank_and_size()
+        self.watch = EarlyStopping(patience)
         self.step = self.epoch = 0
 
     def _optimise(
@@ -111,39 +107,39 @@ class Trainer(ABC, Generic[Tower]):
         self.optimizer = torch.optim.AdamW(peaks, weight_decay=decay, betas=(0.9, 0.98))
 
     @property
-    @abstractmethod
     def total_steps(self) -> int:
         """Optimisation steps of the whole training, as far as is known."""
+        return self.limit
 
     @abstractmethod
-    def _next(self) -> Any:
-        """What the next step reads."""
+    def _next(self) -> Sequence[np.ndarray]:
+        """The windows that the next step reads."""
 
     @abstractmethod
-    def _backward(self, batch: Any) -> tuple[float, Any]:
+    def _backward(self, windows: Sequence[np.ndarray]) -> tuple[float, Any]:
         """Leave the gradient of the joined batch; returns its loss, and what `_row` wants to know."""
 
-    @abstractmethod
-    def validate(self, held_out: HeldOut) -> dict[str, float]:
-        """Figures named `valid_…`; none where nobody is held out."""
-
-    def _windows(self, batch: Any) -> Sequence[np.ndarray]:
-        """The histories of a batch."""
-        return cast(Sequence[np.ndarray], batch)
+    def _clip(self) -> float:
+        """Bound the gradient; returns its norm before."""
+        return 0.0
 
     def _row(self, found: Any, norm: float) -> dict[str, float]:
         """What the log gets of a step beside its loss."""
         return dict(found)
 
+    @abstractmethod
+    def validate(self, held_out: HeldOut) -> dict[str, float]:
+        """Figures named `valid_…`; none where nobody is held out."""
+
     def train_step(self) -> dict[str, Any]:
         """One optimisation step over all workers; returns the joined loss and what else the log gets."""
         return self._step(self._next())
 
-    def _step(self, batch: Any) -> dict[str, Any]:
+    def _step(self, windows: Sequence[np.ndarray]) -> dict[str, Any]:
         self.optimizer.zero_grad(set_to_none=True)
-        loss, found = self._backward(batch)
-        norm = clip_gradients(self.clipped, self.gradient_clip) if self.clipped else 0.0
-        self._guard(loss, norm, batch)
+        loss, found = self._backward(windows)
+        norm = self._clip()
+        self._guard(loss, norm, windows)
         for group in self.optimizer.param_groups:
             group["lr"] = scheduled(group["peak"], self.step, self.warmup_steps, self.decay_steps)
         self.optimizer.step()
@@ -152,11 +148,11 @@ class Trainer(ABC, Generic[Tower]):
         at = {"step": self.step, "total_steps": self.total_steps}
         return {**at, "loss": loss, "temperature": float(self.tower.temperature.detach()), **self._row(found, norm)}
 
-    def _guard(self, loss: float, norm: float, batch: Any) -> None:
+    def _guard(self, loss: float, norm: float, windows: Sequence[np.ndarray]) -> None:
         """Raise DivergedError before the weights are spoilt."""
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        histories = [[self.item_ids[row] for row in rows_of(window)] for window in self._windows(batch)]
+        histories = [[self.item_ids[row] for row in rows_of(window)] for window in windows]
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         raise DivergedError(
             f"{what} at step {self.step + 1}, whose batch holds among others {', '.join(map(str, histories[0][:3]))}; "
@@ -164,27 +160,25 @@ class Trainer(ABC, Generic[Tower]):
             {"step": self.step + 1, "loss": str(loss), "gradient_norm": str(norm), "histories": histories},
         )
 
-    def validations(
-        self, held_out: HeldOut, watch: EarlyStopping, on_row: OnRow = lambda row: None
-    ) -> Iterator[dict[str, float]]:
-        """Train until the end, or until `watch` has seen enough; the figures of every validation. While they are looked
-        at, the weights are those that were validated. `on_row` gets a row a step and a row a validation."""
-        if self.validates_first and watch.best == -math.inf:
-            yield self._validation(held_out, watch, on_row)
-        while (at := self._at()) < self.limit and not watch.over:
+    def validations(self, held_out: HeldOut, on_row: OnRow = lambda row: None) -> Iterator[dict[str, float]]:
+        """Train until the end, or until nothing gets better; the figures of every validation. While they are looked at,
+        the weights are those that were validated. `on_row` gets a row a step and a row a validation."""
+        if self.validates_first and self.watch.best == -math.inf:
+            yield self._validation(held_out, on_row)
+        while (at := self._at()) < self.limit and not self.watch.over:
             on_row(self.train_step())
             now = self._at()
             if now > at and (now % self.every == 0 or now == self.limit):
                 with self.mean.applied():
-                    yield self._validation(held_out, watch, on_row)
+                    yield self._validation(held_out, on_row)
 
     def _at(self) -> int:
         return int(getattr(self, self.counters[-1]))
 
-    def _validation(self, held_out: HeldOut, watch: EarlyStopping, on_row: OnRow) -> dict[str, float]:
+    def _validation(self, held_out: HeldOut, on_row: OnRow) -> dict[str, float]:
         figures = {**self.validate(held_out), **{name: float(getattr(self, name)) for name in self.counters[1:]}}
         on_row({**figures, **self.position(), "total_steps": self.total_steps})
-        watch.is_best(self.score(figures), figures)
+        self.watch.is_best(self.score(figures), figures)
         return figures
 
     def score(self, figures: dict[str, float]) -> float:
@@ -196,12 +190,12 @@ class Trainer(ABC, Generic[Tower]):
 
         Returns the figures of the best validation.
         """
-        watch, best = EarlyStopping(self.patience), dict[str, Tensor]()
-        for figures in self.validations(held_out, watch, on_row):
-            if watch.figures is figures:
+        best = dict[str, Tensor]()
+        for figures in self.validations(held_out, on_row):
+            if self.watch.figures is figures:
                 best = copy.deepcopy(self.trained.state_dict())
         self.trained.load_state_dict(best)
-        return watch.figures
+        return self.watch.figures
 
     def position(self) -> dict[str, int]:
         """How far training has come."""

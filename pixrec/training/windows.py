@@ -10,7 +10,7 @@ Shapes: B histories · E events · W windows of an epoch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -23,7 +23,7 @@ POOL_STEPS = 16
 """`RecentWindows` sorts the windows of so many steps by length together, so that those of a batch are alike."""
 
 
-class Batches:
+class Batches(Sequence[Histories]):
     """The batches of an epoch: its windows in order, and where each batch ends."""
 
     def __init__(self, windows: Histories, ends: np.ndarray) -> None:
@@ -32,12 +32,8 @@ class Batches:
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
-    def __getitem__(self, at: int) -> Histories:
-        at = range(len(self))[at]
+    def __getitem__(self, at: int) -> Histories:  # type: ignore[override]
         return self.windows[self._bounds[at] : self._bounds[at + 1]]
-
-    def __iter__(self) -> Iterator[Histories]:
-        return (self[at] for at in range(len(self)))
 
 
 class _Windows(ABC):

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fakes import job_of
 from raw_shop import write_raw
 from ray.train import Checkpoint
 
 from pixrec import storage
 from pixrec.artifact import Model
 from pixrec.cluster import prepare, train
-from pixrec.config import Config, dump_config
+from pixrec.config import Config
 from pixrec.data.sequences import Dataset
 from pixrec.training.phases import Begun, begin
 
@@ -67,11 +68,6 @@ def ray_session(bucket: str) -> Iterator[None]:
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
         with connect(progress=False):
             yield
-
-
-def job_of(phase: str, start: Path | str, data: str, config: Config) -> dict[str, Any]:
-    """What the workers of a phase are given, on top of the model at `start`."""
-    return {"phase": phase, "start": str(start), "data": [data], "vocabulary": [], "config": dump_config(config)}
 
 
 @pytest.fixture

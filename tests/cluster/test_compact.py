@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import job_of
-from fakes import tiny_config, tiny_dataset, tiny_model, write_model, write_prepared
+from fakes import job_of, tiny_config, tiny_dataset, tiny_model, write_model, write_prepared
 
 from pixrec.artifact import load_model
 from pixrec.cluster.train import _worker
@@ -48,7 +47,7 @@ def test_two_workers_end_where_one_process_does(tmp_path: Path, dataset: Dataset
     assert model.tower.compact is not None
     assert model.config.model.user_tower == "compact"
 
-    alone, reference, _, _ = begin("compact", [dataset.uri], CONFIG, "cpu", start=str(tmp_path / "base"))
+    alone, reference, _ = begin("compact", [dataset.uri], CONFIG, "cpu", start=str(tmp_path / "base"))
     figures = alone.fit(dataset.held_out("valid"))
     assert model.info["epoch"] == figures["epoch"]
     assert model.info["metrics"]["valid_ndcg@10"] == pytest.approx(figures["valid_ndcg@10"])

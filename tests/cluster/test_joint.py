@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import job_of
-from fakes import tiny_config, tiny_dataset, tiny_model, write_model, write_prepared
+from fakes import job_of, tiny_config, tiny_dataset, tiny_model, write_model, write_prepared
 
 from pixrec.artifact import load_model
 from pixrec.cluster import train
@@ -47,7 +46,7 @@ def test_two_workers_end_where_one_process_does(tmp_path: Path, ray_session: Non
     assert any("table_staleness" in row for row in rows)
 
     model = load_model(best)
-    alone, reference, _, _ = begin("joint", [dataset.uri], CONFIG, "cpu", start=str(tmp_path / "begun"))
+    alone, reference, _ = begin("joint", [dataset.uri], CONFIG, "cpu", start=str(tmp_path / "begun"))
     figures = alone.fit(dataset.held_out("valid"))
     assert figures["epoch"] > 0, "the towers learned nothing together: this test shows nothing"
     assert model.info["epoch"] == figures["epoch"]

@@ -33,7 +33,7 @@ def steps(loss: str) -> dict[str, np.ndarray]:
     found = {name: p.grad.clone() for name, p in trainer.named.items() if p.grad is not None}
     logged: list[dict[str, float]] = []
     trainer.train_epoch(logged.append)
-    found["table"] = trainer.content_table.clone()
+    found["table"] = trainer.content.clone()
     figures = trainer.validate(dataset.held_out("valid"))
     found |= {name: torch.tensor(value) for name, value in {**logged[-1], **figures}.items()}
     return {name: value.numpy() for name, value in found.items()}

@@ -129,7 +129,7 @@ def test_the_mean_of_the_weights_is_what_is_validated_saved_and_kept():
     training, dataset = trainer(dataclasses.replace(FAST, epochs=2, validate_every_epochs=1))
     weights = training.tower.content.weight
     means, last = [], []
-    for _ in training.validations(dataset.held_out("valid"), EarlyStopping(5)):
+    for _ in training.validations(dataset.held_out("valid")):
         means.append(weights.detach().clone())
         saved = {n: t.clone() for n, t in training.training_tensors().items()}
         last.append(saved["last/content.weight"])
@@ -145,7 +145,7 @@ def test_the_mean_of_the_weights_is_what_is_validated_saved_and_kept():
 
 def test_without_averaging_the_last_weights_are_validated():
     training, dataset = trainer(dataclasses.replace(FAST, epochs=1, averaging=0.0))
-    for _ in training.validations(dataset.held_out("valid"), EarlyStopping(5)):
+    for _ in training.validations(dataset.held_out("valid")):
         within = training.tower.content.weight.detach().clone()
     torch.testing.assert_close(training.tower.content.weight.detach(), within, rtol=0, atol=0)
     assert not [name for name in training.training_tensors() if name.startswith(("mean/", "last/"))]

@@ -79,7 +79,7 @@ def test_the_gradient_is_plain_autograds_where_every_item_is_fresh(micro_batch):
 def test_a_stale_row_gets_no_gradient_and_stays_as_it_is():
     training, _, _ = trainer(joint={"fresh_items_per_step": 2})
     training.refresh()
-    before = training.content_table.clone()
+    before = training.content.clone()
     reached = []
     original = training._read
 
@@ -94,12 +94,12 @@ def test_a_stale_row_gets_no_gradient_and_stays_as_it_is():
     fresh = set(training._fresh.tolist())
     assert len(fresh) == 2
     assert set(reached[-2:]) == fresh
-    moved = (training.content_table - before).abs().sum(1) > 0
+    moved = (training.content - before).abs().sum(1) > 0
     assert set(torch.nonzero(moved).flatten().tolist()) <= set(reached)
     assert moved[list(fresh)].all()
     content = training._content_at(torch.arange(len(training.catalog)))
     (gradient,) = torch.autograd.grad(content.sum(), training._vectors)
-    assert gradient.shape == (2, training.content_table.shape[1])
+    assert gradient.shape == (2, training.content.shape[1])
     assert torch.equal(gradient, torch.ones_like(gradient))
 
 
@@ -112,7 +112,7 @@ def test_the_table_equals_a_full_recompute_right_after_a_refresh():
         training.towers.eval()
         with torch.no_grad():
             exact = made.tower.item_vectors(training.catalog.items(np.arange(len(dataset.items))))
-        return float((training.content_table - exact).abs().max())
+        return float((training.content - exact).abs().max())
 
     assert error() > 1e-4
     assert training.refresh() > 0
