@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -38,6 +39,24 @@ def shared_memory_mib(process: int) -> float:
     """Resident shared memory of a process; 0 when it has ended."""
     try:
         found = re.search(r"^RssShmem:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    except OSError:
+        return 0.0
+    return int(found[1]) / 1024 if found else 0.0
+
+
+def cpu_seconds(process: int) -> float:
+    """CPU time that a process has used; 0 when it has ended."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def proportional_memory_mib(process: int) -> float:
+    """Proportional set size of a process: what is its own, and its share of what several map; 0 when it has ended."""
+    try:
+        found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{process}/smaps_rollup").read_text(), re.MULTILINE)
     except OSError:
         return 0.0
     return int(found[1]) / 1024 if found else 0.0

@@ -249,6 +249,7 @@ def _read_events(run: _Runner, files: list[str]) -> _EventsRead:
     if EVENT in storage.read_schema(files[0]).names:
         kinds = tuple(sorted({kind for part in found for kind in part["kinds"]}))
         interactions.check_kinds(kinds, plan.config, plan.interactions)
+        kinds = tuple(kind for kind in kinds if plan.wanted is None or kind in plan.wanted)
     return _EventsRead(counts, [part["files"] for part in found], kinds)
 
 

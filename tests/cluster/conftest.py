@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -109,6 +110,7 @@ def raw(tmp_path: Path) -> Path:
 def slices_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """`prepare` does its slices one after the other in this process: what they do is the same."""
     monkeypatch.setattr(prepare, "_on_ray", lambda work, rows, config: [work(row) for row in rows])
+    monkeypatch.setattr("pixrec.cluster.session.connect", contextlib.nullcontext)
 
 
 @pytest.fixture
