@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: setup demo test unit ranks lint bench clean
+.PHONY: setup demo test unit ranks lint bench notebook clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/.ready
@@ -36,6 +36,10 @@ lint: setup
 
 bench: setup
 	$(RUN)/python -m benchmarks
+
+# Runs docs/quickstart.ipynb and keeps its outputs.
+notebook: setup
+	UPDATE_NOTEBOOK=1 $(RUN)/python -m pytest tests/cluster/test_notebook.py
 
 clean:
 	rm -rf $(VENV) $(OUT)
