@@ -33,13 +33,6 @@ __all__ = [
     "train",
 ]
 
-if TYPE_CHECKING:
-    from pixrec.config import Config
-    from pixrec.errors import PixRecError
-    from pixrec.handles import PreparedData, PublishedIndex, Report, TrainedModel
-    from pixrec.recommender import Recommender
-    from pixrec.verbs import embed, evaluate, load_recommender, prepare, train
-
 _HOMES = {
     "pixrec.config": ("Config",),
     "pixrec.errors": ("PixRecError",),
@@ -49,13 +42,20 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
+if TYPE_CHECKING:
+    from pixrec.config import Config
+    from pixrec.errors import PixRecError
+    from pixrec.handles import PreparedData, PublishedIndex, Report, TrainedModel
+    from pixrec.recommender import Recommender
+    from pixrec.verbs import embed, evaluate, load_recommender, prepare, train
+else:
 
-def __getattr__(name: str) -> Any:
-    """A public name is imported when it is first asked for: `import pixrec` alone loads neither torch nor Ray."""
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = found = getattr(importlib.import_module(_HOME_OF[name]), name)
-    return found
+    def __getattr__(name: str) -> Any:
+        """A public name is imported when it is first asked for: `import pixrec` alone loads neither torch nor Ray."""
+        if name not in _HOME_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = found = getattr(importlib.import_module(_HOME_OF[name]), name)
+        return found
 
 
 def __dir__() -> list[str]:
