@@ -176,12 +176,14 @@ def new_file(uri: str, *, durable: bool = True) -> Iterator[BinaryIO]:
     partial = f"{path}.partial-{uuid.uuid4().hex[:8]}"
     try:
         if is_remote(uri):
-            with fs.open(path, "wb", autocommit=False) as file:
-                try:
-                    yield file
-                except BaseException:
-                    file.discard()
-                    raise
+            file = fs.open(path, "wb", autocommit=False)
+            try:
+                yield file
+            except BaseException:
+                file.close()
+                file.discard()
+                raise
+            file.close()
             file.commit()
             return
         os.makedirs(os.path.dirname(path), exist_ok=True)
