@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -243,3 +244,78 @@ def test_a_table_is_streamed_in_order_a_few_rows_at_a_time(tmp_path: Path):
     (tmp_path / "text").write_text("no table")
     with pytest.raises(InputError, match="cannot be read"):
         list(storage.stream_table(str(tmp_path / "text"), None, 1))
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL."""
+
+
+def test_a_new_file_is_whole_or_not_there(tmp_path: Path):
+    target = tmp_path / "folder" / "file"
+
+    def die_halfway() -> None:
+        with storage.new_file(str(target)) as file:
+            file.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        die_halfway()
+    assert list(target.parent.iterdir()) == []
+    with storage.new_file(str(target), durable=False) as file:
+        file.write(b"who")
+        file.write(b"le")
+    assert target.read_bytes() == b"whole"
+
+
+def test_arrays_and_batches_come_back(tmp_path: Path):
+    array = np.arange(7, dtype=np.int32)
+    storage.write_array(str(tmp_path / "a.npy"), array)
+    assert storage.read_array(str(tmp_path / "a.npy")).tolist() == storage.map_array(str(tmp_path / "a.npy")).tolist()
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:40])
+    for read in (storage.read_array, storage.map_array):
+        with pytest.raises(ArtifactError, match=r"cut\.npy is damaged.*make the artifact again"):
+            read(str(tmp_path / "cut.npy"))
+        with pytest.raises(InputError, match=r"gone\.npy: no such file"):
+            read(str(tmp_path / "gone.npy"))
+    batches = [pa.record_batch({"x": [number]}) for number in range(3)]
+    storage.write_batches(str(tmp_path / "b.arrow"), batches[0].schema, batches)
+    found = storage.read_batches(str(tmp_path / "b.arrow"), [2, 0])
+    assert [batch.column("x").to_pylist() for batch in found] == [[2], [0]]
+    assert sum(map(len, storage.read_batches(str(tmp_path / "b.arrow")))) == 3
+
+
+def end_work(out: str, key: str, error: BaseException) -> None:
+    with storage.work_folder(out, key, MARKER, KIND) as work:
+        storage.write_bytes(f"{work}/steps/{key}", b"done")
+        raise error
+
+
+def test_a_work_folder_survives_a_kill_and_no_error(tmp_path: Path):
+    out = str(tmp_path / "new" / "out")
+    with pytest.raises(Killed):
+        end_work(out, "k", Killed())
+    with storage.work_folder(out, "k", MARKER, KIND) as work:
+        assert storage.read_bytes(f"{work}/steps/k") == b"done"
+        storage.write_bytes(f"{work}/data/{MARKER}", b"")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "new" / "out").iterdir()] == [MARKER]
+
+    for key in ("k", "another"):
+        with pytest.raises(Killed):
+            end_work(str(tmp_path / "other" / "out"), key, Killed())
+        assert [path.name for path in (tmp_path / "other").iterdir()] == [f".out.work-{key}"], "others leave"
+    with pytest.raises(InputError):
+        end_work(str(tmp_path / "other" / "out"), "another", InputError("not our day"))
+    assert list((tmp_path / "other").iterdir()) == []
+    with pytest.raises(InputError):
+        end_work(str(tmp_path / "x" / "y" / "z"), "k", InputError("not our day"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_what_was_moved_already_is_not_gone_on_with(tmp_path: Path):
+    out = str(tmp_path / "out")
+    storage.write_bytes(f"{tmp_path}/.out.work-k/done/1.json", b"{}")
+    with storage.work_folder(out, "k", MARKER, KIND) as work:
+        assert not storage.exists(f"{work}/done")
+        storage.write_bytes(f"{work}/data/{MARKER}", b"")
+    assert storage.exists(f"{out}/{MARKER}")

@@ -1,5 +1,8 @@
 """The same door for s3://, against a server on the loopback; credentials and endpoint from the usual variables."""
 
+from pathlib import Path
+
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -96,3 +99,52 @@ def test_a_picture_store_is_read_by_row_where_it_lies():
     assert len(storage.list_files(f"{BUCKET}/prepared/pictures/data")) == 3
     with pytest.raises(ArtifactError, match="no complete one"):
         open_pictures(f"{BUCKET}/elsewhere")
+
+
+def test_a_new_file_is_whole_or_not_there_on_s3():
+    def die_halfway(size: int) -> None:
+        with storage.new_file(f"{BUCKET}/new/file") as file:
+            file.write(bytes(size))
+            raise KeyError
+
+    for size in (4, 60 * 1024**2):  # in one piece, and in several
+        with pytest.raises(KeyError):
+            die_halfway(size)
+    assert not storage.exists(f"{BUCKET}/new/file")
+    storage.write_array(f"{BUCKET}/new/file", np.arange(5))
+    assert storage.read_array(f"{BUCKET}/new/file").tolist() == [0, 1, 2, 3, 4]
+    batch = pa.record_batch({"x": [1, 2]})
+    storage.write_batches(f"{BUCKET}/new/batches", batch.schema, [batch, batch])
+    assert [len(found) for found in storage.read_batches(f"{BUCKET}/new/batches", [1])] == [2]
+
+
+def test_a_node_keeps_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PIXREC_CACHE", str(tmp_path / "cache"))
+    storage.write_array(f"{BUCKET}/arrays/a.npy", np.arange(3))
+    copy = storage.node_copy(f"{BUCKET}/arrays", "fingerprint")
+    assert storage.map_array(f"{copy}/a.npy").tolist() == [0, 1, 2]
+    storage.write_array(f"{BUCKET}/arrays/a.npy", np.arange(4))
+    assert storage.node_copy(f"{BUCKET}/arrays", "fingerprint") == copy
+    assert len(storage.map_array(f"{copy}/a.npy")) == 3, "the key names the content"
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["fingerprint", "fingerprint.lock"]
+    with pytest.raises(InputError, match="no such file"):
+        storage.node_copy(f"{BUCKET}/nowhere", "other")
+    assert storage.node_copy(str(tmp_path), "unused") == str(tmp_path)
+
+
+def test_a_work_folder_on_s3():
+    class Killed(BaseException):
+        pass
+
+    def be_killed() -> None:
+        with storage.work_folder(f"{BUCKET}/made", "k", "marker", "thing") as work:
+            storage.write_bytes(f"{work}/data/part", b"done")
+            raise Killed
+
+    with pytest.raises(Killed):
+        be_killed()
+    with storage.work_folder(f"{BUCKET}/made", "k", "marker", "thing") as work:
+        assert storage.read_bytes(f"{work}/data/part") == b"done"
+        storage.write_bytes(f"{work}/data/marker", b"")
+    assert storage.list_files(f"{BUCKET}/made") == [f"{BUCKET}/made/marker", f"{BUCKET}/made/part"]
+    assert not [name for name in storage.list_folders(BUCKET) if name.startswith(".made")]

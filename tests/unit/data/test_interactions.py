@@ -302,3 +302,80 @@ def test_the_draw_of_held_out_items_is_seeded():
 def test_a_share_of_no_item_or_of_all_is_refused(share: float, message: str):
     with pytest.raises(InputError, match=f"prepare.cold_item_share {share} .*{message} it"):
         held_out(WALKS, cold_item_share=share)
+
+
+@pytest.mark.parametrize("low", [-(2**63), -5, 1_600_000_000_000])
+@pytest.mark.parametrize("spread", [1, 3, 70_000, 2**40, 2**63])
+def test_order_statistics_are_those_of_sorting(low: int, spread: int):
+    rng = np.random.default_rng(0)
+    times = np.sort(np.array([min(low + int(x * spread), 2**63 - 1) for x in rng.random(500) ** 3], np.int64))
+    shares = np.array_split(rng.permutation(times), 3)
+    rounds = []
+
+    def histogram(windows):
+        rounds.append(windows)
+        return [sum(interactions.count_bins(share, window) for share in shares) for window in windows]
+
+    ranks = [0, 250, 251, 499]
+    found = interactions.order_statistics(ranks, int(times[0]), int(times[-1]), histogram)
+    assert found == times[ranks].tolist()
+    assert len(rounds) <= 4
+
+
+def test_a_user_is_dealt_to_one_partition_whatever_else_is_in_the_slice():
+    random = np.random.default_rng(0)
+    rows = [(f"u{random.integers(40)}", "abc"[random.integers(3)], step) for step in range(300)]
+    whole, half = usable(rows).interactions, usable(rows[150:]).interactions
+    homes: dict[str, int] = {}
+    for found in (whole, half):
+        shares = interactions.deal_out(found, 5)
+        assert sum(map(len, shares)) == len(found)
+        for number, share in enumerate(shares):
+            assert np.all(np.diff(share.timestamp) > 0), "in input order"
+            _, first = np.unique(share.user, return_index=True)
+            assert np.all(np.diff(first) > 0), "users in order of appearance"
+            for user in share.user_ids.to_pylist():
+                assert homes.setdefault(user, number) == number
+    assert set(homes.values()) == set(range(5))
+    pieces = [interactions.deal_out(usable(part).interactions, 5) for part in (rows[:90], rows[90:])]
+    for number, share in enumerate(interactions.deal_out(whole, 5)):
+        gathered = interactions.gather([piece[number] for piece in pieces])
+        assert gathered.user_ids.to_pylist() == share.user_ids.to_pylist()
+        for name in ("user", "item", "timestamp"):
+            assert getattr(gathered, name).tolist() == getattr(share, name).tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("spread", [1, 1000, 2**30])
+def test_packed_sorting_is_stable_sorting(dtype: type, spread: int):
+    values = np.random.default_rng(0).integers(-spread, spread, 2000).astype(dtype)
+    assert interactions._stable_order(values).tolist() == np.argsort(values, kind="stable").tolist()
+    far = np.array([2**62, -(2**62), 0, 2**62], np.int64)
+    assert interactions._stable_order(far).tolist() == [1, 2, 0, 3]
+
+
+def test_kinds_of_events_are_words_and_some_are_kept():
+    rows = [("u", "a", 1), ("u", "b", 2), ("v", "c", 3), ("v", "a", 4)]
+    table = events(rows).append_column("event", pa.array(["view", "buy", None, "view"]))
+    found = sort_out(table, CATALOG, "events", wanted={"buy"})
+    assert found.interactions.kinds == ("view", "buy")
+    assert found.interactions.event.tolist() == [1]
+    assert found.counts["filtered_event"] == 2
+    assert [row["reason"] for row in found.rejects.to_pylist()] == ["event is empty"]
+    words = {"user_id": ["u"] * 256, "item_id": ["a"] * 256, "timestamp": range(256)}
+    many = pa.table({**words, "event": [str(number) for number in range(256)]})
+    with pytest.raises(InputError, match="'event' holds more than 255 different words"):
+        sort_out(many, CATALOG, "events")
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
+)
+def test_ids_of_every_kind_of_string(kind: pa.DataType):
+    table = pa.table({name: pa.array(["a", None, "b", "a"]).cast(kind) for name in ("user_id", "item_id")})
+    whole = pa.concat_tables([table, table.slice(2)]).append_column("timestamp", pa.array(range(6)))
+    found = sort_out(whole, CATALOG, "events")
+    assert spelt(found) == [
+        {"user_id": "a", "item_ids": ["a"] * 3, "timestamps": [0, 3, 5]},
+        {"user_id": "b", "item_ids": ["b"] * 2, "timestamps": [2, 4]},
+    ]
