@@ -192,7 +192,11 @@ def use_attention(model: PreTrainedModel, wanted: str) -> None:
 
     Raises ConfigError where the model has no such way, or its package is not installed.
     """
+    text = model.config.text_config
+    capped = getattr(text, "attn_logit_softcapping", None) is not None  # which sdpa would leave out without a word
     if wanted == "auto":
+        if capped and text._attn_implementation == "sdpa":
+            model.set_attn_implementation({"text_config": "eager"})
         return
     package = _FLASH.get(wanted)
     setting = f"model.attn_implementation {wanted}"
@@ -201,6 +205,8 @@ def use_attention(model: PreTrainedModel, wanted: str) -> None:
     if package and not family_of(model).causal:
         kind = model.config.model_type
         raise ConfigError(f"{setting} knows no mask as a {kind} needs one; set it to auto or flex_attention")
+    if capped and wanted == "sdpa":
+        raise ConfigError(f"{setting} does not suit a {text.model_type}, whose scores are capped; set it to auto")
     try:
         model.set_attn_implementation(wanted)
     except (ValueError, ImportError) as error:

@@ -9,6 +9,7 @@ token has them too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,10 +41,15 @@ class QwenVL(Family):
         return self.tokens_per_side**2
 
     def encode_pictures(self, model: PreTrainedModel, pixels: Tensor) -> Tensor:
-        return torch.stack(self.features(model, pixels).pooler_output)
+        return self.by_picture(self.features(model, pixels).pooler_output)
+
+    def by_picture(self, tokens: Tensor | Sequence[Tensor]) -> Tensor:
+        """The library's tokens, of all pictures joined (P·K, W) or a list of P (K, W) by its release, as (P, K, W)."""
+        joined = tokens if isinstance(tokens, Tensor) else torch.cat(list(tokens))
+        return joined.view(-1, self.tokens_per_picture, joined.shape[-1])
 
     def features(self, model: PreTrainedModel, pixels: Tensor) -> Any:
-        """What the library's encoder returns for P squares; a list of P tensors (K, W) in each field."""
+        """What the library's encoder returns for P squares, for `by_picture` to read."""
         grid = torch.tensor([[1, PATCHES_PER_SIDE, PATCHES_PER_SIDE]] * len(pixels), device=pixels.device)
         return model.model.get_image_features(self.patches(pixels), grid)
 
@@ -99,7 +105,7 @@ class Qwen3VL(QwenVL):
     def encode_pictures(self, model: PreTrainedModel, pixels: Tensor) -> Tensor:
         features = self.features(model, pixels)
         levels = [features.pooler_output, *features.deepstack_features]
-        return torch.cat([torch.stack(level) for level in levels], dim=-1)
+        return torch.cat([self.by_picture(level) for level in levels], dim=-1)
 
     def deepstack(self, picture_slot: Tensor, deeper: Tensor) -> dict[str, Any]:
         """A level of `deeper` for each of the first decoder layers, at the places of the picture tokens."""
