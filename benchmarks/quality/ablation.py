@@ -33,7 +33,8 @@ from pixrec.data.synthetic import build_world, picture, shop
 from pixrec.metrics import random_tie_metrics, rank_targets
 from pixrec.model.catalog import Catalog
 from pixrec.schema import OK, PREPARED_ITEM_FIELDS
-from pixrec.training.interleaved import Collator, InterleavedTrainer
+from pixrec.training.interleaved import InterleavedTrainer
+from pixrec.training.reading import Collator
 from pixrec.training.windows import ShiftedWindows
 
 CELLS: dict[str, list[str]] = {

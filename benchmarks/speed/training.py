@@ -47,7 +47,8 @@ from pixrec.data.images import decode_image
 from pixrec.model.catalog import Catalog
 from pixrec.model.losses import info_nce, next_item_generation
 from pixrec.model.usage import peak_flops
-from pixrec.training.interleaved import Collator, InterleavedTrainer
+from pixrec.training.interleaved import InterleavedTrainer
+from pixrec.training.reading import Collator
 from pixrec.training.windows import ShiftedWindows
 
 LENGTH, HISTORIES, PLAIN_EXAMPLES = 9, 16, 16

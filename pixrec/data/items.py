@@ -98,7 +98,11 @@ class ItemTable:
 
     def image(self, row: int) -> bytes | None:
         """The stored picture, or None when it is missing or was rejected."""
-        return self._pictures.read([row])[0]
+        return self.images([row])[0]
+
+    def images(self, rows: Sequence[int]) -> list[bytes | None]:
+        """The stored picture of each of the rows, read together."""
+        return self._pictures.read(rows)
 
     @cached_property
     def with_image(self) -> np.ndarray:
@@ -179,7 +183,13 @@ class _Joined:
 
     def read(self, rows: Sequence[int]) -> list[bytes | None]:
         numbers = np.searchsorted(self._starts, rows, side="right") - 1
-        return [self._tables[n].image(int(row - self._starts[n])) for n, row in zip(numbers, rows, strict=True)]
+        found: list[bytes | None] = [None] * len(rows)
+        for number, table in enumerate(self._tables):
+            places = np.flatnonzero(numbers == number)
+            wanted = [int(rows[at] - self._starts[number]) for at in places]
+            for at, picture in zip(places, table.images(wanted) if wanted else [], strict=True):
+                found[at] = picture
+        return found
 
 
 def content_hash(text: str, image: bytes | None) -> str:

@@ -8,6 +8,7 @@ Shapes: U distinct items · B histories · N items of the catalog · D width of 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -29,7 +30,8 @@ _Made = TypeVar("_Made")
 
 
 class Catalog:
-    """Items by row, tokenised once and decoded at first use; decoded pictures are kept up to `cache_bytes`.
+    """Items by row, tokenised once and decoded at first use; decoded pictures are kept up to `cache_bytes`, of which 0
+    keeps no text either. May be asked by several threads, which wait for each other.
 
     A picture whose `tokens` are stored is neither decoded nor shown to the vision part.
     """
@@ -46,21 +48,19 @@ class Catalog:
         self.tokens = tokens
         self._text_ids: dict[int, np.ndarray] = {}
         self._pixels: dict[int, np.ndarray | None] = {}
+        self._keeps = cache_bytes > 0
         self._room = max(1, cache_bytes // (3 * encoder.image_size_px**2))
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.table)
 
     def items(self, rows: np.ndarray, modalities: Modalities | Sequence[Modalities] = "both") -> Items:
         """Encode the items at `rows` (U,)."""
-        new = [int(r) for r in rows if int(r) not in self._text_ids]
-        for row, ids in zip(new, self.encoder.tokenize([self.table.text(r) for r in new]), strict=True):
-            self._text_ids[row] = ids
-        if modalities == "text":
-            pixels: list[np.ndarray | None] = [None] * len(rows)
-        else:
-            pixels = self._pictures(rows)
-        return self.encoder.items_from_tokens([self._text_ids[int(r)] for r in rows], pixels, modalities)
+        with self._lock:
+            text_ids = self._texts(rows)
+            pixels = [None] * len(rows) if modalities == "text" else self._pictures(rows)
+        return self.encoder.items_from_tokens(text_ids, pixels, modalities)
 
     def histories(
         self, histories: Sequence[np.ndarray], modalities: Modalities = "both"
@@ -70,9 +70,20 @@ class Catalog:
         items = self.items(distinct, modalities)
         return distinct, items, self.encoder.histories(items, local)
 
+    def _texts(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Text tokens of each row."""
+        new = [int(row) for row in rows if int(row) not in self._text_ids]
+        self._text_ids |= zip(new, self.encoder.tokenize([self.table.text(row) for row in new]), strict=True)
+        found = [self._text_ids[int(row)] for row in rows]
+        if not self._keeps:
+            self._text_ids.clear()
+        return found
+
     def _pictures(self, rows: np.ndarray) -> list[np.ndarray | None]:
         """Of each row pixels (S, S, 3) uint8 or stored tokens (K, X) float16; None where there is no picture."""
-        data = [None if int(row) in self._pixels else self.table.image(int(row)) for row in rows]
+        unknown = [int(row) for row in rows if int(row) not in self._pixels]
+        read = dict(zip(unknown, self.table.images(unknown), strict=True))
+        data = [read.get(int(row)) for row in rows]
         if self.tokens is None:
             return [self._decoded(int(row), picture) for row, picture in zip(rows, data, strict=True)]
         stored = self.tokens.of_hashes([None if picture is None else picture_hash(picture) for picture in data])
@@ -128,7 +139,7 @@ class Embedder:
 
     def content_batches(self, batches: Sequence[tuple[list[Content], list[str]]]) -> Iterator[np.ndarray]:
         """`contents` of each batch, (contents, item_ids), in turn."""
-        encoded = _ahead(lambda batch: self.encoder.items(batch[0], self.modalities), batches)
+        encoded = ahead(lambda batch: self.encoder.items(batch[0], self.modalities), batches)
         for (_, item_ids), items in zip(batches, encoded, strict=True):
             yield self._items(items, item_ids)
 
@@ -141,7 +152,7 @@ class Embedder:
     ) -> np.ndarray:
         """Item vectors (U, D) of the items at `rows`."""
         parts, batches = [], list(_batches(rows, batch_size))
-        for batch, items in zip(batches, _ahead(lambda b: catalog.items(b, self.modalities), batches), strict=True):
+        for batch, items in zip(batches, ahead(lambda b: catalog.items(b, self.modalities), batches), strict=True):
             parts.append(self._items(items, [catalog.table.item_ids[row] for row in batch]))
             if progress:
                 progress(sum(map(len, parts)), len(rows))
@@ -206,7 +217,7 @@ def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
         yield rows[start : start + size]
 
 
-def _ahead(prepare: Callable[[_Given], _Made], values: Iterable[_Given]) -> Iterator[_Made]:
+def ahead(prepare: Callable[[_Given], _Made], values: Iterable[_Given]) -> Iterator[_Made]:
     """`prepare` of each value, in order. A thread prepares the next one while the caller works, so that a model does
     not wait for its tokenizer."""
     with ThreadPoolExecutor(1) as thread:

@@ -159,6 +159,24 @@ class ItemEncoder:
             ready=_stack(ready) if ready else torch.zeros(0, self.tokens_per_picture, 1),
         )
 
+    def select(self, items: Items, chosen: np.ndarray) -> Items:
+        """Some of the items, by number and in the order given, as if they had been encoded alone."""
+        numbers, count = torch.from_numpy(chosen), self.tokens_per_picture
+        length = int(items.is_token[numbers].sum(1).max())
+        token_ids, is_token, is_text, slots = (
+            t[numbers, :length] for t in (items.token_ids, items.is_token, items.is_text, items.picture_slot)
+        )
+        shown = slots.max(1).values.div(count, rounding_mode="floor")  # (U,) the picture of each item, or -1
+        fresh, fresh_count = shown[(shown >= 0) & (shown < len(items.pixels))], len(items.pixels)
+        ready = shown[shown >= fresh_count]
+        place = torch.zeros(fresh_count + len(items.ready) + 1, dtype=torch.int64)
+        place[torch.cat([fresh, ready])] = torch.arange(len(fresh) + len(ready))
+        moved = slots + (count * (place[shown] - shown)).unsqueeze(1)
+        pixels, stored = items.pixels[fresh], items.ready[ready - fresh_count]
+        if not len(stored):
+            stored = torch.zeros(0, count, 1)  # as where there is none
+        return Items(token_ids, is_token, is_text, torch.where(slots >= 0, moved, -1), pixels, stored)
+
     def histories(self, items: Items, histories: Sequence[np.ndarray]) -> Histories:
         """Write histories, each a row of indices into `items`, oldest first, as token sequences."""
         lengths = items.is_token.sum(1).numpy()

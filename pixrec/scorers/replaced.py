@@ -7,6 +7,7 @@ knows no model.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -48,13 +49,16 @@ class ReplacedItems(ItemTable):
             return CONSTANT_TEXT
         return self._items.text(row if self._other is None else int(self._other[row]))
 
-    def image(self, row: int) -> bytes | None:
+    def images(self, rows: Sequence[int]) -> list[bytes | None]:
         if self._how == "image_constant":
-            return self._grey
+            return [self._grey for _ in rows]
         if self._how == "image_noise":
-            rng = np.random.default_rng([self._seed, int(self._place[row])])
-            return _png(rng.integers(0, 256, (self._size, self._size, 3), dtype=np.uint8))
-        return self._items.image(row)
+            return [self._noise(row) for row in rows]
+        return self._items.images(rows)
+
+    def _noise(self, row: int) -> bytes:
+        rng = np.random.default_rng([self._seed, int(self._place[row])])
+        return _png(rng.integers(0, 256, (self._size, self._size, 3), dtype=np.uint8))
 
     @cached_property
     def with_image(self) -> np.ndarray:

@@ -30,7 +30,8 @@ from pixrec.errors import InputError
 from pixrec.model.catalog import Catalog
 from pixrec.model.vision import find_tokens
 from pixrec.training import stages
-from pixrec.training.interleaved import Collator, InterleavedTrainer
+from pixrec.training.interleaved import InterleavedTrainer
+from pixrec.training.reading import Collator
 from pixrec.training.stages import check_ready
 from pixrec.training.tracking import read_log
 from pixrec.training.windows import ShiftedWindows

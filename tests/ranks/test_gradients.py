@@ -14,7 +14,8 @@ from processes import run_ranks
 
 from pixrec.model.catalog import Catalog
 from pixrec.model.parallel import whole
-from pixrec.training.interleaved import Collator, InterleavedTrainer
+from pixrec.training.interleaved import InterleavedTrainer
+from pixrec.training.reading import Collator
 from pixrec.training.windows import ShiftedWindows
 
 CASES = {

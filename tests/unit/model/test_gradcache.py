@@ -8,7 +8,7 @@ from fakes import tiny_config, tiny_dataset, tiny_items, tiny_model
 from pixrec.model import gradcache
 from pixrec.model.catalog import Catalog
 from pixrec.model.objective import Extra, TrainingTask
-from pixrec.training.interleaved import Collator
+from pixrec.training.reading import Collator
 from pixrec.training.windows import ShiftedWindows
 
 TOLERANCE = 1e-5
@@ -23,6 +23,10 @@ def setting(**train):
     task = TrainingTask(model.tower.train(), config.train)
     windows = [w[: 2 + i % 4] for i, w in enumerate(source.step(0))]  # of different lengths
     return task, collator, collator.plan(windows, np.random.default_rng(3))
+
+
+def parts_of(collator, plan, at_a_time):
+    return collator.encoded(plan, in_parts=True).parts(collator.catalog.encoder, at_a_time, 4)
 
 
 def gradients(task):
@@ -55,11 +59,11 @@ def same(ours, theirs):
 def test_loss_and_gradients_equal_the_plain_path(monkeypatch, train, at_a_time):
     monkeypatch.setattr(gradcache, "_ANCHORS_AT_A_TIME", 5)  # several blocks of anchors, the last uneven
     task, collator, plan = setting(**train)
-    batch = collator.batch(plan)
+    batch = collator.encoded(plan).batch()
     loss, totals = task(batch)
     loss.backward()
     plain = gradients(task)
-    cached, sums, used = gradcache.backward(task, collator.parts(plan, at_a_time), None, seed=0)
+    cached, sums, used = gradcache.backward(task, parts_of(collator, plan, at_a_time), None, seed=0)
     same(gradients(task), plain)
     assert float(cached) == pytest.approx(float(loss.detach()), rel=TOLERANCE)
     wanted = [i for i, name in enumerate(("nig", "tt", "ut")) if name != "nig" or task.generates]
@@ -74,9 +78,9 @@ def test_extra_negatives_count_the_same():
     rows = torch.tensor([0, 3, 11])
     vectors = torch.nn.functional.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
     extra = Extra(vectors, rows, torch.from_numpy(collator.log_inclusion)[rows], 0.25)
-    task(collator.batch(plan), extra)[0].backward()
+    task(collator.encoded(plan).batch(), extra)[0].backward()
     plain = gradients(task)
-    gradcache.backward(task, collator.parts(plan, 2), extra, seed=0)
+    gradcache.backward(task, parts_of(collator, plan, 2), extra, seed=0)
     same(gradients(task), plain)
 
 
@@ -85,7 +89,7 @@ def test_both_passes_draw_the_same_dropout():
     task, collator, plan = setting()
     for layer in task.tower.backbone.model.model.text_model.layers:
         layer.mlp.down_proj = torch.nn.Sequential(layer.mlp.down_proj, torch.nn.Dropout(0.5))
-    parts = collator.parts(plan, 2)
+    parts = parts_of(collator, plan, 2)
     cache = gradcache._Cache(task, parts, seed=5)
     vectors = cache.vectors()
     again = torch.cat([cache._items(i, count=False) for i, _ in cache.items.parts])
@@ -98,7 +102,7 @@ def test_both_passes_draw_the_same_dropout():
 
 def test_a_share_scales_the_gradient():
     task, collator, plan = setting()
-    gradcache.backward(task, collator.parts(plan, 3), None, seed=0)
+    gradcache.backward(task, parts_of(collator, plan, 3), None, seed=0)
     whole = gradients(task)
-    gradcache.backward(task, collator.parts(plan, 3), None, seed=0, share=0.25)
+    gradcache.backward(task, parts_of(collator, plan, 3), None, seed=0, share=0.25)
     same(gradients(task), {name: gradient / 4 for name, gradient in whole.items()})

@@ -9,7 +9,8 @@ from pixrec.config import TrainConfig
 from pixrec.errors import InputError
 from pixrec.model.catalog import Catalog
 from pixrec.model.objective import TrainingTask
-from pixrec.training.interleaved import Collator, InterleavedTrainer
+from pixrec.training.interleaved import InterleavedTrainer
+from pixrec.training.reading import Collator
 from pixrec.training.trainer import DivergedError
 from pixrec.training.windows import ShiftedWindows
 
