@@ -27,7 +27,7 @@ from lance.fragment import FragmentMetadata, write_fragments
 
 _DATA, _FILE_FORMAT = "data", "2.1"
 _CACHE_BYTES = 32 * 1024**2  # in each process, for what Lance remembers of files and pages; its default is 6 GB
-# It would say so at every fork, also where another program follows at once; no process of ours is a fork.
+# It would say so at every fork, also where another program follows at once; Ray starts its workers anew.
 warnings.filterwarnings("ignore", "lance is not fork-safe", UserWarning)
 _TROUBLE = (OSError, ValueError, RuntimeError)  # what Lance raises
 
