@@ -12,7 +12,7 @@ from fakes import tiny_items
 from pixrec import storage
 from pixrec.data.arrays import write_arrays
 from pixrec.data.items import ItemTable, load_items
-from pixrec.data.pictures import write_part
+from pixrec.data.pictures import complete, write_part
 from pixrec.errors import ArtifactError, InputError
 
 PICTURE = b"\xff\xd8 stands for a picture"
@@ -124,6 +124,7 @@ def test_load_items_keeps_the_order_of_the_files(tmp_path: Path):
     for number, part in enumerate((rows.slice(0, 2), rows.slice(2))):
         storage.write_table(str(tmp_path / "items" / f"part-{number:06d}.parquet"), part)
         write_part(str(tmp_path / "pictures"), number, [PICTURE, None] if number == 0 else [None])
+    complete(str(tmp_path / "pictures"), 2)
     write_arrays(
         str(tmp_path),
         item_ids=["a", "b", "c"],
