@@ -6,6 +6,7 @@ error there.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any, Protocol
@@ -79,6 +80,12 @@ class Console:
         elif "loss" in row:
             note = "  ".join(f"{k} {v:.3f}" for k, v in row.items() if k.startswith("loss"))
             self.progress(stage, row["step"], row["total_steps"], note)
+            if "readers_needed" in row:
+                step, read, wait = (row[f"{name}_seconds"] for name in ("busy", "read", "wait"))
+                self.say(
+                    f"{stage}: a step takes {step:.2f} s and reading it {read:.2f} s, so a worker needs "
+                    f"{math.ceil(row['readers_needed'])} CPU readers; steps waited for {wait:.2f} s"
+                )
 
 
 class Rate:

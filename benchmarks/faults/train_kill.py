@@ -1,14 +1,18 @@
 """Kills a training run three times at a worker and once at its driver, and shows that it ends as the undisturbed one.
 
-    python -m benchmarks.faults.train_kill [seed]
+    python -m benchmarks.faults.train_kill [seed] [--feed ray_data]
 
 A small synthetic catalog, `pixrec-tiny`, two workers under Ray Train; always SIGKILL, at steps drawn by lot. A worker's
-death is left to `train.max_failures`; after the driver's the command is given again with --resume.
+death is left to `train.max_failures`; after the driver's the command is given again with --resume. With
+`--feed ray_data` Ray Data reads for the workers of the disturbed run, of which a reader is killed too; the undisturbed
+run reads in the workers.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -50,16 +54,18 @@ class Step(NamedTuple):
     loss: float
 
 
-def main(seed: int) -> int:
+def main(seed: int, feed: str) -> int:
     with tempfile.TemporaryDirectory(prefix="pixrec-train-kill-") as folder:
         place = Path(folder)
-        (place / "config.yaml").write_text(dump_config(CONFIG))
+        for name, reads in (("config", "local"), ("disturbed", feed)):
+            train = dataclasses.replace(CONFIG.train, feed=reads)  # type: ignore[arg-type]
+            (place / f"{name}.yaml").write_text(dump_config(dataclasses.replace(CONFIG, train=train)))
         write_catalog(build_world(CONFIG.demo), str(place / "catalog"))
         assert start(place, "prepare").wait() == 0
         started = time.monotonic()
         assert start(place, "whole").wait() == 0
         between = time.monotonic()
-        lost = disturb(place, random.Random(seed))
+        lost = disturb(place, random.Random(seed), [*VICTIMS, *(["reader"] if feed == "ray_data" else [])])
         ended = time.monotonic()
         alike = compare(place)
     print(f"lost at most {max(lost)} steps at a time; checkpoints are {INTERVAL} steps apart")
@@ -68,12 +74,16 @@ def main(seed: int) -> int:
     return 0 if alike and max(lost) <= INTERVAL else 1
 
 
-def disturb(place: Path, rng: random.Random) -> list[int]:
+def disturb(place: Path, rng: random.Random, victims: list[str]) -> list[int]:
     """Train to the end, killing on the way; returns how many steps had to be taken again after each kill."""
-    run, lost, stretch = start(place, "disturbed"), list[int](), STEPS // len(VICTIMS)
-    for number, victim in enumerate(rng.sample(VICTIMS, len(VICTIMS))):
+    run, lost, stretch = start(place, "disturbed"), list[int](), STEPS // len(victims)
+    for number, victim in enumerate(rng.sample(victims, len(victims))):
         wanted, rank = number * stretch + rng.randint(2, stretch - 2), rng.randrange(CONFIG.train.num_workers)
         before = wait_for(lambda: last_process(place), lambda steps, least=wanted: steps[-1].step >= least, run)
+        if victim == "reader":
+            reader = kill_reader(run)
+            print(f"reader {reader} killed after step {before[-1].step}", flush=True)
+            continue
         if victim == "worker":
             os.kill(noted(place, "disturbed", rank)[-1].process, signal.SIGKILL)
         else:
@@ -86,6 +96,17 @@ def disturb(place: Path, rng: random.Random) -> list[int]:
         print(f"{who} killed after step {reached}: went on at step {after[0].step}, {lost[-1]} steps lost", flush=True)
     assert run.wait(_LONGEST_SECONDS) == 0
     return lost
+
+
+def kill_reader(run: subprocess.Popen[bytes]) -> int:
+    """SIGKILL to a process that reads for a worker just now; its number."""
+    deadline = time.monotonic() + _LONGEST_SECONDS
+    while time.monotonic() < deadline:
+        for process, command in below(run.pid).items():
+            if command.startswith("ray::") and "MapBatches" in command:
+                os.kill(process, signal.SIGKILL)
+                return process
+    raise RuntimeError("no reader was found")
 
 
 def compare(place: Path) -> bool:
@@ -151,7 +172,7 @@ def start(place: Path, what: str, *more: str) -> subprocess.Popen[bytes]:
 
 def run_command(place: Path, what: str, more: list[str]) -> int:
     """`pixrec prepare`, or `pixrec train` of the model `what` whose workers note their steps."""
-    options = [f"--config={place / 'config.yaml'}", *more]
+    options = [f"--config={place / ('disturbed' if what == 'disturbed' else 'config')}.yaml", *more]
     if what == "prepare":
         tables = [f"--{name}={place / 'catalog' / name}.parquet" for name in ("items", "interactions")]
         return cli.main(["prepare", *tables, f"--out={place / 'data'}", *options])
@@ -184,4 +205,8 @@ def noting(file: Path) -> Callable[[dict[str, Any]], None]:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["run"]:
         sys.exit(run_command(Path(sys.argv[2]), sys.argv[3], sys.argv[4:]))
-    sys.exit(main(int(sys.argv[1]) if sys.argv[1:] else 0))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults.train_kill")
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    parser.add_argument("--feed", choices=("local", "ray_data"), default="local")
+    chosen = parser.parse_args()
+    sys.exit(main(chosen.seed, chosen.feed))

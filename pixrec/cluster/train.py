@@ -14,11 +14,13 @@ from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMod
 
 from pixrec import storage
 from pixrec.artifact import MODEL_MARKER, knockout_uri
+from pixrec.cluster.feed import feed_by_ray_data, uses_ray_data
 from pixrec.cluster.vision import vision_once
 from pixrec.cluster.workers import NewsLog, OnRow, end_diverged, run_workers
 from pixrec.config import Config, Modalities, dump_config, load_config
 from pixrec.data.sequences import load_dataset
 from pixrec.training.checkpoint import publish, save_checkpoint
+from pixrec.training.interleaved import InterleavedTrainer
 from pixrec.training.phases import begin
 from pixrec.training.stages import begin_work, check_resumable, model_facts, plan, vocabulary, work_folder
 from pixrec.training.tracking import TrainingLog
@@ -89,6 +91,8 @@ def _worker(job: dict[str, Any]) -> None:
             vocabulary=job["vocabulary"],
             checkpoint=folder,
         )
+    if isinstance(trainer, InterleavedTrainer) and uses_ray_data(config.train):
+        feed_by_ray_data(trainer, job["data"], config)
     log, reported = NewsLog(job["mailbox"]), False
     try:
         for figures in trainer.validations(held_out, log.add):

@@ -175,6 +175,15 @@ class TrainConfig:
     """Torch threads in each worker."""
     use_gpu: bool = False
     """One GPU a worker, NCCL instead of gloo."""
+    feed: Literal["auto", "local", "ray_data"] = "auto"
+    """Who looks up, decodes and tokenises what the interleaved towers read: each worker itself (`local`), or CPU tasks
+    of Ray Data on any node of the cluster. The batches are the same. `auto`: Ray Data, except on a single machine
+    without a GPU."""
+    cpus_per_reader: float = 0.25
+    """CPUs Ray reserves for each reader of Ray Data."""
+    readers_per_worker: int | None = None
+    """Most readers of Ray Data at work for one worker at a time. None: as many as there are CPUs for, up to 16; those
+    that are not needed rest."""
     max_failures: int = 3
     """Worker failures survived before giving up."""
     alpha: float = 0.05
@@ -221,10 +230,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "epochs", "max_steps", "histories_per_step", "validate_every_steps", "max_validation_users")
+        at_least(self, 1, "readers_per_worker")
         at_least(self, 1, "threads_per_worker", "micro_batch_histories", "gradient_accumulation", "bucket_steps")
         at_least(self, 0, "extra_negatives")
         at_least(self, 0, "num_workers", "cpus_per_worker", "max_failures", "weight_decay", "seed")
-        above_zero(self, "learning_rate", "gradient_clip", "temperature")
+        above_zero(self, "learning_rate", "gradient_clip", "temperature", "cpus_per_reader")
         between(self, 0, 1, "warmup_fraction")
         between(self, 0, 0.5, "modality_dropout")
         if self.alpha + abs(self.beta) > 1 + 1e-9 or self.alpha < 0:

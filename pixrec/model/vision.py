@@ -85,11 +85,20 @@ def sort_hashes(hashes: bytes) -> np.ndarray:
 
 
 class PictureTokens:
-    """Stores that are open: picture bytes to their tokens, which stay where they lie until asked for."""
+    """Stores that are open: picture bytes to their tokens, which stay where they lie until asked for. Goes to other
+    processes as their places, and is opened there."""
 
-    def __init__(self, stores: Sequence[tuple[StoredPictures, Rows]], shape: tuple[int, int]) -> None:
-        """stores: which pictures each has, and its rows; shape: K, X."""
-        self._stores, self._shape = stores, shape
+    def __init__(self, folders: Sequence[str], shape: tuple[int, int]) -> None:
+        """folders: whole stores; shape: K, X."""
+        self._folders, self._shape = list(folders), shape
+        self._stores = []
+        for folder in folders:
+            facts = _index_facts(folder)
+            rows = Rows(folder, _CURE, facts["version"])
+            self._stores.append((_mapped(folder, facts["hashes"], facts["pictures"]), rows))
+
+    def __reduce__(self) -> tuple[type[PictureTokens], tuple[list[str], tuple[int, int]]]:
+        return PictureTokens, (self._folders, self._shape)
 
     def __len__(self) -> int:
         pictures = [pictures for pictures, _ in self._stores]
@@ -229,17 +238,17 @@ def open_store(place: str, backbone: Backbone) -> PictureTokens | None:
 def open_stores(places: Sequence[str], backbone: Backbone) -> PictureTokens | None:
     """As `open_store`, several stores as one; None where one of them is lacking."""
     shape = (backbone.family.tokens_per_picture, backbone.family.picture_width)
-    stores = []
+    folders = []
     for place in places:
         folder = fitting_store(place, backbone)
         if folder is None:
             return None
-        facts = _index_facts(folder)
-        rows = Rows(folder, _CURE, facts["version"])
+        folders.append(folder)
+    tokens = PictureTokens(folders, shape)
+    for folder, (_, rows) in zip(folders, tokens._stores, strict=True):
         if rows.schema != token_schema(backbone):
             raise ArtifactError(f"{folder} is damaged: its tokens are not {shape[0]} of {shape[1]} numbers; {_CURE}")
-        stores.append((_mapped(folder, facts["hashes"], facts["pictures"]), rows))
-    return PictureTokens(stores, shape)
+    return tokens
 
 
 def stored_pictures(folder: str) -> StoredPictures:

@@ -28,6 +28,8 @@ from pixrec.training.trainer import Trainer
 from pixrec.training.validation import item_table, validate
 from pixrec.training.windows import ShiftedWindows
 
+_MEASURED_STEPS = 20
+
 
 class InterleavedTrainer(Trainer[DualTower]):
     """Model, optimiser, schedule and step counter of one worker. What it reads comes from `feed`, by default read in
@@ -58,6 +60,8 @@ class InterleavedTrainer(Trainer[DualTower]):
         self._reads: Iterator[Read] = iter(())
         self._read_until = -1
         """The step whose Read `_reads` gives next."""
+        self._took: list[tuple[float, float, float]] = []
+        """Of the first steps here, seconds: of the reader, of the step but for its waiting, of that waiting."""
 
     def validate(self, held_out: HeldOut) -> dict[str, float]:
         """Figures over the whole catalog (see `validation`); also renews the table of extra negatives."""
@@ -97,13 +101,14 @@ class InterleavedTrainer(Trainer[DualTower]):
             real, slots = real + used[0], slots + used[1]
         if self.sharded or config.micro_batch_histories is not None:
             average_gradients(self.named.values())
-        mine = [float(loss) / self.world_size, len(windows), real, slots, self._waited]
+        mine = [float(loss) / self.world_size, len(windows), real, slots, self._waited, self._read.seconds]
         joined = all_reduced_rows(torch.cat([torch.tensor(mine, device=self.device), totals.flatten()])).tolist()
         return joined[0], joined[1:]
 
     def _row(self, found: list[float], norm: float) -> dict[str, float]:
-        histories, real, slots, waited, *parts = found
+        histories, real, slots, waited, reading, *parts = found
         seconds = time.perf_counter() - self._started
+        waited, reading = waited / self.world_size, reading / self.world_size
         return {
             **{f"loss_{n}": parts[2 * i] / parts[2 * i + 1] for i, n in enumerate(PARTS) if parts[2 * i + 1]},
             "gradient_norm": norm,
@@ -111,9 +116,20 @@ class InterleavedTrainer(Trainer[DualTower]):
             "padding_share": 1 - real / max(slots, 1.0),
             "samples_per_second": histories / seconds,
             "tokens_per_second": real / seconds,
-            "data_wait_share": waited / self.world_size / seconds,
+            "data_wait_share": waited / seconds,
+            **self._readers(reading, seconds, waited),
             **usage(self.tower, real / seconds / self.world_size, self.device),
         }
+
+    def _readers(self, reading: float, seconds: float, waited: float) -> dict[str, float]:
+        """How many readers keep up with a worker and what steps waited, once enough steps have been taken to tell."""
+        if len(self._took) > _MEASURED_STEPS:
+            return {}
+        self._took.append((reading, seconds - waited, waited))
+        if len(self._took) <= _MEASURED_STEPS:
+            return {}
+        read, busy, idle = np.array(self._took)[1:].mean(0)  # the first step warms up
+        return {"readers_needed": read / busy, "read_seconds": read, "busy_seconds": busy, "wait_seconds": idle}
 
     def _clip(self) -> float:
         return clip_gradients(self.named.values(), self.config.train.gradient_clip)

@@ -24,8 +24,8 @@ from pixrec.model.vision import find_tokens
 from pixrec.training.checkpoint import restore
 from pixrec.training.compact import CompactTrainer
 from pixrec.training.interleaved import InterleavedTrainer
-from pixrec.training.reading import Collator
 from pixrec.training.joint import JointTrainer
+from pixrec.training.reading import Collator
 from pixrec.training.stages import Phase
 from pixrec.training.trainer import Trainer
 from pixrec.training.validation import item_table

@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -108,7 +108,7 @@ class Read(NamedTuple):
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview, pin: bool = False) -> Read:
-        """The Read that `to_bytes` gave. The data is copied once, to memory as `pinned` says, which all tensors share."""
+        """The Read that `to_bytes` gave, copied once, to memory that all its tensors share; `pin` as in `pinned`."""
         view = memoryview(data)
         start = 8 + int.from_bytes(view[:8], "little")  # https://huggingface.co/docs/safetensors: length, JSON, tensors
         header = json.loads(bytes(view[8:start]))
@@ -170,9 +170,7 @@ class Collator:
     def __call__(self, windows: Sequence[np.ndarray], rng: np.random.Generator) -> Batch:
         return self.encoded(self.plan(windows, rng)).batch()
 
-    def plan(
-        self, windows: Sequence[np.ndarray], rng: np.random.Generator, rank: int = 0, world_size: int = 1
-    ) -> Plan:
+    def plan(self, windows: Sequence[np.ndarray], rng: np.random.Generator, rank: int = 0, world_size: int = 1) -> Plan:
         """Draw what each item of all workers' windows loses; the part of it that one worker reads."""
         mine = windows[rank::world_size]
         rows, local = distinct_rows(mine)

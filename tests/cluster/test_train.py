@@ -46,7 +46,8 @@ CONFIG = dataclasses.replace(
         max_steps=STEPS,
         validate_every_steps=2,
         max_failures=2,
-        modality_dropout=0.0,  # each worker draws its own
+        modality_dropout=0.3,
+        feed="ray_data",
     ),
 )
 

@@ -95,3 +95,36 @@ def test_many_ranks_equal_one(joined: str, size: int, way: str, case: str):
             assert difference <= TOLERANCE * max(float(np.linalg.norm(expected)), 1e-3), (name, difference)
         lacking = set(single) - set(found.files)
         assert all(not np.abs(single[name]).any() for name in lacking), lacking
+
+
+STEPS = 4
+
+
+def losses() -> np.ndarray:
+    """Losses of some steps with modality dropout, in two passes each; any number of processes."""
+    config = tiny_config(
+        train={"modality_dropout": 0.3, "histories_per_step": 7, "gradient_accumulation": 2, "learning_rate": 1e-4}
+    )
+    dataset = tiny_dataset(tiny_items(with_pictures=range(8)), num_users=9, num_events=7)
+    model = tiny_model(config, dataset.items)
+    source = ShiftedWindows(dataset.training_histories(), config.model.max_history_items, config.train)
+    collator = Collator(
+        Catalog(dataset.items, model.encoder), dataset.training_counts(), config, source.examples_per_step
+    )
+    trainer = InterleavedTrainer(model.tower, source, collator, config)
+    return np.array([trainer.train_step()["loss"] for _ in range(STEPS)])
+
+
+def save_losses(folder: str) -> None:
+    """The work of a rank."""
+    np.save(f"{folder}/losses-{dist.get_world_size()}-{dist.get_rank()}.npy", losses())
+
+
+def test_two_ranks_drop_the_modalities_that_one_does(tmp_path_factory: pytest.TempPathFactory):
+    """What is left is the order in which floats are summed."""
+    folder = str(tmp_path_factory.mktemp("losses"))
+    run_ranks(folder, (2, save_losses))
+    torch.set_num_threads(1)
+    single = losses()
+    for rank in range(2):
+        np.testing.assert_allclose(np.load(f"{folder}/losses-2-{rank}.npy"), single, rtol=1e-6)
