@@ -13,8 +13,6 @@ from pixrec.errors import ConfigError, InputError
 from pixrec.model.compact import CompactTower
 from pixrec.scorers.sasrec import train_sasrec
 from pixrec.training.compact import CompactTrainer
-from pixrec.training.trainer import EarlyStopping
-from pixrec.training.windows import RecentWindows
 
 FAST = SequenceConfig(epochs=40, learning_rate=1e-2, warmup_steps=1, histories_per_step=4, validate_every_epochs=10)
 SHAPE = CompactConfig(layers=1, heads=1, max_history_items=6, dropout=0.0, id_dropout=0.3)
@@ -31,31 +29,6 @@ def trainer(config=FAST, *, content=True, known=ITEMS, seed=0):
     counts = dataset.training_counts()
     made = CompactTrainer(tower, dataset.training_histories(), counts, vectors, id_rows, config, 0.3, seed)
     return made, dataset
-
-
-def test_every_event_but_the_first_is_a_target_and_the_newest_window_is_whole():
-    histories = [np.arange(25), np.array([3, 4]), np.array([9])]
-    source = RecentWindows(histories, 6, dataclasses.replace(FAST, histories_per_step=3), 0)
-    targets = set()
-    for epoch in range(8):
-        windows = [w for batch in source.epoch(epoch) for w in batch]
-        assert sum(np.array_equal(w, np.arange(18, 25)) for w in windows) == 1
-        assert max(map(len, windows)) == 7
-        assert all((np.diff(w) == 1).all() for w in windows)
-        targets |= {int(t) for w in windows if len(w) != 2 or w[0] != 3 for t in w[1:]}
-    assert targets >= set(range(1, 25))
-
-
-def test_batches_are_a_function_of_seed_and_epoch():
-    histories = [np.arange(n) for n in range(2, 30)]
-    one, same, other = (RecentWindows(histories, 6, FAST, seed) for seed in (0, 0, 1))
-    flat = [[w.tolist() for batch in source.epoch(3) for w in batch] for source in (one, same, other)]
-    assert flat[0] == flat[1] != flat[2]
-
-
-def test_nothing_to_learn_is_said():
-    with pytest.raises(InputError, match="two events"):
-        RecentWindows([np.array([1])], 6, FAST, 0)
 
 
 @pytest.mark.parametrize("loss", ["full", "sampled", "gbce"])
@@ -151,15 +124,6 @@ def test_without_averaging_the_last_weights_are_validated():
     assert not [name for name in training.training_tensors() if name.startswith(("mean/", "last/"))]
 
 
-def test_training_ends_when_nothing_gets_better():
-    watch = EarlyStopping(2)
-    assert [watch.is_best(score) for score in (0.1, 0.3, 0.2)] == [True, True, False]
-    assert not watch.over
-    assert not watch.is_best(0.3)
-    assert watch.over
-    assert watch.best == 0.3
-
-
 def test_divergence_is_said_with_its_cure():
     training, _ = trainer()
     with torch.no_grad():
@@ -228,17 +192,6 @@ def test_what_only_time_tells_is_learned_by_who_reads_it(form, learns):
     if learns:
         blind = training.validate(held_out._replace(timestamps=None))
         assert blind["valid_recall@1"] < 0.8
-
-
-def test_windows_carry_each_event_with_its_own_time():
-    rows = [np.arange(25), np.array([3, 4])]
-    source = RecentWindows([np.stack([r, 1000 * r], axis=1) for r in rows], 6, FAST, 0)
-    plain = RecentWindows(rows, 6, FAST, 0)
-    windows, expected = ([w for batch in s.epoch(1) for w in batch] for s in (source, plain))
-    assert len(windows) == len(expected)
-    for window, without in zip(windows, expected, strict=True):
-        np.testing.assert_array_equal(window[:, 0], without)
-        np.testing.assert_array_equal(window[:, 1], 1000 * without)
 
 
 def test_the_moment_of_the_target_is_not_read_in_training():

@@ -27,67 +27,6 @@ def trainer(**sections):
     return InterleavedTrainer(model.tower, source, collator, config), dataset
 
 
-def test_every_event_is_a_target_once_an_epoch_when_windows_fit():
-    histories = [np.arange(10 * i, 10 * i + n) for i, n in enumerate((2, 5, 3))]
-    source = ShiftedWindows(histories, 4, TrainConfig(histories_per_step=3, num_workers=1))
-    windows = source.step(0)
-    assert sorted(len(w) - 1 for w in windows) == [1, 2, 4]
-    assert source.steps_per_epoch == 1
-
-
-def test_long_histories_are_cut_into_windows_that_move_from_epoch_to_epoch():
-    source = ShiftedWindows([np.arange(50)], 4, TrainConfig(histories_per_step=1, num_workers=1, alpha=0, beta=0))
-    epochs = [
-        [tuple(source.step(e * source.steps_per_epoch + s)[0]) for s in range(source.steps_per_epoch)] for e in (0, 1)
-    ]
-    assert all(2 <= len(w) <= 5 and list(w) == list(range(w[0], w[-1] + 1)) for epoch in epochs for w in epoch)
-    assert set(epochs[0]) != set(epochs[1])
-
-
-def test_a_batch_is_a_function_of_the_step_and_workers_share_it():
-    histories = [np.arange(i, i + 4) for i in range(20)]
-    config = TrainConfig(histories_per_step=6, num_workers=2)
-    first, second = ShiftedWindows(histories, 4, config), ShiftedWindows(histories, 4, config)
-    whole = [tuple(w) for w in first.step(17)]
-    assert [tuple(w) for w in second.step(17)] == whole
-    shared = [[tuple(w) for w in first.step(17, rank, 2)] for rank in (0, 1)]
-    assert sorted(shared[0] + shared[1]) == sorted(whole)
-
-
-def test_buckets_of_like_length_hold_every_history_once_and_pad_less():
-    rng = np.random.default_rng(0)
-    histories = [np.arange(100 * i, 100 * i + rng.integers(2, 9)) for i in range(96)]
-
-    def epoch(bucket_steps, number=0):
-        config = TrainConfig(histories_per_step=8, num_workers=1, bucket_steps=bucket_steps)
-        source = ShiftedWindows(histories, 10, config)
-        return [source.step(number * source.steps_per_epoch + step) for step in range(source.steps_per_epoch)]
-
-    def padding(batches):
-        return 1 - sum(len(w) for b in batches for w in b) / sum(8 * max(map(len, b)) for b in batches)
-
-    drawn, alike = epoch(1), epoch(12)
-    assert sorted(int(w[0]) for b in alike for w in b) == [100 * i for i in range(96)]
-    assert padding(alike) < 0.4 * padding(drawn)
-    longest = [max(map(len, batch)) for batch in alike]
-    assert longest != sorted(longest)
-    assert [int(w[0]) for w in epoch(12, 1)[0]] != [int(w[0]) for w in alike[0]]
-
-
-def test_nothing_to_learn_is_said():
-    with pytest.raises(InputError, match="two events"):
-        ShiftedWindows([np.array([1]), np.array([2])], 4, TrainConfig())
-
-
-def test_no_held_out_event_reaches_training():
-    dataset = tiny_dataset(num_events=6)
-    source = ShiftedWindows(dataset.training_histories(), 4, TrainConfig(histories_per_step=4))
-    seen = {tuple(w) for step in range(source.total_steps()) for w in source.step(step)}
-    training = {tuple(h.tolist()) for h in dataset.training_histories()}
-    assert all(len(t) == 4 for t in training)
-    assert seen <= training
-
-
 def test_training_learns_the_next_item():
     training, dataset = trainer(train={"epochs": 40, "learning_rate": 1e-2, "modality_dropout": 0})
     first = training.train_step()

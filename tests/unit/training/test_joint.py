@@ -6,10 +6,9 @@ import torch
 from fakes import tiny_config, tiny_dataset, tiny_items, tiny_model
 
 from pixrec.artifact import load_model, save_model
-from pixrec.errors import ConfigError, InputError
+from pixrec.errors import InputError
 from pixrec.model.catalog import Catalog
 from pixrec.training.joint import JointTrainer
-from pixrec.training.stages import check_joint
 
 NO_CLIP = 1e9
 WINDOWS = [np.array([0, 1, 2, 3]), np.array([4, 5]), np.array([2, 6, 1])]
@@ -206,13 +205,3 @@ def test_divergence_is_said_with_its_cure():
         made.tower.compact.content.weight.fill_(float("nan"))
     with pytest.raises(InputError, match=r"train\.joint\.learning_rate"):
         training._step(WINDOWS)
-
-
-def test_it_is_for_the_compact_tower_on_whole_copies_alone():
-    wanted = {"joint": {"epochs": 1}}
-    check_joint(tiny_config())
-    check_joint(tiny_config(model={"user_tower": "compact"}, train=wanted))
-    with pytest.raises(ConfigError, match=r"model\.user_tower"):
-        check_joint(tiny_config(train=wanted))
-    with pytest.raises(ConfigError, match="fsdp2"):
-        check_joint(tiny_config(model={"user_tower": "compact"}, train={"parallel": "fsdp2", **wanted}))
