@@ -92,9 +92,17 @@ def _prepared(table: pa.Table) -> pa.Table:
     """The same rows in the plainest types, pictures named in full, without what is only pandas' row labels."""
     kept = [number for number, name in enumerate(table.column_names) if not _PANDAS_INDEX.fullmatch(name)]
     names = [table.column_names[number] for number in kept]
-    columns = [plain(table.column(number)) for number in kept]
+    columns = [plain(_decoded(table.column(number))) for number in kept]
     located = [_located(c) if name in _PICTURE_PLACES else c for name, c in zip(names, columns, strict=True)]
     return pa.Table.from_arrays(located, names)
+
+
+def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A dictionary of string views (Polars' categories) as strings: Arrow itself takes no views by their index."""
+    if not pa.types.is_dictionary(column.type) or not pa.types.is_string_view(column.type.value_type):
+        return column
+    chunks = [chunk.dictionary.cast(pa.string()).take(chunk.indices) for chunk in column.chunks]
+    return pa.chunked_array(chunks, pa.string())
 
 
 def _located(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -45,10 +45,11 @@ def test_types_that_only_live_in_memory_become_plain(tmp_path: Path):
         "item_id": pa.array(["a", "b"], pa.string_view()),
         "image": pa.array([b"x", None], pa.binary_view()),
         "category": pa.array(["c", "c"]).dictionary_encode(),
+        "brand": pa.DictionaryArray.from_arrays(pa.array([0, 0], pa.uint32()), pa.array(["b"], pa.string_view())),
         "title": pa.array(["A", "B"], pa.large_string()),
     }
     kinds = written(pa.table(views), tmp_path / "data").schema.types
-    assert kinds == [pa.string(), pa.binary(), pa.string(), pa.string()]
+    assert kinds == [pa.string(), pa.binary(), pa.string(), pa.string(), pa.string()]
 
 
 def test_a_filtered_data_frame_brings_no_row_labels(tmp_path: Path):
