@@ -13,9 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from pixrec.config import Modalities
+from pixrec.data.ids import IdIndex
 from pixrec.data.images import decode_image
 from pixrec.data.items import ItemTable
 from pixrec.data.pictures import picture_hash
@@ -23,6 +25,9 @@ from pixrec.model.compact import UNKNOWN_TIME
 from pixrec.model.encoding import Content, Histories, ItemEncoder, Items
 from pixrec.model.towers import DualTower
 from pixrec.model.vision import PictureTokens
+
+TEXTS_KEPT = 200_000
+"""Tokenised texts that a catalog keeps."""
 
 _Given = TypeVar("_Given")
 _Made = TypeVar("_Made")
@@ -53,6 +58,8 @@ class Catalog:
 
     def items(self, rows: np.ndarray, modalities: Modalities | Sequence[Modalities] = "both") -> Items:
         """Encode the items at `rows` (U,)."""
+        if len(self._text_ids) > TEXTS_KEPT:
+            self._text_ids.clear()
         new = [int(r) for r in rows if int(r) not in self._text_ids]
         for row, ids in zip(new, self.encoder.tokenize([self.table.text(r) for r in new]), strict=True):
             self._text_ids[row] = ids
@@ -115,7 +122,7 @@ class Embedder:
         self.compact = tower.compact
         self.max_history_items = self.compact.user.max_history_items if self.compact else max_history_items
         self.device = tower.log_temperature.device
-        self._id_row = {item_id: row for row, item_id in enumerate(embedded_ids)}
+        self._id_row = IdIndex.of(pa.array(embedded_ids, pa.large_string()))
 
     @property
     def reads_item_vectors(self) -> bool:
@@ -196,8 +203,10 @@ class Embedder:
         with torch.no_grad():
             vectors = self.tower.item_vectors(items.to(self.device))
             if self.compact is not None:
-                known = [self._id_row.get(i, -1) for i in item_ids] if item_ids else [-1] * len(vectors)
-                vectors = self.compact.item_vectors(vectors, torch.tensor(known, device=self.device))
+                known = np.full(len(vectors), -1)
+                if item_ids:
+                    known = self._id_row.rows_of(pa.array(item_ids, pa.large_string())).astype(np.int64)
+                vectors = self.compact.item_vectors(vectors, torch.from_numpy(known).to(self.device))
             return vectors.float().cpu().numpy()
 
 
