@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from fakes import tiny_items
+from fakes import tiny_items, write_prepared
 
 from pixrec import storage
 from pixrec.data.arrays import write_arrays
