@@ -6,6 +6,7 @@ Shapes: B queries · N items · D width · k results.
 from __future__ import annotations
 
 import itertools
+import warnings
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ ROW_MULTIPLE = 64
 
 
 @torch.no_grad()
-def top_k(queries: Any, items: Any, k: int) -> tuple[Any, Any]:
+def top_k(queries: Any, items: Any, k: int, rows: np.ndarray | None = None) -> tuple[Any, Any]:
     """The `k` items with the largest inner product for each query, exactly.
 
     queries (B, D) and items (N, D) are numpy arrays or tensors of any float type; scores are computed in float32.
+    `rows`: the items to look among, ascending, which are taken block by block; the indices are of `items` all the same.
     Returns scores (B, min(k, N)) float32, descending, and indices (B, min(k, N)) int64, of the kind `queries` is.
     Equal scores: the lower row first. Raises ValueError on k < 1, shapes that do not fit, or values that are not
     finite.
@@ -39,36 +41,54 @@ def top_k(queries: Any, items: Any, k: int) -> tuple[Any, Any]:
         )
     if not torch.isfinite(queries_BD).all():
         raise ValueError("queries hold a value that is not finite")
-    parts = [_search(block.float(), items_ND, k) for block in queries_BD.split(QUERY_BLOCK)]
+    chosen = None if rows is None else torch.from_numpy(np.asarray(rows, dtype=np.int64)).to(items_ND.device)
+    parts = [_search(block.float(), items_ND, k, chosen) for block in queries_BD.split(QUERY_BLOCK)]
     scores, indices = (torch.cat(columns) for columns in zip(*parts, strict=True))
     if not torch.isfinite(scores).all():
         raise ValueError("items hold a value that is not finite")
     return (scores.cpu().numpy(), indices.cpu().numpy()) if as_numpy else (scores, indices)
 
 
+def shared_tensor(array: np.ndarray) -> torch.Tensor:
+    """A tensor of the memory of an array, to be read only: that may be mapped, or belong to Arrow or to Ray."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def in_order(vectors: np.ndarray, rows: np.ndarray, num_rows: int) -> np.ndarray:
+    """An array (num_rows, D) with vector i at `rows[i]`, zeros elsewhere: `vectors` themselves if they lie so."""
+    if len(rows) == num_rows and np.array_equal(rows, np.arange(num_rows)):
+        return vectors
+    ordered = np.zeros((num_rows, vectors.shape[1]), dtype=vectors.dtype)
+    ordered[rows] = vectors
+    return ordered
+
+
 def _tensor(array: Any) -> torch.Tensor:
-    if isinstance(array, torch.Tensor):
-        return array.detach()
-    # torch shares memory with numpy only where it may write, unlike in vectors read from Arrow, and steps forward
-    return torch.from_numpy(np.require(np.asarray(array), requirements=("C", "W")))
+    return array.detach() if isinstance(array, torch.Tensor) else shared_tensor(np.asarray(array))
 
 
-def _search(queries_BD: torch.Tensor, items_ND: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _search(
+    queries_BD: torch.Tensor, items_ND: torch.Tensor, k: int, rows: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`top_k` for one block of float32 queries, item block by item block."""
     device = queries_BD.device
     scores = torch.empty(len(queries_BD), 0, device=device)
     indices = torch.empty(len(queries_BD), 0, dtype=torch.int64, device=device)
-    whole = len(items_ND) - len(items_ND) % ROW_MULTIPLE  # only the few rows after it need filling up
-    for first, last in itertools.pairwise([*range(0, whole, ITEM_BLOCK), whole, len(items_ND)]):
+    total = len(items_ND) if rows is None else len(rows)
+    whole = total - total % ROW_MULTIPLE  # only the few rows after it need filling up
+    for first, last in itertools.pairwise([*range(0, whole, ITEM_BLOCK), whole, total]):
         if first == last:
             continue
-        block = items_ND[first:last].to(device, torch.float32)
+        block = items_ND[first:last] if rows is None else items_ND[rows[first:last]]
+        block = block.to(device, torch.float32)
         block_scores, block_rows = stable_top(_product(queries_BD, block), k)
         # what was kept so far has the lower rows and stands first, so a stable sort keeps the order of ties
         scores, order = torch.cat([scores, block_scores], 1).sort(dim=1, descending=True, stable=True)
         indices = torch.cat([indices, block_rows + first], 1).gather(1, order)
         scores, indices = scores[:, :k], indices[:, :k]
-    return scores, indices
+    return scores, indices if rows is None else rows.to(device)[indices]
 
 
 def _product(queries_BD: torch.Tensor, items_ND: torch.Tensor) -> torch.Tensor:

@@ -15,12 +15,12 @@ import numpy as np
 from pixrec import storage
 from pixrec.artifact import Index, Model, index_manifest, load_index, load_model
 from pixrec.config import Config
+from pixrec.data.arrays import open_arrays
 from pixrec.data.images import decode_image
-from pixrec.data.items import ItemTable
-from pixrec.data.sequences import DATASET_MARKER, load_dataset
+from pixrec.data.items import DATASET_MARKER, ItemTable, open_items, read_info
 from pixrec.data.text import item_text
 from pixrec.errors import ArtifactError, InputError, UnreadableImage
-from pixrec.index import top_k
+from pixrec.index import in_order, top_k
 from pixrec.model.catalog import Catalog
 from pixrec.model.compact import UNKNOWN_TIME
 from pixrec.model.encoding import Content
@@ -58,20 +58,19 @@ class Recommender:
         self.items = items
         self._embedder = model.embedder()
         self._catalog = Catalog(items, model.encoder, tokens=tokens)
-        rows = np.array([items.row_of.get(i, -1) for i in index.item_ids], dtype=np.int64)
+        rows = items.rows_of(index.item_ids)
         if (rows < 0).any():
             stray = index.item_ids[int(np.argmin(rows))]
             raise ArtifactError(f"the index holds item {stray!r}, which the data set lacks; run pixrec embed again")
         self._indexed = np.zeros(len(items), dtype=bool)
         self._indexed[rows] = True
-        self._vectors = np.zeros((len(items), index.vectors.shape[1]), dtype=np.float32)
-        self._vectors[rows] = index.vectors
+        self._vectors = in_order(index.vectors, rows, len(items))
         new = np.flatnonzero(~self._indexed)  # items that came after the index: in histories, not among the answers
         if len(new):
             self._vectors[new] = self._embedder.items(self._catalog, new)
         self._new_vectors: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._popularity = (training_counts / max(1, int(training_counts.sum()))).astype(np.float32)
-        self._most_bought_first = np.argsort(-self._popularity, kind="stable")
+        self._most_bought_first = np.argsort(-self._popularity, kind="stable").astype(np.int32)
 
     def recommend(
         self, history: Sequence[str], k: int = 10, *, exclude: Sequence[str] = (), exclude_history: bool = True
@@ -186,13 +185,11 @@ class Recommender:
         barred = [self._excluded(query) for query in queries]
         if not len(rows):
             return [[] for _ in queries]
-        candidates = self._vectors if len(rows) == len(self._vectors) else self._vectors[rows]
+        chosen = None if len(rows) == len(self._vectors) else rows
         most = max(q.k + len(b) for q, b in zip(queries, barred, strict=True))
-        scores, found = top_k(vectors, candidates, min(len(rows), most))
+        scores, found = top_k(vectors, self._vectors, min(len(rows), most), chosen)
         ranked = []
-        for query, out, row_scores, row_found in zip(
-            queries, barred, scores.tolist(), rows[found].tolist(), strict=True
-        ):
+        for query, out, row_scores, row_found in zip(queries, barred, scores.tolist(), found.tolist(), strict=True):
             pairs = [(self.items.item_ids[r], s) for r, s in zip(row_found, row_scores, strict=True) if r not in out]
             ranked.append(pairs[: query.k])
         return ranked
@@ -232,9 +229,10 @@ def load_recommender(model: str, index: str, data: str | None = None) -> Recomme
     """As `pixrec.load_recommender`."""
     loaded = load_model(model)
     found = load_index(index, loaded.fingerprint)
-    dataset = load_dataset(data or _data_of(index))
-    tokens = find_tokens(dataset.uri, loaded.config, loaded.tower.backbone)
-    return Recommender(loaded, found, dataset.items, dataset.training_counts(), tokens)
+    uri = data or _data_of(index)
+    arrays = open_arrays(uri, str(read_info(uri).get("fingerprint", "")))
+    tokens = find_tokens(uri, loaded.config, loaded.tower.backbone)
+    return Recommender(loaded, found, open_items(uri, arrays), arrays["training_count"], tokens)
 
 
 def _data_of(index: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -17,7 +18,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import fsspec
 import numpy as np
@@ -27,6 +28,8 @@ import pyarrow.parquet as pq
 from botocore.exceptions import BotoCoreError
 
 from pixrec.errors import ArtifactError, InputError, OutputError, PixRecError
+
+_T = TypeVar("_T")
 
 _REMOTE = ("s3://",)
 _TROUBLE = (OSError, BotoCoreError)  # the second: no credentials, no such endpoint
@@ -267,6 +270,11 @@ def map_column(uri: str) -> pa.ChunkedArray:
         raise _failed(uri, error) from None
 
 
+def map_table(uri: str) -> pa.Table:
+    """A local Arrow IPC file, mapped as `map_array` does it."""
+    return pa.ipc.open_file(pa.memory_map(absolute(uri))).read_all()
+
+
 def node_copy(uri: str, key: str) -> str:
     """A local folder with the content of the folder `uri`: itself, or a copy that all processes of a node share.
 
@@ -275,11 +283,7 @@ def node_copy(uri: str, key: str) -> str:
     """
     if not is_remote(uri):
         return absolute(uri)
-    place = os.environ.get("PIXREC_CACHE") or os.path.join(tempfile.gettempdir(), f"pixrec-{os.getuid()}")
-    copy = os.path.join(place, key)
-    os.makedirs(place, exist_ok=True)
-    with open(f"{copy}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, also by a process that dies
+    with _locked(key) as copy:
         if not os.path.isdir(copy):
             partial = f"{copy}.partial-{uuid.uuid4().hex[:8]}"
             fs, path = _locate(uri)
@@ -291,6 +295,43 @@ def node_copy(uri: str, key: str) -> str:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     return copy
+
+
+def node_file(uri: str, version: str, make: Callable[[str], None], opened: Callable[[str], _T]) -> _T:
+    """What `opened(path)` gives of a local file that all processes of a node share, such as a mapped form of `uri`.
+
+    `make(path)` writes it where it is not there yet. It lies beside the copies of `node_copy`; when the `version` of
+    `uri` changes the new file takes the place of the old one, which stays with the processes that have it open.
+    """
+    name = hashlib.blake2b(absolute(uri).encode(), digest_size=16).hexdigest()
+    kept = hashlib.blake2b(version.encode(), digest_size=8).hexdigest()
+    with _locked(name) as place:
+        path = f"{place}.{kept}.made"
+        if not os.path.exists(path):
+            partial = f"{path}.partial"
+            try:
+                make(partial)
+                for old in glob.glob(f"{glob.escape(place)}.*.made"):
+                    os.unlink(old)
+                os.replace(partial, path)
+            except OSError as error:
+                cure = "set PIXREC_CACHE to a folder with room"
+                raise OutputError(f"{path} cannot be written: {_one_line(error)}; {cure}") from None
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(partial)
+        return opened(path)
+
+
+@contextlib.contextmanager
+def _locked(name: str) -> Iterator[str]:
+    """A path in the cache of the node, for one process at a time."""
+    place = os.environ.get("PIXREC_CACHE") or os.path.join(tempfile.gettempdir(), f"pixrec-{os.getuid()}")
+    os.makedirs(place, exist_ok=True)
+    path = os.path.join(place, name)
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes, also by a process that dies
+        yield path
 
 
 def write_json(uri: str, value: Any) -> None:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pixrec
 from pixrec import storage
 from pixrec.artifact.stored import to_table, to_vectors
+from pixrec.data.ids import Ids
 from pixrec.errors import ArtifactError
 from pixrec.schema import EMBEDDING, HAS_IMAGE, ITEM_ID, SCALE, index_schema
 
@@ -31,7 +32,7 @@ class Index:
     """One published version: N item vectors and the manifest that says what made them."""
 
     version: str
-    item_ids: list[str]
+    item_ids: Sequence[str]
     vectors: np.ndarray
     """(N, D) float32"""
     manifest: dict[str, Any]
@@ -143,14 +144,17 @@ def load_index(uri: str, model_fingerprint: str | None = None) -> Index:
             f"{uri} was made by model {manifest['model_fingerprint'][:8]}, not {str(model_fingerprint)[:8]}; "
             "run pixrec embed with this model"
         )
-    version = str(manifest["version"])
+    version, rows = str(manifest["version"]), int(manifest["rows"])
     columns = [ITEM_ID, EMBEDDING, *([SCALE] if manifest["dtype"] == "int8" else [])]
-    table = storage.read_table(storage.join(uri, VERSIONS, version), columns)
-    if table.num_rows != manifest["rows"]:
-        raise ArtifactError(
-            f"{uri}: version {version} holds {table.num_rows} rows, its manifest says {manifest['rows']}"
-        )
-    vectors = to_vectors(table)
-    if not np.isfinite(vectors).all():
-        raise ArtifactError(f"{uri}: version {version} holds a vector that is not finite; run pixrec embed again")
-    return Index(version, table.column(ITEM_ID).to_pylist(), vectors, manifest)
+    vectors, item_ids, found = np.empty((rows, int(manifest["width"])), np.float32), list[pa.Array](), 0
+    for file in storage.table_files(storage.join(uri, VERSIONS, version)):  # so that what is read is never held twice
+        table = storage.read_table(file, columns)
+        part, room = to_vectors(table), vectors[found : found + len(table)]
+        if not np.isfinite(part).all():
+            raise ArtifactError(f"{uri}: version {version} holds a vector that is not finite; run pixrec embed again")
+        room[:] = part[: len(room)]
+        item_ids += table.column(ITEM_ID).chunks
+        found += len(table)
+    if found != rows:
+        raise ArtifactError(f"{uri}: version {version} holds {found} rows, its manifest says {rows}")
+    return Index(version, Ids(pa.chunked_array(item_ids, pa.string())), vectors, manifest)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import safetensors
 import safetensors.torch
 import torch
@@ -27,6 +28,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 import pixrec
 from pixrec import storage
 from pixrec.config import Config, dump_config, load_config
+from pixrec.data.ids import Ids
 from pixrec.data.items import load_texts
 from pixrec.errors import ArtifactError, ConfigError
 from pixrec.model.backbone import (
@@ -65,7 +67,7 @@ class Model:
     config: Config
     info: dict[str, Any]
     """model.json: fingerprint, metrics, counts of training."""
-    embedded_ids: tuple[str, ...] = ()
+    embedded_ids: Sequence[str] = ()
     """Items that have a learned vector of their own, in the order of those vectors."""
     pretrained: dict[str, Any] = field(default_factory=dict)
     """Revision and hash of the weights that training began from; empty for `pixrec-tiny`."""
@@ -109,10 +111,10 @@ def untrained_model(config: Config, data_uris: Sequence[str], device: str = "cpu
     return new_model(config, texts, device)
 
 
-def with_compact(model: Model, trained_items: list[str]) -> Model:
+def with_compact(model: Model, trained_items: Sequence[str]) -> Model:
     """The model with an untrained compact user tower, which learns a vector for each of `trained_items` if so set."""
     config = model.config.model
-    known = tuple(trained_items) if config.compact.id_embedding else ()
+    known = Ids(pa.array(trained_items if config.compact.id_embedding else [], pa.large_string()))
     with seeded(model.config.train.seed):
         tower = CompactTower(config.compact_width, config.compact, config.embedding_width, len(known))
     model.tower.compact = tower.to(model.tower.log_temperature.device)
@@ -136,7 +138,7 @@ def save_model(folder: str, model: Model, info: dict[str, Any]) -> dict[str, Any
     backbone.model.save_pretrained(path / ("adapter" if model.config.model.lora.enabled else "backbone"))
     safetensors.torch.save_file(_heads(model.tower), path / "heads.safetensors")
     if model.embedded_ids:
-        (path / _EMBEDDED_IDS).write_text(json.dumps(model.embedded_ids))
+        (path / _EMBEDDED_IDS).write_text(json.dumps(list(model.embedded_ids)))
     facts = {"fingerprint": fingerprint(model), "pixrec": pixrec.__version__, **info}
     if model.pretrained:
         facts["pretrained"] = model.pretrained
@@ -194,7 +196,7 @@ def fingerprint(model: Model) -> str:
         digest.update(tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
     digest.update(json.dumps(sorted(model.encoder.tokenizer.get_vocab().items())).encode())
     digest.update(repr(model.config.model).encode())
-    digest.update(json.dumps(model.embedded_ids).encode())
+    digest.update(json.dumps(list(model.embedded_ids)).encode())
     digest.update(json.dumps(model.pretrained, sort_keys=True).encode() if model.pretrained else b"")
     return digest.hexdigest()
 

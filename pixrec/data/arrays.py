@@ -57,7 +57,8 @@ class Arrays:
     @cached_property
     def item_ids(self) -> pa.Array:
         """(N,)"""
-        return storage.map_column(storage.join(self.folder, ITEM_ID_FILE)).combine_chunks()
+        column = storage.map_column(storage.join(self.folder, ITEM_ID_FILE))
+        return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # the latter makes a copy
 
     @cached_property
     def user_ids(self) -> pa.ChunkedArray:

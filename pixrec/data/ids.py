@@ -63,6 +63,14 @@ def only(ids: Sequence[str], rows: np.ndarray) -> Sequence[str]:
     return ids.only(rows) if isinstance(ids, Ids) else [ids[row] for row in rows]
 
 
+def sorted_order(ids: Sequence[str]) -> np.ndarray:
+    """int32 (N,): the numbers of the ids in the order of the ids, which is that of their UTF-8 bytes."""
+    column = pa.array(ids, pa.large_string())
+    if pc.all(pc.less_equal(column[:-1], column[1:])).as_py() in (True, None):
+        return np.arange(len(column), dtype=np.int32)
+    return pc.sort_indices(column).to_numpy().astype(np.int32)
+
+
 def hash_ids(ids: pa.Array) -> np.ndarray:
     """uint64 (U,): a hash of the UTF-8 bytes of each id, the same on every machine and in every version.
 

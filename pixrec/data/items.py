@@ -9,7 +9,7 @@ import datetime
 import decimal
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from pixrec import storage
 from pixrec.data.arrays import Arrays, open_arrays
+from pixrec.data.ids import IdIndex, Ids
 from pixrec.data.images import DECODER
 from pixrec.data.pictures import open_pictures
 from pixrec.data.text import item_text
@@ -38,7 +39,10 @@ from pixrec.schema import (
 FORMAT = 2
 """The version of the prepared data set's format, as docs/format.md describes it."""
 DATASET_MARKER, PICTURES_FOLDER = "dataset.json", "pictures"
+MOST_ITEMS_READ = 50_000
+"""The columns of larger catalogs are mapped from a file rather than held by each process."""
 
+_IDS_AT_A_TIME = 100_000
 _NOT_A_FILTER = {ITEM_ID, TITLE, DESCRIPTION, PRICE, IMAGE, IMAGE_STATUS, IMAGE_URIS}
 
 
@@ -79,15 +83,21 @@ class ItemTable:
         return _Column(self._columns[IMAGE] if IMAGE in self._columns else pa.nulls(len(self)))
 
     @cached_property
-    def item_ids(self) -> list[str]:
-        return (self._columns[ITEM_ID] if self._arrays is None else self._arrays.item_ids).to_pylist()
+    def item_ids(self) -> Ids:
+        return Ids(self._columns[ITEM_ID] if self._arrays is None else self._arrays.item_ids)
 
     @cached_property
-    def row_of(self) -> Mapping[str, int]:
+    def row_of(self) -> IdIndex:
         """The row of an item's id."""
         if self._arrays is not None:
             return self._arrays.index
-        return {item_id: row for row, item_id in enumerate(self.item_ids)}
+        return IdIndex.of(pa.array(self.item_ids, pa.large_string()))
+
+    def rows_of(self, item_ids: Sequence[str]) -> np.ndarray:
+        """int32 (U,): the row of each id; -1 where this catalog lacks it."""
+        ids = pa.array(item_ids, pa.large_string())
+        blocks = [self.row_of.rows_of(ids[at : at + _IDS_AT_A_TIME]) for at in range(0, len(ids), _IDS_AT_A_TIME)]
+        return np.concatenate([np.zeros(0, np.int32), *blocks])
 
     def __len__(self) -> int:
         return len(self._table if self._arrays is None else self._arrays.item_ids)
@@ -208,16 +218,42 @@ def load_items(data_uri: str) -> ItemTable:
 def open_items(data_uri: str, arrays: Arrays) -> ItemTable:
     """The items of a prepared data set whose arrays are open already."""
     folder, pictures = storage.join(data_uri, ITEMS), storage.join(data_uri, PICTURES_FOLDER)
-    return ItemTable(lambda: _read(data_uri, folder), lambda: open_pictures(pictures), arrays)
+    return ItemTable(lambda: _read(data_uri, folder, len(arrays.item_ids)), lambda: open_pictures(pictures), arrays)
 
 
-def _read(data_uri: str, folder: str) -> pa.Table:
+def _read(data_uri: str, folder: str, num_items: int) -> pa.Table:
+    """The columns of the items: read where they are few, otherwise mapped from a file that a node makes of them once.
+
+    Parquet cannot give a single row without unpacking thousands, an uncompressed Arrow file can.
+    """
     try:
-        table = storage.read_table(folder)
+        files = storage.table_files(folder)
+        if num_items <= MOST_ITEMS_READ:
+            table = storage.read_table(folder)
+        else:
+            version = " ".join(f"{storage.name(file)} {storage.stamp(file)}" for file in files)
+            table = storage.node_file(folder, version, lambda path: _unpack(files, path), storage.map_table)
         table.column(ITEM_ID)
         return table
     except (InputError, KeyError) as error:  # KeyError: no item_id
         raise ArtifactError(f"{data_uri} is no complete data set ({error}); make it with pixrec prepare") from None
+
+
+def _unpack(files: Sequence[str], path: str) -> None:
+    """Parquet files as one Arrow file, a file in memory at a time."""
+    schema = pa.unify_schemas([storage.read_schema(file) for file in files], promote_options="permissive")
+    schema = schema.remove_metadata()
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for file in files:
+            table = storage.read_table(file)
+            absent = [pa.nulls(len(table), field.type) for field in schema if field.name not in table.column_names]
+            lacking = [field.name for field in schema if field.name not in table.column_names]
+            for name, column in zip(lacking, absent, strict=True):
+                table = table.append_column(name, column)
+            yield from table.select(schema.names).cast(schema).combine_chunks().to_batches()
+
+    storage.write_batches(path, schema, batches(), durable=False)
 
 
 def read_info(data_uri: str) -> dict[str, Any]:
@@ -272,7 +308,7 @@ class _Filter:
             rows = np.concatenate([rows, np.flatnonzero(several.to_numpy())])
         encoded = values.combine_chunks().dictionary_encode()
         present = encoded.is_valid().to_numpy(zero_copy_only=False)
-        self._rows = rows[present]
+        self._rows = rows[present].astype(np.int32)
         self._codes = encoded.indices.drop_null().to_numpy()
         self._code_of = {value: code for code, value in enumerate(encoded.dictionary.to_pylist())}
 

@@ -9,7 +9,8 @@ Shapes: B users · E events · N items.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple, overload
@@ -39,6 +40,8 @@ __all__ = [
     "sample_users",
     "targets",
 ]
+
+EVENTS_AT_A_TIME = 4_000_000
 
 ONE_STEP_SHARE = 0.9
 """Where so many of the steps between events are of one length, timestamps tell the order and nothing else."""
@@ -89,6 +92,19 @@ class Histories(Sequence[np.ndarray]):
     def only(self, which: np.ndarray) -> Histories:
         """Some of them, by number or by a mask (B,)."""
         return Histories(self.values, self.starts[which], self.ends[which])
+
+    def blocks(self) -> Iterator[Histories]:
+        """All of them, a block of some million events at a time."""
+        bounds = np.flatnonzero(np.diff(np.cumsum(self.lengths) // EVENTS_AT_A_TIME, prepend=0))
+        for start, stop in itertools.pairwise([0, *bounds.tolist(), len(self)]):
+            if start < stop:
+                yield self[start:stop]
+
+    def flat(self) -> np.ndarray:
+        """The events of all of them, one piece after the other."""
+        lengths = self.lengths
+        shifts = self.starts - (np.cumsum(lengths) - lengths)
+        return self.values[np.repeat(shifts, lengths) + np.arange(lengths.sum())]
 
 
 class Users(NamedTuple):
@@ -255,7 +271,11 @@ class Dataset:
 
     def training_counts(self) -> np.ndarray:
         """int64 (N,): events per item visible to training."""
-        return np.bincount(self.events.rows[self.training_visible()], minlength=len(self.items))
+        rows, seen, counts = self.events.rows, self.training_visible(), np.zeros(len(self.items), dtype=np.int64)
+        for at in range(0, len(rows), EVENTS_AT_A_TIME):
+            block = slice(at, at + EVENTS_AT_A_TIME)
+            counts += np.bincount(rows[block][seen[block]], minlength=len(self.items))
+        return counts
 
     def held_out(self, part: Part) -> HeldOut:
         """Users to validate or test on. A history holds every event before its target, later parts never."""

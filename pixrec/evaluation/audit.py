@@ -9,7 +9,8 @@ Shapes: B users · E events.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ import pixrec
 from pixrec.artifact import Index, Model
 from pixrec.config import Config, SequenceConfig
 from pixrec.data.joined import count_leaks
-from pixrec.data.sequences import Dataset, HeldOut, Part, load_dataset
+from pixrec.data.sequences import EVENTS_AT_A_TIME, Dataset, HeldOut, Histories, Part, load_dataset
 from pixrec.errors import InputError, PixRecError
 from pixrec.scorers import LOSS_OF
 from pixrec.training.windows import RecentWindows, ShiftedWindows
@@ -29,14 +30,13 @@ they are cut from is."""
 EPOCHS = 2
 """Epochs of a compact tower whose windows are looked at, all of them; later ones are cut from the same histories."""
 
-Histories = Sequence[np.ndarray]
-
 
 class Learner(NamedTuple):
-    """Somebody who trains: how it cuts its windows, and whether it may see validation events, as a refit does."""
+    """Somebody who trains: how it cuts its windows, here epoch by epoch, and whether it may see validation events, as a
+    refit does."""
 
     name: str
-    windows: Callable[[Histories], Histories]
+    windows: Callable[[Histories], list[Histories]]
     on_validation: bool = False
 
 
@@ -58,16 +58,16 @@ def audit_dataset(dataset: Dataset, trained: Config, evaluated: Config) -> dict[
     """
     events, numbered = dataset.events, _numbered(dataset)
     parts: tuple[Part, Part] = ("valid", "test")
-    user_of = np.repeat(np.arange(len(events.user_ids)), np.diff(events.offsets))
+    user_of = np.repeat(np.arange(len(events.user_ids), dtype=np.int32), np.diff(events.offsets))
     view = _View(dataset, {part: numbered.held_out(part) for part in parts}, user_of)
-    seen = _check_training(view, numbered.training_histories(), "a training history")
+    seen = _check_training(view, [numbered.training_histories()], "a training history")
     for part in parts:
         _check_histories(view, part)
     windows: dict[str, int] = {}
     for learner in learners(trained, evaluated):
         cut = learner.windows(_histories(numbered, learner))
         _check_training(view, cut, f"a training window of {learner.name}", on_validation=learner.on_validation)
-        windows[learner.name] = len(cut)
+        windows[learner.name] = sum(map(len, cut))
     counted = int(dataset.training_counts().sum())
     if counted != int(seen.sum()):
         raise InputError(f"leak: baselines count {counted} events, training sees {int(seen.sum())}")
@@ -127,8 +127,9 @@ def _audited(dataset: Dataset, source: _Source) -> dict[str, Any]:
     visible, histories = other.training_visible(), _numbered(other).training_histories()
     windows = {learner.name: learner.windows(histories) for learner in source.learners}
     for name, cut in windows.items():
-        events = np.concatenate([np.zeros(0, np.int64), *cut])
-        _check(visible[events], events, other, f"is held out there and also in a training window of {name}")
+        for block in _blocks(cut):
+            events = block.flat()
+            _check(visible[events], events, other, f"is held out there and also in a training window of {name}")
     later, split = 0, dataset.info["split"]
     if split["kind"] == "temporal" and other.tells_time:
         later = int((other.events.timestamps[visible] >= split["test_start_ms"]).sum())
@@ -136,7 +137,7 @@ def _audited(dataset: Dataset, source: _Source) -> dict[str, Any]:
         **facts,
         "checked": True,
         "training_events": int(visible.sum()),
-        "training_windows_checked": sum(map(len, windows.values())),
+        "training_windows_checked": sum(len(epoch) for cut in windows.values() for epoch in cut),
         "events_after_test_start": later,
     }
 
@@ -157,7 +158,10 @@ def _reached(dataset: Dataset, source: _Source) -> Dataset | str:
 def _numbered(dataset: Dataset) -> Dataset:
     """The data set with the events' own numbers in place of items."""
     events = dataset.events
-    return dataclasses.replace(dataset, events=dataclasses.replace(events, rows=np.arange(len(events.rows))))
+    dtype = np.int32 if len(events.rows) < 2**31 else np.int64
+    return dataclasses.replace(
+        dataset, events=dataclasses.replace(events, rows=np.arange(len(events.rows), dtype=dtype))
+    )
 
 
 def _model_learners(trained: Config) -> Iterator[Learner]:
@@ -185,21 +189,25 @@ def _histories(dataset: Dataset, learner: Learner) -> Histories:
     return dataset.training_histories(with_validation=True) if learner.on_validation else dataset.training_histories()
 
 
-def _batch_windows(histories: Histories, config: Config) -> Histories:
+def _batch_windows(histories: Histories, config: Config) -> list[Histories]:
     """The windows of the first epoch as the towers' training cuts them, at most those of MAX_STEPS steps."""
-    if not any(len(history) >= 2 for history in histories):
+    if not (histories.lengths >= 2).any():
         return []
     source = ShiftedWindows(histories, config.model.max_history_items, config.train)
     steps = np.unique(np.linspace(0, source.steps_per_epoch - 1, min(source.steps_per_epoch, MAX_STEPS)).astype(int))
-    return [window for step in steps for window in source.step(int(step))]
+    return [Histories.of([window for step in steps for window in source.step(int(step))])]
 
 
-def _sequence_windows(histories: Histories, longest: int, config: SequenceConfig, seed: int) -> Histories:
+def _sequence_windows(histories: Histories, longest: int, config: SequenceConfig, seed: int) -> list[Histories]:
     """The windows of the first epochs as the training of a compact tower cuts them."""
-    if not any(len(history) >= 2 for history in histories):
+    if not (histories.lengths >= 2).any():
         return []
     source = RecentWindows(histories, longest, config, seed)
-    return [window for epoch in range(EPOCHS) for batch in source.epoch(epoch) for window in batch]
+    return [source.epoch(epoch).windows for epoch in range(EPOCHS)]
+
+
+def _blocks(pieces: Iterable[Histories]) -> Iterator[Histories]:
+    return itertools.chain.from_iterable(Histories.of(one).blocks() for one in pieces)
 
 
 def _check(good: np.ndarray, events: np.ndarray, dataset: Dataset, what: str) -> None:
@@ -218,17 +226,15 @@ def _check(good: np.ndarray, events: np.ndarray, dataset: Dataset, what: str) ->
 def _check_histories(view: _View, part: Part) -> None:
     """A history holds events of its own user alone, all of them before the target."""
     dataset, users, user_of = view.dataset, view.held_out[part], view.user_of
-    lengths = [len(history) for history in users.histories]
-    if not lengths:
-        return
-    events, targets = np.concatenate(users.histories), np.repeat(users.targets, lengths)
-    _check(events < targets, events, dataset, f"is given to scorers before the {part} target that it follows")
-    _check(user_of[events] == user_of[targets], events, dataset, "is given to scorers as another user's history")
+    done = 0
+    for block in Histories.of(users.histories).blocks():
+        events, targets = block.flat(), np.repeat(users.targets[done : done + len(block)], block.lengths)
+        _check(events < targets, events, dataset, f"is given to scorers before the {part} target that it follows")
+        _check(user_of[events] == user_of[targets], events, dataset, "is given to scorers as another user's history")
+        done += len(block)
 
 
-def _check_training(
-    view: _View, pieces: Sequence[np.ndarray], where: str, *, on_validation: bool = False
-) -> np.ndarray:
+def _check_training(view: _View, pieces: Histories, where: str, *, on_validation: bool = False) -> np.ndarray:
     """Whether training may have the events of `pieces`, which are `where`; returns which these are, bool (E,).
 
     Training ends before the test (without `on_validation`: before the validation): for each user, and under a
@@ -237,21 +243,24 @@ def _check_training(
     dataset, held_out, user_of = view
     timestamps, split = dataset.events.timestamps, dataset.info["split"]
     seen = np.zeros(len(timestamps), dtype=bool)
-    for piece in pieces:
-        seen[piece] = True
+    for block in _blocks(pieces):
+        seen[block.flat()] = True
     barred: tuple[Part, ...] = ("test",) if on_validation else ("valid", "test")
     for part in barred:
         targets = held_out[part].targets
         _check(~seen[targets], targets, dataset, f"is the {part} target and also in {where}")
     target_of, tested = np.full(len(dataset.events.user_ids), len(timestamps)), held_out["test"].targets
     target_of[user_of[tested]] = tested
-    visible = np.flatnonzero(seen)
-    _check(visible < target_of[user_of[visible]], visible, dataset, f"follows the user's test target and is in {where}")
-    if split["kind"] == "temporal":
-        ends = split["test_start_ms"] if on_validation else min(split["valid_start_ms"], split["test_start_ms"])
-        _check(
-            timestamps[visible] < ends, visible, dataset, f"lies in a period held out from training and is in {where}"
-        )
+    temporal = split["kind"] == "temporal"
+    for at in range(0, len(seen), EVENTS_AT_A_TIME):
+        visible = np.flatnonzero(seen[at : at + EVENTS_AT_A_TIME]) + at
+        before = visible < target_of[user_of[visible]]
+        _check(before, visible, dataset, f"follows the user's test target and is in {where}")
+        if temporal:
+            ends = split["test_start_ms"] if on_validation else min(split["valid_start_ms"], split["test_start_ms"])
+            early = timestamps[visible] < ends
+            _check(early, visible, dataset, f"lies in a period held out from training and is in {where}")
+    if temporal:
         early = timestamps[tested] >= split["test_start_ms"]
         _check(early, tested, dataset, "is a test target from before the test period")
     return seen

@@ -17,6 +17,7 @@ import torch
 
 from pixrec.config import EvaluateConfig
 from pixrec.console import Progress
+from pixrec.data.ids import sorted_order
 from pixrec.data.sequences import HeldOut, sample_users
 from pixrec.errors import InputError
 from pixrec.evaluation.results import Evaluation, Outcome, reported_ks
@@ -140,5 +141,5 @@ def evaluate_scorers(
 def _tie_order(item_ids: Sequence[str] | None) -> np.ndarray | None:
     if item_ids is None:
         return None
-    order = np.array(sorted(range(len(item_ids)), key=item_ids.__getitem__), dtype=np.int64)
+    order = sorted_order(item_ids)
     return None if np.array_equal(order, np.arange(len(order))) else order

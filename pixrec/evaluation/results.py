@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pixrec.config import EvaluateConfig
-from pixrec.data.sequences import HeldOut
+from pixrec.data.sequences import HeldOut, Histories
 from pixrec.evaluation.significance import bootstrap_ci, holm, paired_difference_ci, randomisation_p
 from pixrec.metrics import user_metrics, user_random_tie_metrics
 
@@ -148,7 +148,7 @@ class Evaluation:
     def _members(self) -> dict[str, tuple[str, np.ndarray]]:
         """Bucket -> what it means, and which users are in it."""
         targets = self.held_out.targets
-        lengths = np.array([len(h) for h in self.held_out.histories])
+        lengths = Histories.of(self.held_out.histories).lengths
         middle, counts = int(np.median(lengths)), self.training_counts
         known = np.sort(counts[counts > 0])[::-1]
         least = int(known[max(0, round(HEAD_SHARE * len(known)) - 1)]) if len(known) else 1

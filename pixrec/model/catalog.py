@@ -14,9 +14,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from pixrec.config import Modalities
+from pixrec.data.ids import IdIndex
 from pixrec.data.images import decode_image
 from pixrec.data.items import ItemTable
 from pixrec.data.pictures import picture_hash
@@ -24,6 +26,9 @@ from pixrec.model.compact import UNKNOWN_TIME
 from pixrec.model.encoding import Content, Histories, ItemEncoder, Items
 from pixrec.model.towers import DualTower
 from pixrec.model.vision import PictureTokens
+
+TEXTS_KEPT = 200_000
+"""Tokenised texts that a catalog keeps."""
 
 _Given = TypeVar("_Given")
 _Made = TypeVar("_Made")
@@ -75,28 +80,28 @@ class Catalog:
         new = [int(row) for row in rows if int(row) not in self._text_ids]
         self._text_ids |= zip(new, self.encoder.tokenize([self.table.text(row) for row in new]), strict=True)
         found = [self._text_ids[int(row)] for row in rows]
-        if not self._keeps:
+        if not self._keeps or len(self._text_ids) > TEXTS_KEPT:
             self._text_ids.clear()
         return found
 
     def _pictures(self, rows: np.ndarray) -> list[np.ndarray | None]:
         """Of each row pixels (S, S, 3) uint8 or stored tokens (K, X) float16; None where there is no picture."""
-        unknown = [int(row) for row in rows if int(row) not in self._pixels]
-        read = dict(zip(unknown, self.table.images(unknown), strict=True))
-        data = [read.get(int(row)) for row in rows]
-        if self.tokens is None:
-            return [self._decoded(int(row), picture) for row, picture in zip(rows, data, strict=True)]
-        stored = self.tokens.of_hashes([None if picture is None else picture_hash(picture) for picture in data])
-        each = zip(rows, data, stored, strict=True)
-        return [self._decoded(int(row), picture) if found is None else found for row, picture, found in each]
+        wanted = rows.tolist()
+        found = {row: self._pixels[row] for row in wanted if row in self._pixels}
+        unknown = [row for row in dict.fromkeys(wanted) if row not in found]
+        data = self.table.images(unknown)
+        stored: Sequence[np.ndarray | None] = [None] * len(unknown)
+        if self.tokens is not None:
+            stored = self.tokens.of_hashes([None if picture is None else picture_hash(picture) for picture in data])
+        for row, picture, tokens in zip(unknown, data, stored, strict=True):
+            found[row] = self._decoded(row, picture) if tokens is None else tokens
+        return [found[row] for row in wanted]
 
-    def _decoded(self, row: int, data: bytes | None) -> np.ndarray | None:
-        """Pixels of the picture `data`, kept under its row; `data` may be None where they are kept already."""
-        if row in self._pixels:
-            return self._pixels[row]
+    def _decoded(self, row: int, picture: bytes | None) -> np.ndarray | None:
+        """The pixels of a picture, which are kept under its row; the oldest go where there is no room."""
         if len(self._pixels) >= self._room:
             self._pixels.pop(next(iter(self._pixels)))
-        self._pixels[row] = None if data is None else decode_image(data, self.encoder.image_size_px)
+        self._pixels[row] = None if picture is None else decode_image(picture, self.encoder.image_size_px)
         return self._pixels[row]
 
 
@@ -126,7 +131,7 @@ class Embedder:
         self.compact = tower.compact
         self.max_history_items = self.compact.user.max_history_items if self.compact else max_history_items
         self.device = tower.log_temperature.device
-        self._id_row = {item_id: row for row, item_id in enumerate(embedded_ids)}
+        self._id_row = IdIndex.of(pa.array(embedded_ids, pa.large_string()))
 
     @property
     def reads_item_vectors(self) -> bool:
@@ -207,8 +212,10 @@ class Embedder:
         with torch.no_grad():
             vectors = self.tower.item_vectors(items.to(self.device))
             if self.compact is not None:
-                known = [self._id_row.get(i, -1) for i in item_ids] if item_ids else [-1] * len(vectors)
-                vectors = self.compact.item_vectors(vectors, torch.tensor(known, device=self.device))
+                known = np.full(len(vectors), -1)
+                if item_ids:
+                    known = self._id_row.rows_of(pa.array(item_ids, pa.large_string())).astype(np.int64)
+                vectors = self.compact.item_vectors(vectors, torch.from_numpy(known).to(self.device))
             return vectors.float().cpu().numpy()
 
 

@@ -10,10 +10,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from pixrec.data.sequences import Users
+from pixrec.data.sequences import Histories, Users
 from pixrec.scorers.protocol import Scorer
-
-Histories = Sequence[np.ndarray]
 
 
 class Popularity(Scorer):
@@ -75,17 +73,15 @@ class ItemTransition(Scorer):
         backoff_events: float = 10.0,
     ) -> None:  # fmt: skip
         """histories: the rows of each training history. backoff_events: b above."""
-        lengths = [len(h) for h in histories]
-        rows = np.concatenate(histories) if histories else np.zeros(0, np.int64)
-        last = np.zeros(len(rows), dtype=bool)
-        last[np.cumsum(lengths) - 1] = True
-        here = np.flatnonzero(~last)
-        pairs, counts = np.unique(rows[here] * num_items + rows[here + 1], return_counts=True)
-        source, self._next = np.divmod(pairs, num_items)
-        self._followed = np.bincount(source, weights=counts, minlength=num_items)
-        self._share = counts / self._followed[source]
-        self._starts = np.searchsorted(source, np.arange(num_items + 1))
-        self._popularity = np.bincount(rows, minlength=num_items) / max(1, len(rows))
+        pairs, events = _consecutive(histories, num_items)
+        starts = np.flatnonzero(np.concatenate([pairs[:1] == pairs[:1], pairs[1:] != pairs[:-1]]))  # of equal pairs
+        counts, pairs = np.diff(starts, append=len(pairs)).astype(np.int32), pairs[starts]
+        self._next = (pairs % num_items).astype(np.int32)
+        pairs //= num_items  # which leaves the first item of each
+        self._starts = np.searchsorted(pairs, np.arange(num_items + 1))
+        self._followed = np.bincount(pairs, weights=counts, minlength=num_items)
+        self._share = counts / self._followed[pairs]
+        self._popularity = events / max(1, int(events.sum()))
         self._weights = damping ** np.arange(steps) / (damping ** np.arange(steps)).sum()
         self._backoff = backoff_events
 
@@ -152,7 +148,7 @@ class ContentLinear(Scorer):
         weights = self._decay ** np.arange(len(history))[::-1]
         return (weights / weights.sum()).astype(np.float32) @ self._vectors[history]
 
-    def _pairs(self, histories: Histories) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _pairs(self, histories: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """For each place in the histories: the users (P, D) up to there, and the rows (P,) that followed."""
         by_length = sorted(histories, key=len, reverse=True)
         lengths = np.array([len(h) for h in by_length])
@@ -162,6 +158,23 @@ class ContentLinear(Scorer):
             sums = self._decay * sums[:alive] + self._vectors[[h[place] for h in by_length[:alive]]]
             weight = (1 - self._decay ** (place + 1)) / (1 - self._decay) if self._decay < 1 else place + 1
             yield sums / np.float32(weight), np.array([h[place + 1] for h in by_length[:alive]])
+
+
+def _consecutive(histories: Sequence[np.ndarray], num_items: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every pair of items that follow each other, as one number, int64, sorted; and how often each item occurs (N,)."""
+    given = Histories.of(histories)
+    pairs = np.empty(int(np.maximum(given.lengths - 1, 0).sum()), np.int64)
+    events, done = np.zeros(num_items, np.int64), 0
+    for block in given.blocks():
+        rows = block.flat().astype(np.int64)  # a product of two rows does not fit into less
+        goes_on = np.ones(len(rows), dtype=bool)
+        goes_on[np.cumsum(block.lengths) - 1] = False
+        here = np.flatnonzero(goes_on)
+        pairs[done : done + len(here)] = rows[here] * num_items + rows[here + 1]
+        events += np.bincount(rows, minlength=num_items)
+        done += len(here)
+    pairs.sort()
+    return pairs, events
 
 
 def _levels(counts: np.ndarray) -> np.ndarray:

@@ -14,6 +14,8 @@ Shapes: B histories · N items of the caller's table · Z tastes · G texts
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -31,7 +33,7 @@ class Oracle(Scorer):
     sums to less than one), and raises InputError when it names others.
     """
 
-    def __init__(self, world: World, item_ids: list[str], text_only: bool) -> None:
+    def __init__(self, world: World, item_ids: Sequence[str], text_only: bool) -> None:
         row_of = {item_id: row for row, item_id in enumerate(world.item_ids)}
         unknown = [item_id for item_id in item_ids if item_id not in row_of]
         if unknown:

@@ -47,7 +47,7 @@ class Predictions(Scorer):
         return torch.from_numpy(scores_BN)
 
 
-def load_predictions(uri: str, name: str, wanted_users: Sequence[str], item_ids: list[str]) -> Predictions:
+def load_predictions(uri: str, name: str, wanted_users: Sequence[str], item_ids: Sequence[str]) -> Predictions:
     """Read `user_id`, `item_ids` (ranked, best first) of the users in `wanted_users`.
 
     Counted, not refused: users that are not wanted (`users_unknown`), wanted users without a row (`users_missing`:

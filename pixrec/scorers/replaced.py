@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from pixrec.data.ids import sorted_order
 from pixrec.data.items import ItemTable
 
 Replaced = Literal["image_constant", "image_noise", "text_constant", "text_noise"]
@@ -39,7 +40,7 @@ class ReplacedItems(ItemTable):
         self.__dict__.update(items.__dict__)  # the table, its columns and rows are shared
         self.__dict__.pop("with_image", None)
         self._items, self._how, self._size, self._seed = items, how, size_px, seed
-        by_id = np.array(sorted(range(len(items)), key=items.item_ids.__getitem__), dtype=np.int64)
+        by_id = sorted_order(items.item_ids)
         self._place = np.argsort(by_id)
         self._other = by_id[_derangement(len(items), seed)[self._place]] if how == "text_noise" else None
         self._grey = _png(np.full((size_px, size_px, 3), GREY, np.uint8))

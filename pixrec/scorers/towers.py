@@ -19,7 +19,7 @@ from pixrec.console import Progress
 from pixrec.data.items import ItemTable
 from pixrec.data.sequences import Users
 from pixrec.errors import ArtifactError, InputError
-from pixrec.index import ROW_MULTIPLE
+from pixrec.index import ROW_MULTIPLE, in_order, shared_tensor
 from pixrec.model.catalog import Catalog, Embedder
 from pixrec.model.vision import find_tokens
 from pixrec.scorers.protocol import Scorer
@@ -61,13 +61,18 @@ class TowerScorer(Scorer):
     ) -> None:
         self.name, self.recipe, self.vectors = name, recipe, item_vectors
         self._embedder, self._catalog = embedder, catalog
-        filled = np.pad(item_vectors, ((0, -len(item_vectors) % ROW_MULTIPLE), (0, 0)))  # equal items, equal scores
-        self._items = torch.from_numpy(filled).to(embedder.device)
+        # Only the last few rows need filling up for equal items to have equal scores; the vectors themselves, which may
+        # be mapped or lie in Ray's object store, are not copied.
+        whole = len(item_vectors) - len(item_vectors) % ROW_MULTIPLE
+        rest = np.pad(item_vectors[whole:], ((0, -len(item_vectors) % ROW_MULTIPLE), (0, 0)))
+        self._items = [shared_tensor(part).to(embedder.device) for part in (item_vectors[:whole], rest) if len(part)]
 
     def scores(self, users: Users) -> torch.Tensor:
         """Scores (B, N) float32, on the device of the model."""
         vectors = self._embedder.users(self._catalog, users.histories, self.vectors, users.timestamps)
-        return (torch.from_numpy(vectors).to(self._items.device) @ self._items.T)[:, : len(self.vectors)]
+        users_BD = torch.from_numpy(vectors).to(self._embedder.device)
+        parts = [users_BD @ items.T for items in self._items]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, : len(self.vectors)]
 
 
 def tower_scorers(
@@ -109,13 +114,13 @@ def tower_scorers(
 
 def aligned(index: Index, items: ItemTable) -> np.ndarray:
     """The index's vectors (N, D) in the order of `items`. Raises ArtifactError unless both hold the same items."""
-    position = {item_id: i for i, item_id in enumerate(index.item_ids)}
-    if len(position) != len(items) or not all(item_id in position for item_id in items.item_ids):
+    rows = items.rows_of(index.item_ids)
+    if len(rows) != len(items) or (np.bincount(rows[rows >= 0], minlength=len(items)) != 1).any():
         raise ArtifactError(
-            f"index version {index.version} holds {len(position)} items, the data set {len(items)}, not the same ones; "
+            f"index version {index.version} holds {len(rows)} items, the data set {len(items)}, not the same ones; "
             "run pixrec embed on this data set"
         )
-    return index.vectors[[position[item_id] for item_id in items.item_ids]]
+    return in_order(index.vectors, rows, len(items))
 
 
 def _named(progress: Progress, name: str) -> Callable[[int, int], None]:

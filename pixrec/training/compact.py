@@ -25,6 +25,7 @@ from pixrec.training.trainer import OnRow, Trainer
 from pixrec.training.windows import RecentWindows, timed
 
 USERS_PER_PASS = 256
+MAX_SCORES = 2**25  # of a pass over a large catalog: 128 MB
 
 
 class CompactTrainer(Trainer[CompactTower]):
@@ -187,8 +188,9 @@ class CompactTrainer(Trainer[CompactTower]):
             return {}
         table, ranks = self.item_vectors(), np.zeros(0, dtype=np.int64)
         users = np.arange(self.rank, len(held_out.targets), self.world_size)
-        for start in range(0, len(users), USERS_PER_PASS):
-            chosen = users[start : start + USERS_PER_PASS]
+        at_once = max(1, min(USERS_PER_PASS, MAX_SCORES // len(table)))
+        for start in range(0, len(users), at_once):
+            chosen = users[start : start + at_once]
             part = held_out.only(chosen)
             queries = self.user_vectors(part.histories, table, part.timestamps)
             seen = None if self.ever_again else part.histories

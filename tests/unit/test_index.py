@@ -89,3 +89,13 @@ def test_empty_sides():
 def test_refuses_what_it_cannot_rank(queries, items, k, message):
     with pytest.raises(ValueError, match=message):
         top_k(queries, items, k)
+
+
+def test_a_search_among_some_rows_is_that_among_their_vectors():
+    rng = np.random.default_rng(0)
+    queries, items = rng.standard_normal((3, 8)).astype("float32"), rng.standard_normal((300, 8)).astype("float32")
+    rows = np.flatnonzero(rng.random(300) < 0.5)
+    scores, found = top_k(queries, items, 7, rows)
+    expected, places = top_k(queries, items[rows], 7)
+    assert np.array_equal(scores, expected)
+    assert np.array_equal(found, rows[places])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from fakes import tiny_items
+from fakes import tiny_items, write_prepared
 
 from pixrec import storage
 from pixrec.data.arrays import write_arrays
@@ -170,3 +170,17 @@ def test_another_decoder_makes_another_content_of_what_has_a_picture(monkeypatch
     before = [items.content_hash(row) for row in range(2)]
     monkeypatch.setattr("pixrec.data.items.DECODER", "another")
     assert [items.content_hash(row) == before[row] for row in range(2)] == [False, True]
+
+
+def test_a_large_catalog_is_mapped_and_says_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIXREC_CACHE", str(tmp_path / "cache"))
+    write_prepared(tmp_path / "data")
+    read = load_items(str(tmp_path / "data"))
+    expected = [read.fields(row) for row in range(len(read))]
+    monkeypatch.setattr("pixrec.data.items.MOST_ITEMS_READ", 0)
+    for _ in range(2):  # made, and found made
+        mapped = load_items(str(tmp_path / "data"))
+        assert [mapped.fields(row) for row in range(len(mapped))] == expected
+        assert mapped.filter_values(9) == read.filter_values(9)
+        assert mapped.text(3) == read.text(3)
+    assert len(list((tmp_path / "cache").glob("*.made"))) == 1

@@ -12,10 +12,10 @@ from fakes import TINY, tiny_config, tiny_dataset, tiny_model, write_prepared
 
 from pixrec import cli
 from pixrec.artifact import Model
-from pixrec.data.sequences import Dataset, HeldOut
+from pixrec.data.sequences import Dataset, HeldOut, Histories
 from pixrec.errors import InputError
 from pixrec.evaluation.audit import audit_dataset, audit_elsewhere, dataset_guards, provenance
-from pixrec.training.windows import RecentWindows, ShiftedWindows
+from pixrec.training.windows import Batches, RecentWindows, ShiftedWindows
 
 CHECKED = (TINY, TINY)
 EVERYBODY = tiny_config(
@@ -117,7 +117,8 @@ class BeyondTheEnd(RecentWindows):
     """Windows that have the next event of their user too, which is held out where the history ends."""
 
     def epoch(self, epoch):
-        return [[np.append(window, window[-1] + 1) for window in batch] for batch in super().epoch(epoch)]
+        longer = [np.append(window, window[-1] + 1) for window in super().epoch(epoch).windows]
+        return Batches(Histories.of(longer), np.array([len(longer)]))
 
 
 @pytest.mark.parametrize(("tower", "whose"), [("compact", "the compact tower"), ("interleaved", "sasrec")])

@@ -119,3 +119,9 @@ def test_content_linear_is_the_ridge_solution_over_all_pairs():
     solution = np.linalg.solve(gram + 0.01 * np.trace(gram) / 4 * np.eye(4), users.T @ following)
     expected = np.stack([user @ solution @ vectors.T for user in users[:3]])
     np.testing.assert_allclose(scorer.scores(users_of([past for past, _ in pairs[:3]])).numpy(), expected, atol=1e-4)
+
+
+def test_transitions_of_a_large_catalog_do_not_overflow():
+    histories = [np.array([99_000, 99_999, 3], dtype=np.int32)] * 3
+    scores = ItemTransition(histories, 100_000, steps=1).scores(users_of([np.array([99_999])]))
+    assert int(scores[0].argmax()) == 3

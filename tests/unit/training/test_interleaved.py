@@ -203,3 +203,14 @@ def test_where_nobody_is_held_out_there_are_no_figures():
     nobody = type(held_out)([], [], held_out.targets[:0])
     assert training.validate(nobody) == {}
     assert training.table is not None, "the table is renewed all the same"
+
+
+def test_a_catalog_above_the_bound_is_validated_on_a_sample(monkeypatch):
+    training, dataset = trainer(train={"validation_candidates": 4})
+    held_out = dataset.held_out("valid")
+    figures = training.validate(held_out)
+    assert 4 <= figures["valid_candidates"] < 12 + 1
+    assert figures == training.validate(held_out), "the sample stays the same"
+    assert figures["valid_recall@10_text_only"] >= 0
+    everything, _ = trainer(train={"validation_candidates": 12})
+    assert "valid_candidates" not in everything.validate(held_out)
