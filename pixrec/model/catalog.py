@@ -81,19 +81,18 @@ class Catalog:
 
     def _pictures(self, rows: np.ndarray) -> list[np.ndarray | None]:
         """Of each row pixels (S, S, 3) uint8 or stored tokens (K, X) float16; None where there is no picture."""
-        unknown = [int(row) for row in rows if int(row) not in self._pixels]
+        known = {int(row): self._pixels[int(row)] for row in rows if int(row) in self._pixels}
+        unknown = [int(row) for row in rows if int(row) not in known]
         read = dict(zip(unknown, self.table.images(unknown), strict=True))
-        data = [read.get(int(row)) for row in rows]
-        if self.tokens is None:
-            return [self._decoded(int(row), picture) for row, picture in zip(rows, data, strict=True)]
-        stored = self.tokens.of_hashes([None if picture is None else picture_hash(picture) for picture in data])
-        each = zip(rows, data, stored, strict=True)
-        return [self._decoded(int(row), picture) if found is None else found for row, picture, found in each]
+        stored: list[np.ndarray | None] = [None] * len(read)
+        if self.tokens is not None:
+            stored = self.tokens.of_hashes([None if data is None else picture_hash(data) for data in read.values()])
+        for (row, data), tokens in zip(read.items(), stored, strict=True):
+            known[row] = self._decoded(row, data) if tokens is None else tokens
+        return [known[int(row)] for row in rows]
 
     def _decoded(self, row: int, data: bytes | None) -> np.ndarray | None:
-        """Pixels of the picture `data`, kept under its row; `data` may be None where they are kept already."""
-        if row in self._pixels:
-            return self._pixels[row]
+        """Pixels of the picture `data`, kept under its row."""
         if len(self._pixels) >= self._room:
             self._pixels.pop(next(iter(self._pixels)))
         self._pixels[row] = None if data is None else decode_image(data, self.encoder.image_size_px)
