@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -61,9 +61,9 @@ def feed_by_ray_data(trainer: InterleavedTrainer, data: Sequence[str], config: C
     def feed(first: int) -> Iterator[Read]:
         for start in range(first, trainer.limit, _STEPS_PER_PIPELINE):
             stop = min(start + _STEPS_PER_PIPELINE, trainer.limit)
-            for block in pipeline(job, start, stop, readers, step_bytes, config.train).iter_batches(
-                batch_size=1, batch_format="pyarrow", prefetch_batches=_AHEAD
-            ):
+            reads = pipeline(job, start, stop, readers, step_bytes, config.train)
+            blocks = reads.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=_AHEAD)
+            for block in cast(Iterator[pa.Table], blocks):
                 yield Read.from_bytes(memoryview(block.column("read")[0].as_buffer()), pin)
 
     trainer.feed = feed

@@ -196,7 +196,7 @@ class _Joined:
         found: list[bytes | None] = [None] * len(rows)
         for number, table in enumerate(self._tables):
             places = np.flatnonzero(numbers == number)
-            wanted = [int(rows[at] - self._starts[number]) for at in places]
+            wanted = [int(rows[int(at)] - self._starts[number]) for at in places]
             for at, picture in zip(places, table.images(wanted) if wanted else [], strict=True):
                 found[at] = picture
         return found

@@ -142,6 +142,8 @@ class InterleavedTrainer(Trainer[DualTower]):
         if self._read_until != self.step:
             self._reads = self.feed(self.step)
         self._read = next(self._reads)
+        if self._read.step != self.step:
+            raise RuntimeError(f"the feed gave step {self._read.step} in place of step {self.step}")
         self._read_until = self.step + 1
         self._waited = time.perf_counter() - self._started
         return self._read.windows

@@ -142,7 +142,7 @@ def _tensors_of(read: Read) -> dict[str, Tensor]:
 
 
 def _read_of(found: dict[str, Tensor]) -> Read:
-    passes = []
+    passes: list[Pass] = []
     while f"{len(passes)}.item_rows" in found:
         prefix = f"{len(passes)}."
         own = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}

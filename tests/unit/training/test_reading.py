@@ -99,3 +99,10 @@ def test_a_step_reads_its_pictures_at_once(monkeypatch):
     read = step.read(0, 0, 1)
     assert calls == [read.passes[0].item_rows.tolist()]
     assert not step.collator.catalog._text_ids
+
+
+def test_a_full_cache_loses_no_picture():
+    """A kept picture that has to go for others of the same batch was lost."""
+    catalog = reader(cache_bytes=1).collator.catalog
+    for rows in ([7], [0, 7], [7, 3, 0], [1, 0]):
+        assert len(catalog.items(np.array(rows)).pixels) == len(rows)
