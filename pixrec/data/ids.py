@@ -130,7 +130,10 @@ class IdIndex(Mapping[str, int]):
         return found
 
     def __getitem__(self, item_id: str) -> int:
-        row = int(self.rows_of(pa.array([item_id], pa.large_string()))[0]) if isinstance(item_id, str) else -1
+        try:
+            row = int(self.rows_of(pa.array([item_id], pa.large_string()))[0])
+        except (UnicodeEncodeError, pa.ArrowException):  # half a surrogate pair, or no text: no id is such
+            raise KeyError(item_id) from None
         if row < 0:
             raise KeyError(item_id)
         return row

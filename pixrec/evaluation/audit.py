@@ -234,7 +234,7 @@ def _check_histories(view: _View, part: Part) -> None:
         done += len(block)
 
 
-def _check_training(view: _View, pieces: Histories, where: str, *, on_validation: bool = False) -> np.ndarray:
+def _check_training(view: _View, pieces: Iterable[Histories], where: str, *, on_validation: bool = False) -> np.ndarray:
     """Whether training may have the events of `pieces`, which are `where`; returns which these are, bool (E,).
 
     Training ends before the test (without `on_validation`: before the validation): for each user, and under a

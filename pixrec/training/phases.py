@@ -103,7 +103,7 @@ def compact_trainer(base: Model, catalog: Catalog, dataset: Dataset, config: Con
     """
     content = torch.from_numpy(item_table(base.tower, catalog, config))
     counts = dataset.training_counts()
-    model = with_compact(base, [dataset.items.item_ids[row] for row in np.flatnonzero(counts > 0)])
+    model = with_compact(base, [dataset.items.item_ids[row] for row in np.flatnonzero(counts > 0).tolist()])
     assert model.tower.compact is not None
     model.tower.compact.whiten(content.to(model.tower.log_temperature.device))
     trainer = CompactTrainer(

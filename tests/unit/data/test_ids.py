@@ -67,8 +67,10 @@ def test_an_index_finds_the_rows_of_ids():
         False,
     )
     assert (len(index), next(iter(index))) == (1000, texts[0])
-    with pytest.raises(KeyError, match="nowhere"):
-        index["nowhere"]
+    for stranger in ("nowhere", "\udcff", 7):
+        assert index.get(stranger) is None
+        with pytest.raises(KeyError):
+            index[stranger]
 
 
 def test_ids_of_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch):
