@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-import torch
-from fakes import tiny_items
+from fakes import FixedScorer, tiny_items
 
 from pixrec.config import EvaluateConfig
 from pixrec.data.items import ItemTable
@@ -26,12 +25,8 @@ EVIL = '"><script src="https://evil.example/x.js"></script>'
 HELD_OUT = HeldOut(["u0", "<u1>"], [np.array([3, 0]), np.array([1])], np.array([2, 3]))
 
 
-class Rising:
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def scores(self, histories: list[np.ndarray]) -> torch.Tensor:
-        return torch.arange(4.0).expand(len(histories), -1)
+def rising(name: str) -> FixedScorer:
+    return FixedScorer(name, [0.0, 1.0, 2.0, 3.0])
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +38,7 @@ def items() -> ItemTable:
 
 @pytest.fixture(scope="module")
 def evaluation():
-    scorers, config = (Rising("pixrec"), Rising("popularity")), EvaluateConfig(bootstrap_samples=10)
+    scorers, config = (rising("pixrec"), rising("popularity")), EvaluateConfig(bootstrap_samples=10)
     counts = np.array([1, 0, 2, 0])
     return evaluate_scorers(scorers, HELD_OUT, config, training_counts=counts, with_image=np.ones(4, bool))
 
@@ -55,10 +50,10 @@ def metrics(evaluation) -> dict:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory, evaluation, metrics: dict, items: ItemTable) -> str:
-    folder, scorer = tmp_path_factory.mktemp("report"), Rising("pixrec")
+    folder, scorer = tmp_path_factory.mktemp("report"), rising("pixrec")
     examples = choose_examples(scorer, HELD_OUT, evaluation.config)
     grids = choose_grids(scorer, evaluation)
-    write_report(str(folder), metrics, title="A shop", items=items, examples=examples, grids=grids)
+    write_report(str(folder), metrics, data_name="A shop", items=items, examples=examples, grids=grids)
     return (folder / "index.html").read_text()
 
 
