@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 from fakes import tiny_dataset, tiny_items, tiny_model
 
 from pixrec.artifact import Model
 from pixrec.data.items import ItemTable
 from pixrec.data.sequences import Dataset
+
+# One thread: `make test` runs two things at a time, and torch's threads wait for each other by turning in circles.
+torch.set_num_threads(1)
 
 # Around every test pytest hooks each logger that does not propagate. Torch has 55 of them: 2 ms a test.
 for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch")]:

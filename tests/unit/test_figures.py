@@ -91,7 +91,7 @@ def test_the_table_has_a_row_for_each_scorer_and_both_ways_of_breaking_ties() ->
         "| best possible scorer | | | .200 [.200, .210] | .690 [.690, .710] |",
         "| best possible from text alone | | | .020 [.020, .030] | .200 [.200, .220] |",
         "| `pixrec`: pictures and text | .090 [.090, .100] | .638 [.638, .658] | the same | the same |",
-        "| `popularity`: the most bought items for everybody | .000 [.000, .010] | .026 [.026, .046] | "
+        "| `popularity`: the best-sellers list, the same for everybody | .000 [.000, .010] | .026 [.026, .046] | "
         ".003 [.003, .013] | .030 [.030, .050] |",
     ]
 

@@ -23,23 +23,21 @@ TESTED_ELSEWHERE = {
     # a model and an index, saved and loaded as units
     "pixrec/artifact/index.py": "tests/unit/test_artifact.py",
     "pixrec/artifact/model.py": "tests/unit/test_artifact.py",
+    # the files of a prepared data set, by those who read them
+    "pixrec/data/arrays.py": "tests/unit/data/test_sequences.py",
+    "pixrec/data/rows.py": "tests/unit/data/test_pictures.py",
+    # every step of it is a step of prepare
+    "pixrec/data/partitions.py": "tests/cluster/test_prepare.py",
     # every family is held to the library's own forward pass by the same tests
     **dict.fromkeys(
-        (f"pixrec/model/families/{name}.py" for name in ("base", "paligemma", "qwen", "smolvlm")),
+        (f"pixrec/model/families/{name}.py" for name in ("base", "llava", "paligemma", "qwen", "smolvlm")),
         "tests/unit/model/test_families.py",
     ),
     "pixrec/model/catalog.py": "tests/unit/model/test_towers.py",
-    # the page as a reader gets it
-    **dict.fromkeys(
-        (f"pixrec/report/{name}.py" for name in ("page", "pictures", "plots", "words")), "tests/unit/test_report.py"
-    ),
-    "pixrec/evaluation/results.py": "tests/unit/evaluation/test_protocol.py",
     "pixrec/scorers/sasrec.py": "tests/unit/training/test_compact.py",
     "pixrec/serving/gate.py": "tests/unit/serving/test_http.py",
     "pixrec/training/phases.py": "tests/cluster/test_train.py",
-    "pixrec/training/stages.py": "tests/cluster/test_train.py",
     "pixrec/training/validation.py": "tests/unit/training/test_interleaved.py",
-    "pixrec/verbs.py": "tests/unit/test_cli.py",
     # used by every test that needs Ray
     "pixrec/cluster/session.py": "tests/cluster/conftest.py",
     "pixrec/cluster/workers.py": "tests/cluster/test_train.py",
