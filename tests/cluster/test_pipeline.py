@@ -110,7 +110,7 @@ def test_prepare(verb: Verb, place: str):
     summary = verb("prepare", **tables, out=f"{place}/data")
     assert summary["images"] == {"ok": WORLD.num_items, "missing": 0, "rejected": 0}
     assert summary["users"] == WORLD.num_users
-    assert names(f"{place}/data") == {"items", "sequences", "rejects", "dataset.json"}
+    assert names(f"{place}/data") == {"items", "pictures", "sequences", "arrays", "rejects", "dataset.json"}
 
 
 def test_train(verb: Verb, place: str):

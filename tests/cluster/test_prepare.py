@@ -17,6 +17,7 @@ from pixrec import storage
 from pixrec.cluster import prepare as module
 from pixrec.cluster.prepare import check_counts, prepare
 from pixrec.config import PrepareConfig
+from pixrec.data.pictures import open_pictures
 from pixrec.data.sequences import load_dataset
 from pixrec.errors import InputError, OutputError
 from pixrec.schema import REJECTS
@@ -76,16 +77,23 @@ def test_without_held_out_items_the_fingerprint_is_what_it_was():
     assert len({module._fingerprint(config, []) for config in (PrepareConfig(), *seeds)}) == 3
 
 
+def outside_the_store(out: Path) -> list[str]:
+    """Files of a data set but those of the picture store, which names them by chance."""
+    return [name for name in everything_below(out) if not name.startswith("pictures/")]
+
+
 def test_again_gives_the_same_and_replaces_the_old(
     ray_session: None, raw: Path, tmp_path: Path, request: pytest.FixtureRequest
 ):
     out = tmp_path / "out"
     arguments = (str(raw / "items.parquet"), str(raw / "interactions.parquet"), str(out), CONFIG, silent)
-    first, files = prepare(*arguments), everything_below(out)
+    first, files = prepare(*arguments), outside_the_store(out)
+    pictures = open_pictures(str(out / "pictures")).read_range(0, first["items"]["kept"])
     (out / "stale").write_text("")
     request.getfixturevalue("slices_here")
     assert prepare(*arguments) == first
-    assert everything_below(out) == files
+    assert outside_the_store(out) == files
+    assert open_pictures(str(out / "pictures")).read_range(0, first["items"]["kept"]) == pictures
     assert sorted(os.listdir(tmp_path)) == ["out", "raw"]
     os.remove(raw / "good.jpg")
     assert prepare(*arguments)["fingerprint"] != first["fingerprint"]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pytest
+from fakes import tiny_dataset, write_prepared
 from ray import serve
 
 import pixrec
@@ -23,7 +24,7 @@ from pixrec.config import Config, ModelConfig, ServeConfig, TinyConfig
 from pixrec.data.items import ItemTable
 from pixrec.data.synthetic import build_world, picture
 from pixrec.model.catalog import Catalog
-from pixrec.schema import PREPARED_ITEM_FIELDS, SEQUENCES
+from pixrec.schema import PREPARED_ITEM_FIELDS
 from pixrec.serving.app import APP_NAME, build_app
 
 NUM_ITEMS, NUM_USERS = 30, 8
@@ -63,16 +64,9 @@ def write_data(uri: str, config: Config) -> ItemTable:
     }
     columns |= {"image_status": ["ok"] * NUM_ITEMS, "brand": ["Øre", "Acme"] * (NUM_ITEMS // 2)}
     columns |= {"image": [picture(world, row) for row in range(NUM_ITEMS)]}
-    table = pa.table(columns, schema=pa.schema(PREPARED_ITEM_FIELDS))
-    histories = [[ids[user + step] for step in range(3)] for user in range(NUM_USERS)]
-    sequences = {"user_id": [f"u{user}" for user in range(NUM_USERS)], "item_ids": histories}
-    storage.write_table(storage.join(uri, "items", "part-0.parquet"), table)
-    storage.write_table(
-        storage.join(uri, "sequences", "part-0.parquet"),
-        pa.table(sequences | {"timestamps": [[1, 2, 3]] * NUM_USERS}, schema=SEQUENCES),
-    )
-    storage.write_json(storage.join(uri, "dataset.json"), {"split": {"kind": "leave_one_out"}})
-    return ItemTable(table)
+    items = ItemTable(pa.table(columns, schema=pa.schema(PREPARED_ITEM_FIELDS)))
+    write_prepared(uri, tiny_dataset(items, num_users=NUM_USERS, num_events=3))
+    return items
 
 
 class Client:
