@@ -1,10 +1,8 @@
 """From raw tables to a prepared data set.
 
 Tables may be larger than memory: they are worked on in pieces and in partitions (`pixrec.data.partitions`), which in
-the driver are a few counts each, and in items by number. Small tables are worked on in this process, before Ray is
-started, large ones by tasks of Ray Data. Items are cut into slices, and every slice is read, its pictures decoded and
-written to files of its own that carry the slice's number: so the items keep their order, and a slice that is tried
-twice replaces its files and doubles nothing.
+the driver are a few counts each, and in slices of items (`pixrec.data.slices`). Small tables are worked on in this
+process, before Ray is started, large ones and pictures by tasks of Ray Data.
 """
 
 from __future__ import annotations
@@ -21,23 +19,19 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 
 from pixrec import __version__, errors, storage
 from pixrec.config import PrepareConfig, to_dict
 from pixrec.console import Progress, Rate
-from pixrec.data import amazon2023, interactions, partitions, pictures, tables
-from pixrec.data.fetch import Fetcher, Picture
-from pixrec.data.images import DECODER, shrink_image
+from pixrec.data import amazon2023, interactions, partitions, pictures, slices, tables
+from pixrec.data.images import DECODER
 from pixrec.data.partitions import Answer, Number, Plan
-from pixrec.data.sequences import DATASET_MARKER, FORMAT, ITEMS_FOLDER, PICTURES_FOLDER, REJECTS_FOLDER, source_name
+from pixrec.data.sequences import DATASET_MARKER, FORMAT, PICTURES_FOLDER, REJECTS_FOLDER, source_name
 from pixrec.schema import (
     EVENT,
     IMAGE,
     IMAGE_URI,
     IMAGE_URIS,
-    IMAGES,
-    ITEM_ID,
     ITEMS,
     MISSING,
     OK,
@@ -51,9 +45,6 @@ Source = Literal["tables", "amazon2023"]
 Step = Callable[[dict[str, Any]], Answer]
 
 KIND = "data set"
-# A slice reads its row group up to its own rows, so a group is cut into no more than 64 slices, unless a slice would
-# then hold more than 4096 pictures (20 KB each at 256 px) or more than 64 MiB of input.
-_SLICES_PER_GROUP, _ROWS_LEAST, _ROWS_MOST, _BYTES_MOST = 64, 128, 4096, 64 * 1024**2
 
 
 def prepare(
@@ -120,46 +111,59 @@ def _prepare(
     progress: Progress,
 ) -> dict[str, Any]:
     config, run = plan.config, _Runner(plan, progress)
-    storage.write_table(_table_rejects(plan.data), raw.rejects)
+    storage.write_table(slices.table_rejects(plan.data), raw.rejects)
     files = _item_files(raw.items)
     read, num_items = _read_ids(run, files, events_files)
     events = _read_events(run, events_files)
     parts = [asdict(Number(number)) for number in range(plan.partitions)]
     run.plan = plan = dataclasses.replace(plan, kinds=events.kinds)
     ordered = run("order", "ordering events", partitions.order_events, parts, files=events.files)
-    counts, times = _core(run, parts, num_items)
-    split = interactions.split_by(int(counts.sum()), functools.partial(_at_ranks, run, parts, times), config)
+    survivors, times = _core(run, parts, num_items)
+    split = interactions.split_by(int(survivors.sum()), functools.partial(_at_ranks, run, parts, times), config)
     cold = 0
     if config.cold_item_share:
-        mask = interactions.draw_cold_items(counts, config)
+        mask = interactions.draw_cold_items(survivors, config)
         partitions.write_mask(plan, "cold", mask)
         cold = int(mask.sum())
     run.plan = plan = dataclasses.replace(plan, split=split)
 
     if raw.items is None:
-        slices = _write_bare_items(plan)
+        items = slices.write_bare_items(partitions.read_items(plan), plan.data)
     else:
-        work = functools.partial(prepare_slice, staging=plan.data, config=config, cache=_cache(out_uri, config))
-        slices = _prepare_slices(run, work, _slices(files))
-    pictures.complete(storage.join(plan.data, PICTURES_FOLDER), len(slices))
+        cache = _cache(out_uri, config)
+        work = functools.partial(slices.prepare_slice, staging=plan.data, config=config, cache=cache)
+        items = _prepare_slices(run, work, slices.slices(files))
+    pictures.complete(storage.join(plan.data, PICTURES_FOLDER), len(items))
     written = run("sequences", "writing sequences", partitions.write_sequences, parts)
     users, kept = (sum(part[name] for part in written) for name in ("users", "events"))
     arrays = [asdict(Number(number)) for number in range(len(partitions.flat_arrays(plan)))]
     run("arrays", "writing sequences", partitions.join_array, arrays, users=users, events=kept)
     _drop_partial_files(plan.data)
+    ids = (read if raw.items is not None else num_items, num_items)
+    counts = _counts(raw, plan, ids, events, ordered, int(survivors.sum()), items, written)
+    counts["cold"] = {"items": cold, "test_targets": sum(part["test_targets"] for part in written)}
+    return _publish(plan, inputs, counts, items, written)
 
+
+def _counts(
+    raw: amazon2023.Normalised,
+    plan: Plan,
+    ids: tuple[int, int],
+    events: _EventsRead,
+    ordered: list[Answer],
+    core: int,
+    items: list[Answer],
+    written: list[Answer],
+) -> dict[str, Any]:
+    """What dataset.json counts: `ids` are the rows of the items table and those that name an item, `core` the events
+    left by the filters by count. Lines of raw files that became no row are rejects too."""
     lines = Counter(raw.rejects.column(SOURCE).to_pylist())
-    core, found = int(counts.sum()), sum(part["events"] for part in ordered)
-    bad_items = lines[ITEMS] + read - num_items if raw.items is not None else 0
-    hashes = [digest for part in slices for digest in (part["hash"], part["pictures"])]
-    info = {
-        "format": FORMAT,
-        "pixrec_version": __version__,
-        "decoder": DECODER,
-        "name": config.name or source_name(inputs["interactions"]),
-        "fingerprint": _fingerprint(config, hashes + [digest for part in written for digest in part["hashes"]]),
-        "items": {"read": num_items + bad_items, "kept": sum(part["items"] for part in slices), "rejected": bad_items},
-        "images": {status: sum(part[status] for part in slices) for status in (OK, MISSING, REJECTED)},
+    users, kept = (sum(part[name] for part in written) for name in ("users", "events"))
+    found = sum(part["events"] for part in ordered)
+    bad_items = lines[ITEMS] + ids[0] - ids[1]
+    return {
+        "items": {"read": ids[1] + bad_items, "kept": sum(part["items"] for part in items), "rejected": bad_items},
+        "images": {status: sum(part[status] for part in items) for status in (OK, MISSING, REJECTED)},
         "interactions": {
             "read": events.counts[interactions.READ] + lines[interactions.INTERACTIONS],
             "kept": kept,
@@ -170,14 +174,29 @@ def _prepare(
             "filtered_kcore": found - core,
             "held_out_cold": core - kept,
         },
-        "cold": {"items": cold, "test_targets": sum(part["test_targets"] for part in written)},
         "users": users,
+    }
+
+
+def _publish(
+    plan: Plan, inputs: dict[str, Any], counts: dict[str, Any], items: list[Answer], written: list[Answer]
+) -> dict[str, Any]:
+    """Check the counts and write dataset.json, by which the folder becomes a data set; returns its content."""
+    config = plan.config
+    hashes = [digest for part in items for digest in (part["hash"], part["pictures"])]
+    info = {
+        "format": FORMAT,
+        "pixrec_version": __version__,
+        "decoder": DECODER,
+        "name": config.name or source_name(inputs["interactions"]),
+        "fingerprint": _fingerprint(config, hashes + [digest for part in written for digest in part["hashes"]]),
+        **counts,
         "rejects": _count_rejects(plan.data),
-        "split": split,
-        **({} if events.kinds is None else {"events": _kinds_block(events.kinds, config)}),
+        "split": plan.split,
+        **({} if plan.kinds is None else {"events": _kinds_block(plan.kinds, config)}),
         "inputs": inputs,
         "config": to_dict(config),
-        "item_parts": [part["items"] for part in slices],
+        "item_parts": [part["items"] for part in items],
     }
     check_counts(info)
     storage.write_json(storage.join(plan.data, DATASET_MARKER), info)
@@ -319,38 +338,16 @@ def _interaction_files(uri: str, config: PrepareConfig) -> list[str]:
     return files
 
 
-@dataclass(frozen=True)
-class _Slice:
-    """Rows `start` to `stop` of a row group of an items file; `number` counts the slices in input order."""
-
-    number: int
-    file: str
-    group: int
-    start: int
-    stop: int
-
-
-def _slices(files: list[str]) -> list[_Slice]:
-    slices: list[_Slice] = []
-    for file in files:
-        for group, (rows, num_bytes) in enumerate(storage.row_groups(file)):
-            step = min(max(-(-rows // _SLICES_PER_GROUP), _ROWS_LEAST), _ROWS_MOST)
-            step = max(min(step, _BYTES_MOST * rows // max(num_bytes, 1)), 1)
-            for start in range(0, rows, step):
-                slices.append(_Slice(len(slices), file, group, start, min(start + step, rows)))
-    return slices
-
-
-def _prepare_slices(run: _Runner, work: Step, slices: list[_Slice]) -> list[Answer]:
+def _prepare_slices(run: _Runner, work: Step, pieces: list[slices.Slice]) -> list[Answer]:
     """What `work`, a `prepare_slice`, says of each slice, in order; on Ray when there are pictures to decode."""
-    names = {name for file in {piece.file for piece in slices} for name in storage.read_schema(file).names}
+    names = {name for file in {piece.file for piece in pieces} for name in storage.read_schema(file).names}
     on_ray = bool(names & {IMAGE, IMAGE_URI, IMAGE_URIS})
-    total = sum(piece.stop - piece.start for piece in slices)
+    total = sum(piece.stop - piece.start for piece in pieces)
     done, rejected, rate, found = 0, 0, Rate(), {}
     run.progress("preparing items", done, total)
-    for result in run.each("items", work, [asdict(piece) for piece in slices], on_ray=on_ray):
+    for result in run.each("items", work, [asdict(piece) for piece in pieces], on_ray=on_ray):
         found[result["number"]] = result
-        done += slices[result["number"]].stop - slices[result["number"]].start
+        done += pieces[result["number"]].stop - pieces[result["number"]].start
         rejected += result[REJECTED]
         run.progress("preparing items", done, total, f"{rate.add(result[OK], 'pictures/s')}, {rejected} rejected")
     return [found[number] for number in sorted(found)]
@@ -379,90 +376,8 @@ def _answer(row: dict[str, Any], *, work: Step) -> dict[str, str]:
     return {"answer": json.dumps(answer)}
 
 
-def prepare_slice(
-    row: dict[str, Any], *, staging: str, config: PrepareConfig, cache: str | None = None
-) -> dict[str, Any]:
-    """Read one slice (the fields of `_Slice`), store its pictures, write its items and its rejected pictures.
-
-    The answer counts `items` and pictures by status, and holds the `hash` of the file of items and that of `pictures`.
-    """
-    piece = _Slice(**row)
-    table = tables.with_id(storage.read_rows(piece.file, piece.group, piece.start, piece.stop))
-    found = _pictures(table, storage.parent(piece.file), config, cache)
-    statuses = [picture.status for picture in found]
-    items = tables.prepared_items(table, statuses)
-    faults = [(key, picture.reason) for key, picture in zip(_values(items, ITEM_ID), found, strict=True)]
-    keys, reasons = [key for key, reason in faults if reason], [reason for _, reason in faults if reason]
-    if not storage.exists(_table_rejects(staging)):  # written first; gone with the folder of a run that failed
-        raise errors.OutputError(f"{staging} is gone: the run that made it has ended; start it again")
-    if keys:
-        rejected = tables.rejects(IMAGES, keys, reasons)
-        storage.write_table(storage.join(staging, REJECTS_FOLDER, f"images-{piece.number:06d}.parquet"), rejected)
-    return {
-        "number": piece.number,
-        "items": len(items),
-        "hash": storage.write_table(_part(staging, ITEMS_FOLDER, piece.number), items),
-        "pictures": pictures.write_part(
-            storage.join(staging, PICTURES_FOLDER), piece.number, [picture.data for picture in found]
-        ),
-        **{status: statuses.count(status) for status in (OK, MISSING, REJECTED)},
-    }
-
-
-def _pictures(table: pa.Table, folder: str, config: PrepareConfig, cache: str | None) -> list[Picture]:
-    """The pictures of a slice as they are stored; each is shrunk as soon as it is there, while others still come."""
-    found = [Picture(None, MISSING)] * len(table)
-    with Fetcher(folder, config, cache) as fetcher:
-        for row, picture in fetcher.pictures(zip(_values(table, IMAGE), _image_uris(table), strict=True)):
-            found[row] = _stored(picture, config)
-    return found
-
-
-def _image_uris(table: pa.Table) -> Iterator[str | None]:
-    """Where each item's picture lies: its image_uri, or else the first of its image_uris."""
-    for one, several in zip(_values(table, IMAGE_URI), _values(table, IMAGE_URIS), strict=True):
-        yield one or next(iter(several or ()), None)
-
-
-def _stored(picture: Picture, config: PrepareConfig) -> Picture:
-    if picture.data is None:
-        return picture
-    try:
-        return Picture(shrink_image(picture.data, config.image_size_px, max_pixels=config.max_image_pixels), OK)
-    except errors.UnreadableImage as error:
-        return Picture(None, REJECTED, error.reason)
-
-
-def _write_bare_items(plan: Plan) -> list[Answer]:
-    """The catalog of an interactions table alone: ids, with no text and no pictures."""
-    parts = []
-    for number, item_ids in enumerate(partitions.read_items(plan)):
-        count = len(item_ids)
-        items = tables.prepared_items(pa.table({ITEM_ID: item_ids}), [MISSING] * count)
-        digest = storage.write_table(_part(plan.data, ITEMS_FOLDER, number), items)
-        shown = pictures.write_part(storage.join(plan.data, PICTURES_FOLDER), number, [None] * count)
-        counts = {OK: 0, MISSING: count, REJECTED: 0}
-        parts.append({"number": number, "items": count, "hash": digest, "pictures": shown, **counts})
-    return parts
-
-
-def _values(table: pa.Table, name: str) -> Iterator[Any]:
-    """A column's values one by one; Nones where the table lacks it."""
-    if name not in table.column_names:
-        return itertools.repeat(None, len(table))
-    return (value.as_py() for value in table.column(name))
-
-
 def _cache(out_uri: str, config: PrepareConfig) -> str | None:
     return f"{storage.absolute(out_uri)}.pictures" if config.fetch_cache == "auto" else config.fetch_cache
-
-
-def _part(staging: str, folder: str, number: int) -> str:
-    return storage.join(staging, folder, f"part-{number:06d}.parquet")
-
-
-def _table_rejects(staging: str) -> str:
-    return storage.join(staging, REJECTS_FOLDER, "tables.parquet")
 
 
 def _drop_partial_files(staging: str) -> None:

@@ -1,4 +1,4 @@
-"""The raw Amazon Reviews 2023 files (DESIGN §5) as the two tables: one line of JSON in, one row out.
+"""The raw Amazon Reviews 2023 files as the two tables: one line of JSON in, one row out.
 
 `meta_<Category>.jsonl[.gz]` becomes items, `<Category>.jsonl[.gz]` interactions. Read and written as streams: what
 grows with the files is the set of item ids, and the rejects. A line that cannot be used becomes a reject that names

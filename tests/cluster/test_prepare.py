@@ -19,6 +19,7 @@ from pixrec.cluster.prepare import check_counts, prepare
 from pixrec.config import PrepareConfig
 from pixrec.data.pictures import open_pictures
 from pixrec.data.sequences import load_dataset
+from pixrec.data.slices import prepare_slice
 from pixrec.errors import InputError, OutputError
 from pixrec.schema import REJECTS
 
@@ -116,8 +117,8 @@ def test_a_slice_done_twice_doubles_nothing(raw: Path, tmp_path: Path):
     staging = str(tmp_path / "staging")
     storage.write_table(f"{staging}/rejects/tables.parquet", REJECTS.empty_table())
     piece = {"number": 3, "file": str(raw / "items.parquet"), "group": 1, "start": 10, "stop": 30}
-    first = module.prepare_slice(piece, staging=staging, config=CONFIG)
-    assert module.prepare_slice(piece, staging=staging, config=CONFIG) == first
+    first = prepare_slice(piece, staging=staging, config=CONFIG)
+    assert prepare_slice(piece, staging=staging, config=CONFIG) == first
     assert first["items"] == 20 == first["ok"] + first["missing"] + first["rejected"]
     assert everything_below(Path(staging)) == [
         "items",
@@ -134,7 +135,7 @@ def test_a_slice_done_twice_doubles_nothing(raw: Path, tmp_path: Path):
 def test_a_slice_that_outlives_its_run_writes_nothing(raw: Path, tmp_path: Path):
     piece = {"number": 0, "file": str(raw / "items.parquet"), "group": 0, "start": 0, "stop": 9}
     with pytest.raises(OutputError, match="staging is gone"):
-        module.prepare_slice(piece, staging=str(tmp_path / "staging"), config=CONFIG)
+        prepare_slice(piece, staging=str(tmp_path / "staging"), config=CONFIG)
     assert os.listdir(tmp_path) == ["raw"]
 
 
