@@ -208,7 +208,7 @@ class Flat:
         names = storage.list_files(place, ".bin")
         if place.startswith("s3://"):
             index = np.load(io.BytesIO(storage.read_bytes(f"{place}/index.npy")))
-            fs, _ = storage._locate(place)
+            fs, _ = storage.locate(place)
 
             def read(rows: np.ndarray) -> list[bytes]:
                 file, start, size = index[rows].T
@@ -482,7 +482,7 @@ def main() -> None:
         }
         from pixrec import storage
 
-        storage._locate(BUCKET)[0].mkdir(BUCKET)
+        storage.locate(BUCKET)[0].mkdir(BUCKET)
         names = [name for name in given.only if CONTESTANTS[name].s3]
         rows = {}
         for name in names:

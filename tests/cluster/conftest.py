@@ -48,9 +48,9 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.start()
     host, port = server.get_host_and_port()
     patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    fs, _ = storage._locate(BUCKET)
+    fs, _ = storage.locate(BUCKET)
     fs.clear_instance_cache()  # another test's server
-    fs, _ = storage._locate(BUCKET)
+    fs, _ = storage.locate(BUCKET)
     fs.mkdir(BUCKET.removeprefix("s3://"))
     yield BUCKET
     fs.clear_instance_cache()

@@ -97,7 +97,7 @@ def verb(ray_session: None, place: str, capfd: pytest.CaptureFixture[str]) -> Ve
 
 def names(uri: str) -> set[str]:
     """What lies directly below, hidden things too."""
-    fs, path = storage._locate(uri)
+    fs, path = storage.locate(uri)
     return {PurePosixPath(entry).name for entry in fs.ls(path, detail=False)}
 
 

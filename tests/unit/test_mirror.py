@@ -23,6 +23,11 @@ TESTED_ELSEWHERE = {
     # a model and an index, saved and loaded as units
     "pixrec/artifact/index.py": "tests/unit/test_artifact.py",
     "pixrec/artifact/model.py": "tests/unit/test_artifact.py",
+    # one door: files, tables and published folders, locally, and on s3:// in test_storage_s3.py
+    **dict.fromkeys(
+        (f"pixrec/storage/{name}.py" for name in ("files", "folders", "node", "places", "tables")),
+        "tests/unit/test_storage.py",
+    ),
     # the files of a prepared data set, by those who read them
     "pixrec/data/arrays.py": "tests/unit/data/test_sequences.py",
     "pixrec/data/rows.py": "tests/unit/data/test_pictures.py",

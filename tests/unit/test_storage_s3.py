@@ -27,7 +27,7 @@ def server():
     running.start()
     host, port = running.get_host_and_port()
     patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    fs, _ = storage._locate(BUCKET)
+    fs, _ = storage.locate(BUCKET)
     fs.mkdir("shop")
     yield
     fs.clear_instance_cache()

@@ -8,7 +8,6 @@ import fsspec
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pixrec import storage
 from pixrec.errors import ConfigError
 from pixrec.training.tracking import TrainingLog, read_log
 
@@ -67,7 +66,7 @@ def test_a_resumed_run_continues_the_log_and_says_a_step_once(tmp_path: Path):
 
 
 def test_on_a_remote_place_the_events_wait_in_a_local_folder(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(storage, "_REMOTE", ("memory://",))
+    monkeypatch.setattr("pixrec.storage.places._REMOTE", ("memory://",))
     log = TrainingLog("memory://bucket/work")
     log.add(loss(1))
     log.add(valid(1))
