@@ -35,10 +35,18 @@ class _Asked(NamedTuple):
     """A query, and what of its history is known."""
 
     query: Query
+    rows: dict[str, int]
+    """of the items of the catalog in the history and among those to exclude"""
     known: list[int]
     """places in the history, ascending"""
     new_vectors: Mapping[str, np.ndarray]
     """vectors (D,) of its new items"""
+
+    @property
+    def excluded(self) -> set[int]:
+        """rows that must not be among the answers"""
+        ids = {*self.query.exclude, *(self.query.history if self.query.exclude_history else ())}
+        return {self.rows[i] for i in ids if i in self.rows}
 
 
 class Recommender:
@@ -87,18 +95,18 @@ class Recommender:
         Raises InputError as `Query.check` and `encode_new` do.
         """
         asked = [self._read(query) for query in queries]
-        with_history = [i for i, (_, known, _) in enumerate(asked) if known]
+        with_history = [i for i, one in enumerate(asked) if one.known]
         ranked: dict[int, list[tuple[str, float]]] = {}
         if with_history:
             vectors = self._user_vectors([asked[i] for i in with_history])
             for filters, members in _by_filters(queries, with_history):
-                chosen = [queries[with_history[m]] for m in members]
+                chosen = [asked[with_history[m]] for m in members]
                 found = self._nearest(vectors[members], chosen, filters)
                 ranked |= dict(zip((with_history[m] for m in members), found, strict=True))
         answers = []
-        for i, (query, _, new) in enumerate(asked):
-            unknown = [item_id for item_id in query.history if item_id not in self.items.row_of and item_id not in new]
-            items, kind = (ranked[i], COSINE) if i in ranked else (self._most_bought(query), PURCHASE_SHARE)
+        for i, one in enumerate(asked):
+            unknown = [i for i in one.query.history if i not in one.rows and i not in one.new_vectors]
+            items, kind = (ranked[i], COSINE) if i in ranked else (self._most_bought(one), PURCHASE_SHARE)
             answers.append(self._answer(items, kind, list(dict.fromkeys(unknown))))
         return answers
 
@@ -147,66 +155,58 @@ class Recommender:
     def _read(self, query: Query) -> _Asked:
         query.check()
         new = self.encode_new(query.new_items) if query.new_items else {}
-        known = [place for place, i in enumerate(query.history) if i in self.items.row_of or i in new]
-        return _Asked(query, known, new)
+        found = ((i, self.items.row_of.get(i)) for i in {*query.history, *query.exclude})
+        rows = {item_id: row for item_id, row in found if row is not None}
+        known = [place for place, i in enumerate(query.history) if i in rows or i in new]
+        return _Asked(query, rows, known, new)
 
     def _user_vectors(self, asked: Sequence[_Asked]) -> np.ndarray:
         """Vectors (B, D) of users whose history holds at least one known item."""
-        timed = any(query.timestamps is not None for query, _, _ in asked)
-        timestamps = [_timestamps(query, known) for query, known, _ in asked] if timed else None
-        if not any(new for _, _, new in asked):
-            rows = [np.array([self.items.row_of[q.history[place]] for place in known]) for q, known, _ in asked]
+        timed = any(one.query.timestamps is not None for one in asked)
+        timestamps = [_timestamps(one.query, one.known) for one in asked] if timed else None
+        if not any(one.new_vectors for one in asked):
+            rows = [np.array([one.rows[one.query.history[place]] for place in one.known]) for one in asked]
             return self._embedder.users(self._catalog, rows, self._vectors, timestamps)
         return self._embedder.users_of_vectors([self._history_vectors(one) for one in asked], timestamps)
 
     def _history_vectors(self, asked: _Asked) -> np.ndarray:
         """Vectors (L, D) of the newest known items of a history."""
         newest = [asked.query.history[place] for place in asked.known[-self._embedder.max_history_items :]]
-        rows = [self.items.row_of.get(item_id) for item_id in newest]
-        return np.stack(
-            [asked.new_vectors[i] if row is None else self._vectors[row] for i, row in zip(newest, rows, strict=True)]
-        )
+        return np.stack([self._vectors[asked.rows[i]] if i in asked.rows else asked.new_vectors[i] for i in newest])
 
     def _near(self, vector: np.ndarray, query: Query) -> Answer:
         """The items nearest to one vector (D,)."""
-        query.check()
-        return self._answer(self._nearest(vector[None], [query], query.filters)[0], COSINE)
+        return self._answer(self._nearest(vector[None], [self._read(query)], query.filters)[0], COSINE)
 
     def _answer(self, items: list[tuple[str, float]], kind: ScoreKind, unknown: Sequence[str] = ()) -> Answer:
         return Answer(
             items, kind, self.model_version, self.index_version, list(unknown), fallback=kind == PURCHASE_SHARE
         )
 
-    def _nearest(
-        self, vectors: np.ndarray, queries: Sequence[Query], filters: Filters
-    ) -> list[list[tuple[str, float]]]:
+    def _nearest(self, vectors: np.ndarray, asked: Sequence[_Asked], filters: Filters) -> list[list[tuple[str, float]]]:
         """For each vector (B, D) its query's k best of the items that pass the filters, by cosine."""
         rows = np.flatnonzero(self._allowed(filters))
-        barred = [self._excluded(query) for query in queries]
+        barred = [one.excluded for one in asked]
         if not len(rows):
-            return [[] for _ in queries]
+            return [[] for _ in asked]
         chosen = None if len(rows) == len(self._vectors) else rows
-        most = max(q.k + len(b) for q, b in zip(queries, barred, strict=True))
+        most = max(one.query.k + len(out) for one, out in zip(asked, barred, strict=True))
         scores, found = top_k(vectors, self._vectors, min(len(rows), most), chosen)
         ranked = []
-        for query, out, row_scores, row_found in zip(queries, barred, scores.tolist(), found.tolist(), strict=True):
+        for one, out, row_scores, row_found in zip(asked, barred, scores.tolist(), found.tolist(), strict=True):
             pairs = [(self.items.item_ids[r], s) for r, s in zip(row_found, row_scores, strict=True) if r not in out]
-            ranked.append(pairs[: query.k])
+            ranked.append(pairs[: one.query.k])
         return ranked
 
-    def _most_bought(self, query: Query) -> list[tuple[str, float]]:
+    def _most_bought(self, asked: _Asked) -> list[tuple[str, float]]:
         """What to give somebody of whom nothing is known: (item_id, share of all training events)."""
-        allowed = self._allowed(query.filters)
-        allowed[list(self._excluded(query))] = False
-        rows = self._most_bought_first[allowed[self._most_bought_first]][: query.k]
+        allowed = self._allowed(asked.query.filters)
+        allowed[list(asked.excluded)] = False
+        rows = self._most_bought_first[allowed[self._most_bought_first]][: asked.query.k]
         return [(self.items.item_ids[row], float(self._popularity[row])) for row in rows]
 
     def _allowed(self, filters: Filters) -> np.ndarray:
         return self._indexed & self.items.filter_mask(filters) if filters else self._indexed.copy()
-
-    def _excluded(self, query: Query) -> set[int]:
-        ids = {*query.exclude, *(query.history if query.exclude_history else ())}
-        return {self.items.row_of[i] for i in ids if i in self.items.row_of}
 
 
 def _timestamps(query: Query, known: Sequence[int]) -> np.ndarray:

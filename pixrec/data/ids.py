@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 _MIX, _FINISH = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)  # odd, half of their bits set
+_MIX_1, _FINISH_1, _ONES = int(_MIX), int(_FINISH), (1 << 64) - 1
 _MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], np.uint64)
 _BATCH = 100_000
 
@@ -96,6 +97,16 @@ def hash_ids(ids: pa.Array) -> np.ndarray:
     return hashes ^ (hashes >> np.uint64(29))
 
 
+def hash_id(item_id: str) -> int:
+    """What `hash_ids` gives for a single id, without arrays. Raises UnicodeEncodeError for half a surrogate pair."""
+    data = item_id.encode()
+    found = len(data) * _MIX_1 & _ONES
+    for at in range(0, len(data), 8):
+        mixed = (found ^ int.from_bytes(data[at : at + 8], "little")) * _MIX_1 & _ONES
+        found = (mixed ^ mixed >> 32) * _FINISH_1 & _ONES
+    return found ^ found >> 29
+
+
 class IdIndex(Mapping[str, int]):
     """From an id to its row, by binary search among sorted hashes, which may be mapped from a file.
 
@@ -131,12 +142,16 @@ class IdIndex(Mapping[str, int]):
 
     def __getitem__(self, item_id: str) -> int:
         try:
-            row = int(self.rows_of(pa.array([item_id], pa.large_string()))[0])
-        except (UnicodeEncodeError, pa.ArrowException):  # half a surrogate pair, or no text: no id is such
+            wanted = hash_id(item_id)
+        except (UnicodeEncodeError, AttributeError):  # half a surrogate pair, or no text: no id is such
             raise KeyError(item_id) from None
-        if row < 0:
-            raise KeyError(item_id)
-        return row
+        at = int(np.searchsorted(self._hashes, np.uint64(wanted)))
+        while at < len(self._hashes) and int(self._hashes[at]) == wanted:
+            row = int(self._rows[at])
+            if self.ids[row].as_py() == item_id:
+                return row
+            at += 1
+        raise KeyError(item_id)
 
     def __contains__(self, item_id: object) -> bool:
         return isinstance(item_id, str) and self.get(item_id) is not None

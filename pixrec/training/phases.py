@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from pixrec.artifact import Model, load_model, untrained_model, with_compact
 from pixrec.config import Config
+from pixrec.data.ids import IdIndex, only
 from pixrec.data.joined import TrainingData, join_datasets
 from pixrec.data.sequences import Dataset, HeldOut, load_dataset, sample_users
 from pixrec.model.catalog import Catalog
@@ -103,7 +105,7 @@ def compact_trainer(base: Model, catalog: Catalog, dataset: Dataset, config: Con
     """
     content = torch.from_numpy(item_table(base.tower, catalog, config))
     counts = dataset.training_counts()
-    model = with_compact(base, [dataset.items.item_ids[row] for row in np.flatnonzero(counts > 0).tolist()])
+    model = with_compact(base, only(dataset.items.item_ids, np.flatnonzero(counts > 0)))
     assert model.tower.compact is not None
     model.tower.compact.whiten(content.to(model.tower.log_temperature.device))
     trainer = CompactTrainer(
@@ -134,5 +136,5 @@ def _learned_from(model: Model, dataset: Dataset, config: Config) -> dict[str, A
 
 def id_rows_of(model: Model, dataset: Dataset) -> np.ndarray:
     """(N,) for each item of the data set the row of its learned vector in the model, -1 where it has none."""
-    row_of = {item_id: row for row, item_id in enumerate(model.embedded_ids)}
-    return np.array([row_of.get(item_id, -1) for item_id in dataset.items.item_ids])
+    known = IdIndex.of(pa.array(model.embedded_ids, pa.large_string()))
+    return known.rows_of(pa.array(dataset.items.item_ids, pa.large_string())).astype(np.int64)
