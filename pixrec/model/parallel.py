@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from pixrec.model.losses import gather_with_gradient
 from pixrec.model.objective import TrainingTask
+from pixrec.model.rowwise import ROW_SUM
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -70,6 +72,18 @@ def sum_gradients(parameters: Iterable[Tensor], *, average: bool = False) -> Non
 
 
 @torch.no_grad()
+def sum_sparse_gradient(table: Tensor) -> None:
+    """Sum of the sparse gradients (R, D) over all workers; of each, the rows that a step reads go to the others."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    own = table.grad
+    rows = torch.zeros(0, dtype=torch.int64, device=table.device) if own is None else own.coalesce().indices()[0]
+    values = table.new_zeros(0, table.shape[1]) if own is None else own.coalesce().values()
+    (rows, _), (values, _) = gather_with_gradient(rows), gather_with_gradient(values)
+    table.grad = torch.sparse_coo_tensor(rows.unsqueeze(0), values, table.shape, check_invariants=False)
+
+
+@torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], limit: float) -> float:
     """Scale all gradients so that their joint norm is at most `limit`; returns the norm before."""
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -108,7 +122,8 @@ def restore_optimizer(
 ) -> None:
     """Give AdamW back the state that `optimizer_tensors` took; a parameter without any stays as it is."""
     for name, parameter in named.items():
-        keys = [key for key in ("exp_avg", "exp_avg_sq", "step") if f"{name}/{key}" in tensors]
+        keys = [key for key in ("exp_avg", "exp_avg_sq", "step", ROW_SUM) if f"{name}/{key}" in tensors]
         if keys:
             state = {key: tensors[f"{name}/{key}"] for key in keys}
-            optimizer.state[parameter] = {k: v if k == "step" else like(v, parameter) for k, v in state.items()}
+            spread = {key: like(value, parameter) for key, value in state.items() if key not in ("step", ROW_SUM)}
+            optimizer.state[parameter] = {**state, **spread}

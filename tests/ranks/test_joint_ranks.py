@@ -10,7 +10,7 @@ from processes import run_ranks
 from pixrec.model.catalog import Catalog
 from pixrec.training.joint import JointTrainer
 
-LOSSES = ["full", "sampled"]
+LOSSES = ["full", "sampled", "sampled, row by row"]
 TOLERANCE = 1e-5
 # Five histories and five fresh items: the workers cannot share them evenly.
 TRAIN = {"gradient_clip": 1e9, "joint": {"epochs": 1, "fresh_items_per_step": 5, "micro_batch_items": 2}}
@@ -18,9 +18,11 @@ TRAIN = {"gradient_clip": 1e9, "joint": {"epochs": 1, "fresh_items_per_step": 5,
 
 def steps(loss: str) -> dict[str, np.ndarray]:
     """Gradients of a first step, and what an epoch makes of loss, table and figures; any number of processes."""
+    name, _, row_by_row = loss.partition(", ")
+    moved = {"id_optimizer": "rowwise_adagrad"} if row_by_row else {}
     config = tiny_config(
         model={"user_tower": "compact", "compact": {"dropout": 0.0}},
-        train={**TRAIN, "compact": {"loss": loss, "negatives": 6, "histories_per_step": 5}},
+        train={**TRAIN, "compact": {"loss": name, "negatives": 6, "histories_per_step": 5, **moved}},
     )
     dataset = tiny_dataset(tiny_items(with_pictures=[0, 1]), num_users=9, num_events=7)  # some share has no picture
     model = tiny_model(config, dataset.items)
@@ -34,6 +36,7 @@ def steps(loss: str) -> dict[str, np.ndarray]:
     logged: list[dict[str, float]] = []
     trainer.train_epoch(logged.append)
     found["table"] = trainer.content.clone()
+    found["ids"] = trainer.tower.id_embedding.weight.detach().clone()
     figures = trainer.validate(dataset.held_out("valid"))
     found |= {name: torch.tensor(value) for name, value in {**logged[-1], **figures}.items()}
     return {name: value.numpy() for name, value in found.items()}
