@@ -228,11 +228,12 @@ def _by_filters(queries: Sequence[Query], which: Sequence[int]) -> list[tuple[Fi
 def load_recommender(model: str, index: str, data: str | None = None) -> Recommender:
     """As `pixrec.load_recommender`."""
     loaded = load_model(model)
-    found = load_index(index, loaded.fingerprint)
     uri = data or _data_of(index)
     arrays = open_arrays(uri, str(read_info(uri).get("fingerprint", "")))
+    items = open_items(uri, arrays)
+    found = load_index(index, loaded.fingerprint, items)
     tokens = find_tokens(uri, loaded.config, loaded.tower.backbone)
-    return Recommender(loaded, found, open_items(uri, arrays), arrays["training_count"], tokens)
+    return Recommender(loaded, found, items, arrays["training_count"], tokens)
 
 
 def _data_of(index: str) -> str:

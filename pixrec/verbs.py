@@ -241,7 +241,7 @@ def _inputs(
     dataset: Dataset,
     config: Config,
 ) -> Inputs:
-    published = load_index(index, loaded.fingerprint) if index and loaded else None
+    published = load_index(index, loaded.fingerprint, dataset.items) if index and loaded else None
     if predictions is None:
         return Inputs(model, loaded, published)
     users = sample_users(held_out, config.evaluate.max_users, config.evaluate.seed)
