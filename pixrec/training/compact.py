@@ -24,7 +24,7 @@ from pixrec.model.softmax import catalog_softmax, generalised_bce, sampled_softm
 from pixrec.training.trainer import OnRow, Trainer
 from pixrec.training.windows import RecentWindows, timed
 
-USERS_PER_PASS = 256
+USERS_PER_PASS, ITEMS_PER_PASS = 256, 65_536
 MAX_SCORES = 2**25  # of a pass over a large catalog: 128 MB
 ROWWISE_FROM = 200_000
 """Learned id vectors from which on `train.compact.id_optimizer` auto moves row by row."""
@@ -182,7 +182,13 @@ class CompactTrainer(Trainer[CompactTower]):
     def item_vectors(self) -> Tensor:
         """Vectors (N, D) of the whole catalog."""
         self.tower.eval()
-        return self.tower.item_vectors(self.content, self.id_rows)
+        total = len(self.id_rows)
+        vectors = torch.empty(total, self.tower.user.width, device=self.device)
+        for start in range(0, total, ITEMS_PER_PASS):
+            rows = slice(start, start + ITEMS_PER_PASS)
+            content = None if self.content is None else self.content[rows]
+            vectors[rows] = self.tower.item_vectors(content, self.id_rows[rows])
+        return vectors
 
     @torch.no_grad()
     def user_vectors(

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from pixrec.artifact import Model, load_model, untrained_model, with_compact
 from pixrec.config import Config
@@ -25,12 +24,12 @@ from pixrec.model.parallel import rank_and_size
 from pixrec.model.vision import find_tokens
 from pixrec.training.checkpoint import restore
 from pixrec.training.compact import CompactTrainer
+from pixrec.training.content import content_table
 from pixrec.training.interleaved import InterleavedTrainer
 from pixrec.training.joint import JointTrainer
 from pixrec.training.reading import Collator
 from pixrec.training.stages import Phase
 from pixrec.training.trainer import Trainer
-from pixrec.training.validation import item_table
 from pixrec.training.windows import ShiftedWindows
 
 
@@ -103,11 +102,11 @@ def compact_trainer(base: Model, catalog: Catalog, dataset: Dataset, config: Con
 
     The workers, where torch.distributed is initialised, compute the vectors between them.
     """
-    content = torch.from_numpy(item_table(base.tower, catalog, config))
+    content = content_table(base, catalog, config, config.model.embedding_width)
     counts = dataset.training_counts()
     model = with_compact(base, only(dataset.items.item_ids, np.flatnonzero(counts > 0)))
     assert model.tower.compact is not None
-    model.tower.compact.whiten(content.to(model.tower.log_temperature.device))
+    model.tower.compact.whiten(content)
     trainer = CompactTrainer(
         model.tower.compact,
         content=content,
