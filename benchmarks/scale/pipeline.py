@@ -115,7 +115,7 @@ def run(verb: str, line: list[str], out: Path) -> dict[str, Any]:
 
 def kind_of(command_line: str) -> str:
     """What a process is, from its command line."""
-    if found := re.match(r"ray::(\w+(\.\w+)?)", command_line):
+    if found := re.match(r"ray::\w+", command_line):
         return found[0]
     for name in ("raylet", "gcs_server"):
         if f"/{name}" in command_line.split(" ")[0]:
