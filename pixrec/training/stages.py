@@ -13,7 +13,7 @@ import numpy as np
 
 from pixrec import storage
 from pixrec.artifact import MODEL_MARKER
-from pixrec.config import Config, dump_config
+from pixrec.config import Config, TrainConfig, dump_config, load_config
 from pixrec.data.joined import TrainingData, count_leaks, join_datasets
 from pixrec.data.sequences import DATASET_MARKER, Dataset, load_dataset
 from pixrec.errors import ArtifactError, ConfigError, InputError
@@ -22,6 +22,18 @@ from pixrec.training.windows import ShiftedWindows
 Phase = Literal["interleaved", "compact", "joint"]
 
 _CONFIG, _DATA = "config.yaml", "data.json"
+_MACHINERY = (
+    "max_workers",
+    "cpus_per_worker",
+    "threads_per_worker",
+    "use_gpu",
+    "feed",
+    "cpus_per_reader",
+    "readers_per_worker",
+    "max_failures",
+    "trackers",
+)
+"""Settings of `train` that change nothing of what is learned."""
 
 
 class Stage(NamedTuple):
@@ -133,7 +145,7 @@ def check_resumable(out: str, dataset: Dataset, config: Config) -> None:
     settings = storage.join(work, _CONFIG)
     if not storage.exists(settings):
         raise ArtifactError(f"--resume: no unfinished run of {out} lies at {work}; start without --resume")
-    if storage.read_text(settings) != dump_config(config):
+    if _compared(load_config(storage.read_text(settings))) != _compared(config):
         raise ConfigError(f"--resume: the configuration differs from the unfinished run's {settings}; use that one")
     begun_on, found = storage.read_json(storage.join(work, _DATA)), _data_facts(dataset, config)
     if begun_on["fingerprint"] != found["fingerprint"]:
@@ -143,6 +155,16 @@ def check_resumable(out: str, dataset: Dataset, config: Config) -> None:
             raise InputError(
                 f"--resume: the data sets of train.stages {now['name']} are not those of the unfinished run"
             )
+
+
+def _compared(config: Config) -> Config:
+    """The settings that an unfinished run must go on with: all but those that say on what it runs. The batches, and so
+    the losses, are the same on any number of workers, unless each has negatives of its own."""
+    usual, train = TrainConfig(), config.train
+    same: dict[str, Any] = {name: getattr(usual, name) for name in _MACHINERY}
+    if train.negatives == "global":
+        same["num_workers"] = 1
+    return dataclasses.replace(config, train=dataclasses.replace(train, **same))
 
 
 def _data_facts(dataset: Dataset, config: Config) -> dict[str, Any]:
