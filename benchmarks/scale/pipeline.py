@@ -8,7 +8,8 @@ Runs `pixrec prepare`, `train` (two workers, a compact user tower on a small ite
 of the default shape, which sees the pictures too. Reads the proportional set size of every
 process below it (what is its own, and its share of what several map) every few seconds. Prints, and adds to
 OUT/memory.json, for each verb its time and for each kind of process the largest one at its peak, with how much of that
-is its own; and the peak of the sum of all. A verb whose result is there already is passed over. Linux only.
+is its own; and the peak of the sum of all. A verb whose result is there already is passed over. `index` in place of `embed` writes the index
+from the item vectors that the training has left in the cache of the node, which saves an hour. Linux only.
 """
 
 from __future__ import annotations
@@ -24,13 +25,20 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from benchmarks.processes import below
 from benchmarks.scale.memory import memory_mib
-from pixrec.artifact import save_model, untrained_model
+from pixrec import storage
+from pixrec.artifact import index_version, load_model, save_model, untrained_model
 from pixrec.config import Config
 from pixrec.data.sequences import load_dataset
+from pixrec.index import shared_tensor
+from pixrec.training.content import ROWS_AT_A_TIME
+from pixrec.training.phases import id_rows_of
 
-VERBS = ("prepare", "train", "embed", "pictures", "evaluate", "serve")
+VERBS = ("prepare", "train", "pictures", "embed", "index", "evaluate", "serve")
 SECONDS_BETWEEN = 3.0
 PICTURES_SECONDS = 240
 PORT = 8123
@@ -52,8 +60,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--users", type=int, default=20_000)
-    parser.add_argument("--verbs", nargs="+", choices=VERBS, default=VERBS)
+    parser.add_argument("--verbs", nargs="+", choices=VERBS, default=[verb for verb in VERBS if verb != "index"])
+    parser.add_argument("--write-index", action="store_true", help=argparse.SUPPRESS)
     a = parser.parse_args(argv)
+    if a.write_index:
+        return write_index(a.out)
     a.out.mkdir(parents=True, exist_ok=True)
     config = a.out / "config.yaml"
     config.write_text(CONFIG.replace("STEPS", str(a.steps)).replace("USERS", str(a.users)))
@@ -79,11 +90,33 @@ def command(verb: str, shop: Path, out: Path, config: Path) -> list[str]:
         "serve": [*both, "--index", index, "--port", str(PORT)],
     }
     program = str(Path(sys.executable).parent / "pixrec")
+    if verb == "index":
+        return [sys.executable, "-m", "benchmarks.scale.pipeline", str(shop), str(out), "--write-index"]
     if verb != "pictures":
         return [program, verb, *arguments[verb]]
     seeing = str(out / "model-pictures")
     save_model(seeing, untrained_model(Config(), [data]), {})
     return [program, "embed", "--model", seeing, "--data", data, "--out", str(out / "index-pictures")]
+
+
+def write_index(out: Path) -> int:
+    """The index that `pixrec embed` would make, of the content vectors that training mapped."""
+    dataset, model = load_dataset(str(out / "data")), load_model(str(out / "model"))
+    tower, total = model.tower.compact, len(dataset.items)
+    assert tower is not None
+    (place,) = Path(storage.node_place("")).glob(f"content-*-{dataset.items.row_of.digest}.npy")
+    content, id_rows = shared_tensor(np.load(place, mmap_mode="r")), torch.from_numpy(id_rows_of(model, dataset))
+    facts = {"data": str((out / "data").absolute())}
+    with index_version(
+        str(out / "index"), model.fingerprint, model.config.model.index_width, "float32", facts
+    ) as index:
+        for start in range(0, total, ROWS_AT_A_TIME):
+            rows = slice(start, min(total, start + ROWS_AT_A_TIME))
+            with torch.no_grad():
+                vectors = tower.item_vectors(content[rows], id_rows[rows]).numpy()
+            ids = [dataset.items.item_ids[row] for row in range(rows.start, rows.stop)]
+            index.add(ids, vectors, ["0" * 32] * len(ids))
+    return 0
 
 
 def run(verb: str, line: list[str], out: Path) -> dict[str, Any]:
@@ -125,7 +158,7 @@ def kind_of(command_line: str) -> str:
 
 def is_ready() -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/readyz", timeout=1) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/healthz", timeout=1) as answer:
             return bool(answer.status == 200)
     except OSError:
         return False
