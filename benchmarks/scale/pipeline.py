@@ -3,13 +3,13 @@
     python -m benchmarks.scale.shop SHOP [--items 1000000] [--events 50000000]
     python -m benchmarks.scale.pipeline SHOP OUT [--steps 500] [--users 20000] [--verbs prepare train embed ...]
 
-Runs `pixrec prepare`, `train` (two workers, a compact user tower on a small item tower that reads the texts), `embed`,
-`evaluate` and `serve` one after the other, each as a user would start it, and, for four minutes, `embed` with a model
-of the default shape, which sees the pictures too. Reads the proportional set size of every
-process below it (what is its own, and its share of what several map) every few seconds. Prints, and adds to
-OUT/memory.json, for each verb its time and for each kind of process the largest one at its peak, with how much of that
-is its own; and the peak of the sum of all. A verb whose result is there already is passed over. `index` in place of `embed` writes the index
-from the item vectors that the training has left in the cache of the node, which saves an hour. Linux only.
+Runs `pixrec prepare`, `train` (two workers, a compact user tower on a small item tower that reads the texts), for four
+minutes `embed` with a model of the default shape, which sees the pictures too, and then `embed`, `evaluate` and `serve`
+with the trained model, each as a user would start it. Every few seconds reads the proportional set size (what is its
+own, and its share of what several map) of all processes. Prints, and adds to OUT/memory.json, for each verb its time
+and for each kind of process the largest one at its peak, with how much of that is its own; and the peak of the sum of
+all. A verb whose result is there already is passed over. `index` in place of `embed` writes the index from the item
+vectors that the training has left in the cache of the node, which saves an hour. Linux only.
 """
 
 from __future__ import annotations
