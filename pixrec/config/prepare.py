@@ -24,7 +24,7 @@ class PrepareConfig:
     """Kinds of events (view, cart, purchase, any word of the event column) that make a history; None: all. What is
     neither of these kinds nor of `target_events` is left out."""
     target_events: tuple[str, ...] | None = None
-    """Kinds of events that may be a validation or test target; None: all."""
+    """Kinds of events that may be a target of training, validation and test; None: all."""
     split: Literal["leave_one_out", "temporal"] = "leave_one_out"
     """How test and validation events are held out."""
     temporal_valid_fraction: float = 0.1

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pixrec.data.items import ItemTable, join_items
-from pixrec.data.sequences import Dataset, HeldOut
+from pixrec.data.sequences import Dataset, HeldOut, Histories
 from pixrec.schema import ITEM_ID, TIMESTAMP, USER_ID
 
 
@@ -42,11 +42,7 @@ def join_datasets(datasets: Sequence[Dataset]) -> TrainingData:
     valid = [dataset.held_out("valid") for dataset in datasets]
     return TrainingData(
         join_items([dataset.items for dataset in datasets]),
-        [
-            history + start
-            for dataset, start in zip(datasets, starts, strict=True)
-            for history in dataset.training_histories()
-        ],
+        _joined([dataset.training_histories() for dataset in datasets], starts),
         np.concatenate([dataset.training_counts() for dataset in datasets]),
         HeldOut(
             [user for users in valid for user in users.user_ids],
@@ -54,6 +50,16 @@ def join_datasets(datasets: Sequence[Dataset]) -> TrainingData:
             np.concatenate([users.targets + start for users, start in zip(valid, starts, strict=True)]),
         ),
     )
+
+
+def _joined(histories: Sequence[Histories], starts: np.ndarray) -> Histories:
+    """Those of all sets, whose rows begin at `starts` (S,)."""
+    values = np.concatenate([own.flat() + start for own, start in zip(histories, starts, strict=True)])
+    ends = np.cumsum(np.concatenate([own.lengths for own in histories]))
+    if all(own.is_target is None for own in histories):
+        return Histories(values, np.append(0, ends)[:-1], ends)
+    marks = [np.ones(own.lengths.sum(), bool) if own.marks is None else own.marks.flat() for own in histories]
+    return Histories(values, np.append(0, ends)[:-1], ends, np.concatenate(marks))
 
 
 def count_leaks(target: Dataset, other: Dataset) -> int:

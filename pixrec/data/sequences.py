@@ -57,10 +57,13 @@ class Histories(Sequence[np.ndarray]):
     """B pieces of one long array, each a view made when it is asked for: piece b is `values[starts[b] : ends[b]]`.
 
     So the histories of millions of users cost 16 bytes a user beside the array, which may be mapped from a file.
+    `is_target`, bool beside `values`, says which events may be a target of training; None: all.
     """
 
-    def __init__(self, values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
-        self.values, self.starts, self.ends = values, starts, ends
+    def __init__(
+        self, values: np.ndarray, starts: np.ndarray, ends: np.ndarray, is_target: np.ndarray | None = None
+    ) -> None:
+        self.values, self.starts, self.ends, self.is_target = values, starts, ends, is_target
 
     @classmethod
     def of(cls, pieces: Iterable[np.ndarray]) -> Histories:
@@ -81,7 +84,7 @@ class Histories(Sequence[np.ndarray]):
     def __getitem__(self, at: slice) -> Histories: ...
     def __getitem__(self, at: int | slice) -> np.ndarray | Histories:
         if isinstance(at, slice):
-            return Histories(self.values, self.starts[at], self.ends[at])
+            return Histories(self.values, self.starts[at], self.ends[at], self.is_target)
         return self.values[self.starts[at] : self.ends[at]]
 
     @property
@@ -91,7 +94,12 @@ class Histories(Sequence[np.ndarray]):
 
     def only(self, which: np.ndarray) -> Histories:
         """Some of them, by number or by a mask (B,)."""
-        return Histories(self.values, self.starts[which], self.ends[which])
+        return Histories(self.values, self.starts[which], self.ends[which], self.is_target)
+
+    @property
+    def marks(self) -> Histories | None:
+        """`is_target` of each piece."""
+        return None if self.is_target is None else Histories(self.is_target, self.starts, self.ends)
 
     def blocks(self) -> Iterator[Histories]:
         """All of them, a block of some million events at a time."""
@@ -238,10 +246,16 @@ class Dataset:
     def training_histories(self, *, with_validation: bool = False) -> Histories:
         """Each user's rows visible to training, oldest first; users without any are left out.
 
-        `with_validation`: everything before the test, for a model whose settings are chosen already.
+        `with_validation`: everything before the test, for a model whose settings are chosen already. Events of the
+        kinds of `prepare.target_events` are marked as targets; where no history holds any, all events may be one.
         """
         lengths = self._lengths_before_test() if with_validation else self._training_lengths()
-        return self._first(self.events.rows, lengths)
+        histories = self._first(self.events.rows, lengths)
+        if self.events.is_target is None:
+            return histories
+        marks = self._first(self.events.is_target, lengths)
+        none = not any(block.flat().any() for block in marks.blocks())
+        return Histories(histories.values, histories.starts, histories.ends, None if none else marks.values)
 
     def training_timestamps(self) -> Histories:
         """When each event of `training_histories` was, in milliseconds, in the same order.

@@ -85,17 +85,18 @@ class Histories(_Tensors):
     """(B, L) int64, index of the token that closes each item; 0 on padding"""
     item: Tensor
     """(B, L) int64, row in `Items`; -1 on padding"""
+    is_target: Tensor
+    """(B, L) bool, which items are to be foretold by those before; never the first, nor padding"""
 
     @property
     def target(self) -> Tensor:
-        """(P,) row in `Items` of each example's next item: every item but the first of each history."""
-        following = self.item[:, 1:]
-        return following[following >= 0]
+        """(P,) row in `Items` of each example's next item."""
+        return self.item[self.is_target]
 
     @property
     def target_text(self) -> Tensor:
-        """(B, T) bool, text tokens of the next items; never of the first item, which nothing precedes."""
-        return self.is_text & (self.position > 0)
+        """(B, T) bool, text tokens of the next items."""
+        return self.is_text & self.is_target.gather(1, self.position)
 
 
 class ItemEncoder:
@@ -177,8 +178,13 @@ class ItemEncoder:
             stored = torch.zeros(0, count, 1)  # as where there is none
         return Items(token_ids, is_token, is_text, torch.where(slots >= 0, moved, -1), pixels, stored)
 
-    def histories(self, items: Items, histories: Sequence[np.ndarray]) -> Histories:
-        """Write histories, each a row of indices into `items`, oldest first, as token sequences."""
+    def histories(
+        self, items: Items, histories: Sequence[np.ndarray], is_target: Sequence[np.ndarray] | None = None
+    ) -> Histories:
+        """Write histories, each a row of indices into `items`, oldest first, as token sequences.
+
+        `is_target`, bool beside them: which are to be foretold; None: all but the first of each.
+        """
         lengths = items.is_token.sum(1).numpy()
         token_ids, is_text, slots = items.token_ids.numpy(), items.is_text.numpy(), items.picture_slot.numpy()
         parts: dict[str, list[np.ndarray]] = {k: [] for k in ("token_ids", "is_text", "slot", "position", "separator")}
@@ -201,6 +207,7 @@ class ItemEncoder:
             parts["separator"].append(is_separator)
             ends.append(end)
         length, items_length = max(map(len, parts["token_ids"])), max(map(len, histories))
+        foretold = [np.arange(len(history)) > 0 for history in histories] if is_target is None else is_target
         is_token = np.arange(length) < np.array([len(p) for p in parts["token_ids"]])[:, None]
         return Histories(
             token_ids=torch.from_numpy(_pad(parts["token_ids"], length, self.pad_id)),
@@ -211,6 +218,7 @@ class ItemEncoder:
             is_separator=torch.from_numpy(_pad(parts["separator"], length, 0).astype(bool)),
             separator_at=torch.from_numpy(_pad(ends, items_length, 0)),
             item=torch.from_numpy(_pad([np.asarray(h) for h in histories], items_length, -1)),
+            is_target=torch.from_numpy(_pad(foretold, items_length, 0).astype(bool)),
         )
 
     def _row(self, text: np.ndarray, slot: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -193,8 +193,7 @@ class TrainingTask(nn.Module):
 def history_rows(histories: Histories, item_rows: Tensor) -> Tensor:
     """(P, L) catalog rows of all items of each example's history; -1 on padding."""
     rows = torch.where(histories.item >= 0, item_rows[histories.item.clamp(min=0)], -1)
-    examples = (histories.item[:, 1:] >= 0).sum(1)
-    return rows.repeat_interleave(examples, dim=0)
+    return rows.repeat_interleave(histories.is_target.sum(1), dim=0)
 
 
 def among(ids: Tensor, seen: Tensor) -> Tensor:

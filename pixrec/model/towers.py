@@ -123,7 +123,7 @@ class DualTower(nn.Module):
 
     def read_histories(self, histories: Histories, pictures: Tensor, generate: bool) -> HistoryOutputs:
         """Everything the objective needs of histories whose last item is a target only; `pictures` (M·K, X)."""
-        has_next = histories.item[:, 1:] >= 0
+        has_next = histories.is_target[:, 1:]
         hidden = self.history_states(histories, pictures)
         user = self.user_tower(hidden, histories)[:, :-1][has_next]
         if self.pooling == "mean":

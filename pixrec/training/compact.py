@@ -22,7 +22,7 @@ from pixrec.model.parallel import sum_gradients, sum_sparse_gradient
 from pixrec.model.seeding import reseed, seed_of
 from pixrec.model.softmax import catalog_softmax, generalised_bce, sampled_softmax
 from pixrec.training.trainer import OnRow, Trainer
-from pixrec.training.windows import RecentWindows, timed
+from pixrec.training.windows import RecentWindows, targets_of, timed
 
 USERS_PER_PASS, ITEMS_PER_PASS = 256, 65_536
 MAX_SCORES = 2**25  # of a pass over a large catalog: 128 MB
@@ -118,7 +118,7 @@ class CompactTrainer(Trainer[CompactTower]):
         by_content_alone = torch.rand(len(self.id_rows), device=self.device) < self.id_dropout
         reseed(seed_of([self.seed, 5, self.step, self.rank]), self.device)
         self.tower.train()
-        examples = sum(len(window) - 1 for window in windows)
+        examples = sum(int(marks.sum()) for marks in targets_of(windows))
         mine = windows[self.rank :: self.world_size]
         negatives = negatives[self.rank :: self.world_size] if each else negatives
         loss = self._loss(mine, negatives, by_content_alone) if mine else 0.0 * self.tower.log_temperature
@@ -129,7 +129,9 @@ class CompactTrainer(Trainer[CompactTower]):
     def _loss(self, windows: Sequence[np.ndarray], negatives: Tensor, by_content_alone: Tensor) -> Tensor:
         """Sum of the loss over the examples of this worker's windows."""
         rows, is_item, timestamps = self._padded(windows)
-        has_next, given = is_item[:, 1:], None if timestamps is None else timestamps[:, :-1]
+        has_next, given = is_item.copy(), None if timestamps is None else timestamps[:, :-1]
+        has_next[is_item] = np.concatenate(targets_of(windows))
+        has_next = has_next[:, 1:]
         examples = torch.from_numpy(np.flatnonzero(has_next)).to(self.device)
         if self.config.loss == "full":
             items = torch.arange(len(self.id_rows), device=self.device)

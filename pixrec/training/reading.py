@@ -27,7 +27,7 @@ from pixrec.model.catalog import Catalog, ahead, distinct_rows
 from pixrec.model.encoding import Histories, ItemEncoder, Items
 from pixrec.model.gradcache import HistoryPart, Parts
 from pixrec.model.objective import Batch
-from pixrec.training.windows import ShiftedWindows
+from pixrec.training.windows import ShiftedWindows, targets_of
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Plan:
     """what is kept of each of them"""
     windows: list[np.ndarray]
     """histories as indices into `rows`"""
+    is_target: list[np.ndarray]
+    """bool beside them: which events are to be foretold"""
     log_inclusion: np.ndarray
     """(U,) log chance of each item to be in the pass"""
 
@@ -50,6 +52,8 @@ class Pass:
 
     windows: Sequence[np.ndarray]
     """(B,) histories of catalog rows"""
+    is_target: Sequence[np.ndarray]
+    """bool beside them: which events are to be foretold"""
     item_rows: Tensor
     """(U,) distinct catalog rows"""
     log_inclusion: Tensor
@@ -75,7 +79,8 @@ class Pass:
         def histories(chosen: list[int]) -> HistoryPart:
             of_batch, within = distinct_rows([local[i] for i in chosen])
             items = encoder.select(self.items, of_batch)
-            return HistoryPart(items, encoder.histories(items, within), torch.from_numpy(of_batch))
+            written = encoder.histories(items, within, [self.is_target[i] for i in chosen])
+            return HistoryPart(items, written, torch.from_numpy(of_batch))
 
         return Parts(
             self.item_rows,
@@ -133,6 +138,7 @@ def _tensors_of(read: Read) -> dict[str, Tensor]:
     for number, one in enumerate(read.passes):
         own = {"item_rows": one.item_rows, "log_inclusion": one.log_inclusion}
         own["windows"] = torch.from_numpy(np.concatenate(one.windows).astype(np.int64))
+        own["is_target"] = torch.from_numpy(np.concatenate(one.is_target))
         own["lengths"] = torch.tensor([len(window) for window in one.windows])
         for part, value in (("items", one.items), ("histories", one.histories)):
             if value is not None:
@@ -146,12 +152,13 @@ def _read_of(found: dict[str, Tensor]) -> Read:
     while f"{len(passes)}.item_rows" in found:
         prefix = f"{len(passes)}."
         own = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
-        windows = np.split(own["windows"].numpy(), np.cumsum(own["lengths"].numpy())[:-1])
+        bounds = np.cumsum(own["lengths"].numpy())[:-1]
+        windows, is_target = (np.split(own[name].numpy(), bounds) for name in ("windows", "is_target"))
         items = Items(**{field.name: own[f"items.{field.name}"] for field in fields(Items)})
         histories = None
         if "histories.token_ids" in own:
             histories = Histories(**{field.name: own[f"histories.{field.name}"] for field in fields(Histories)})
-        passes.append(Pass(windows, own["item_rows"], own["log_inclusion"], items, histories))
+        passes.append(Pass(windows, is_target, own["item_rows"], own["log_inclusion"], items, histories))
     return Read(int(found["step"]), passes, float(found["seconds"]))
 
 
@@ -184,17 +191,18 @@ class Collator:
                 "text" if d < dropout else "image" if d < 2 * dropout and p else "both"
                 for d, p in zip(draw, has_picture, strict=True)
             ]
-        return Plan(rows, modalities, local, self.log_inclusion[rows])
+        return Plan(rows, modalities, local, targets_of(mine), self.log_inclusion[rows])
 
     def encoded(self, plan: Plan, *, in_parts: bool = False) -> Pass:
         """A plan encoded; `in_parts`: without the histories."""
         items = self.catalog.items(plan.rows, plan.modalities)
         return Pass(
             [plan.rows[window] for window in plan.windows],
+            plan.is_target,
             torch.from_numpy(plan.rows.astype(np.int64)),
             torch.from_numpy(plan.log_inclusion),
             items,
-            None if in_parts else self.catalog.encoder.histories(items, plan.windows),
+            None if in_parts else self.catalog.encoder.histories(items, plan.windows, plan.is_target),
         )
 
 

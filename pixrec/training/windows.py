@@ -2,7 +2,8 @@
 
 The batches of an epoch are a function of the histories, the settings, the seed and the epoch's number alone, so that a
 resumed run reads what the undisturbed one would have. They are arrays of numbers: where each window begins and ends in
-the one array of all events. A window is a view of that, made when its batch is asked for.
+the one array of all events. A window is a view of that, made when its batch is asked for. Where only some events may be
+a target, every window ends with one.
 
 Shapes: B histories · E events · W windows of an epoch.
 """
@@ -47,10 +48,15 @@ class _Windows(ABC):
 
     def __init__(self, histories: Sequence[np.ndarray], max_history_items: int, size: int, seed: int) -> None:
         given = Histories.of(histories)
+        self._targets = None if given.is_target is None else np.flatnonzero(given.is_target)
+        if self._targets is not None:
+            newest = self._newest_target(given.ends)
+            given = Histories(given.values, given.starts, np.maximum(newest, given.starts), given.is_target)
         self.histories = given.only(given.lengths >= 2)
         if not len(self.histories):
+            ends = "" if self._targets is None else " of which the later is of a kind of prepare.target_events"
             raise InputError(
-                "no training history has two events, so there is no next item to learn; lower prepare.min_* "
+                f"no training history has two events{ends}, so there is no next item to learn; lower prepare.min_* "
                 "or give more interactions"
             )
         self.lengths = self.histories.lengths
@@ -62,21 +68,38 @@ class _Windows(ABC):
         if self._latest is None or self._latest[0] != epoch:
             history, end, ends = self._draw(np.random.default_rng([self.seed, self.stream, epoch]))
             first = self.histories.starts[history]
+            if self._targets is not None:
+                earliest = self._targets[np.searchsorted(self._targets, first + 1)] + 1 - first
+                end = np.maximum(self._newest_target(first + end) - first, earliest)
             starts = first + np.maximum(0, end - self.stride - 1)
-            self._latest = (epoch, Batches(Histories(self.histories.values, starts, first + end), ends))
+            windows = Histories(self.histories.values, starts, first + end, self.histories.is_target)
+            self._latest = (epoch, Batches(windows, ends))
         return self._latest[1]
 
     @abstractmethod
     def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Number of the history (W,) and end within it (W,) of each window in order; where each batch ends."""
 
-    def _grid(self, newest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Windows that end at `newest` (B,) and at every `stride` events before, while two events are left: numbers of
-        their histories (W,) and their ends (W,), the newest of each history first."""
+    def _grid(self, histories: np.ndarray, newest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Windows of the histories of these numbers (B,) that end at `newest` (B,) and at every `stride` events before,
+        while two events are left: numbers of their histories (W,) and their ends (W,), the newest of each history
+        first. Left out are those whose last `stride` events hold no target."""
         counts = np.maximum(0, -((1 - newest) // self.stride))  # of range(newest, 1, -stride)
-        history = np.repeat(np.arange(len(newest)), counts)
+        history, newest = np.repeat(histories, counts), np.repeat(newest, counts)
         before = np.arange(len(history)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return history, newest[history] - self.stride * before
+        end = newest - self.stride * before
+        if self._targets is None:
+            return history, end
+        first = self.histories.starts[history]
+        kept = self._newest_target(first + end) > first + np.maximum(end - self.stride, 1)
+        return history[kept], end[kept]
+
+    def _newest_target(self, ends: np.ndarray) -> np.ndarray:
+        """(…,) the newest end, at `ends` or before, of a piece of the array of all events that ends with a target; 0
+        where there is none."""
+        assert self._targets is not None
+        place = np.searchsorted(self._targets, ends)
+        return np.where(place > 0, self._targets[np.maximum(place, 1) - 1] + 1, 0)
 
     def _alike(self, order: np.ndarray, end: np.ndarray, pool: int) -> np.ndarray:
         """Windows in an order, those of each `pool` sorted by their length."""
@@ -85,15 +108,18 @@ class _Windows(ABC):
 
 
 class ShiftedWindows(_Windows):
-    """As many batches in every epoch, all of one size: every event is a target once where windows fit, and where longer
-    histories are cut is shifted from epoch to epoch. What the interleaved towers read."""
+    """As many batches in every epoch, all of one size: the newest window of every history, and older ones, which end
+    before a cut that moves from epoch to epoch, always as many. So every event is a target once where windows fit; of
+    longer histories the newest events always are, older ones the less often the older they are. What the interleaved
+    towers read."""
 
     stream = 1
 
     def __init__(self, histories: Sequence[np.ndarray], max_history_items: int, config: TrainConfig) -> None:
         super().__init__(histories, max_history_items, config.histories_per_step, config.seed)
         self.config = config
-        self._history, self._end = self._grid(self.lengths)
+        self._history, self._end = self._grid(np.arange(len(self.lengths)), self.lengths)
+        self._is_older = self._end < self.lengths[self._history]
         self.steps_per_epoch = -(-len(self._end) // self.size)
         self.examples_per_step = int((self.lengths - 1).sum()) / self.steps_per_epoch
 
@@ -108,15 +134,13 @@ class ShiftedWindows(_Windows):
 
     def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         order = np.resize(rng.permutation(len(self._end)), self.steps_per_epoch * self.size)
-        shift = rng.integers(0, self.stride, len(self._end))
+        later = rng.integers(0, self.stride, len(self.lengths))  # the newest window does not move
+        ends = self._end + later[self._history] * self._is_older
         if (steps := self.config.bucket_steps) > 1:
-            alike = self._alike(order, self._end, steps * self.size).reshape(-1, self.size)
+            alike = self._alike(order, ends, steps * self.size).reshape(-1, self.size)
             buckets = np.split(alike, range(steps, len(alike), steps))
             order = np.concatenate([rng.permutation(b) for b in buckets]).ravel()  # no order of lengths step by step
-        history, end = self._history[order], self._end[order]
-        is_cut = self.lengths[history] > self.stride + 1
-        end = np.where(is_cut, np.maximum(end - shift[order], 2), end)
-        return history, end, np.arange(self.size, len(order) + 1, self.size)
+        return self._history[order], ends[order], np.arange(self.size, len(order) + 1, self.size)
 
 
 class RecentWindows(_Windows):
@@ -132,8 +156,8 @@ class RecentWindows(_Windows):
 
     def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         long = np.flatnonzero(self.lengths > self.stride + 1)
-        older, older_end = self._grid(self.lengths[long] - rng.integers(1, self.stride + 1, len(long)))
-        history = np.concatenate([np.arange(len(self.lengths)), long[older]])
+        older, older_end = self._grid(long, self.lengths[long] - rng.integers(1, self.stride + 1, len(long)))
+        history = np.concatenate([np.arange(len(self.lengths)), older])
         end = np.concatenate([self.lengths, older_end])
         by_history = np.argsort(history, kind="stable")
         history, end = history[by_history], end[by_history]
@@ -161,7 +185,16 @@ def timed(histories: Sequence[np.ndarray], timestamps: Sequence[np.ndarray] | No
     rows, times = Histories.of(histories), Histories.of(timestamps)
     if not (np.array_equal(rows.starts, times.starts) and np.array_equal(rows.ends, times.ends)):
         raise ValueError("the timestamps are not those of the histories: they lie elsewhere in their array")
-    return Histories(cast(np.ndarray, _Pairs(rows.values, times.values)), rows.starts, rows.ends)
+    return Histories(cast(np.ndarray, _Pairs(rows.values, times.values)), rows.starts, rows.ends, rows.is_target)
+
+
+def targets_of(windows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """bool (n,) of each window: which of its events are learned, never the first."""
+    marks = windows.marks if isinstance(windows, Histories) else None
+    found = [np.ones(len(window), bool) for window in windows] if marks is None else [mark.copy() for mark in marks]
+    for mark in found:
+        mark[0] = False
+    return found
 
 
 def rows_of(window: np.ndarray) -> np.ndarray:

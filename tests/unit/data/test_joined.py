@@ -112,3 +112,12 @@ def test_texts_are_read_without_the_pictures(tmp_path, monkeypatch):
     assert load_texts(dataset.uri) == texts
     assert load_texts(dataset.uri, 3) == [texts[0], texts[2], texts[5]]
     assert asked == [["item_id", "title", "brand", "category", "price", "description"]] * 2
+
+
+def test_marks_of_targets_are_joined_too():
+    first, second = tiny_dataset(num_events=6), tiny_dataset(other_items(), num_users=4, num_events=5)
+    is_target = np.arange(len(second.events.rows)) % 2 == 0
+    second = dataclasses.replace(second, events=dataclasses.replace(second.events, is_target=is_target))
+    marks = [mark.tolist() for mark in join_datasets([first, second]).histories.marks]
+    assert marks[:10] == [[True] * 4] * 10
+    assert marks[10:] == [mark.tolist() for mark in second.training_histories().marks]

@@ -85,6 +85,20 @@ def test_temporal(tmp_path: Path):
     assert data.training_counts().tolist() == [3, 3, 0, 0, 0, 0]
 
 
+def test_training_marks_the_events_of_target_kinds_where_its_histories_hold_any(tmp_path: Path):
+    data = dataset(tmp_path, {"one": at("abcdef"), "two": at("abcd")}, LEAVE_ONE_OUT)
+    assert data.training_histories().marks is None
+    kinds = {"is_target": np.array([0, 1, 0, 1, 1, 0, 1, 0, 1, 1], bool)}
+    events = dataclasses.replace(data.events, **kinds)
+    histories = dataclasses.replace(data, events=events).training_histories()
+    assert [spelt(data, history) for history in histories] == ["abc", "ab"]
+    assert [marks.tolist() for marks in histories.marks] == [[False, True, False], [True, False]]
+    events = dataclasses.replace(data.events, **kinds, is_history=~kinds["is_target"])  # targets that no history holds
+    histories = dataclasses.replace(data, events=events).training_histories()
+    assert [spelt(data, history) for history in histories] == ["ac", "b"]
+    assert histories.marks is None
+
+
 def test_equal_times_stay_on_one_side_of_a_cut(tmp_path: Path):
     data = dataset(tmp_path, {"u": at("abcdef", 99, 99, 100, 100, 200, 200)}, TEMPORAL)
     assert [spelt(data, history) for history in data.training_histories()] == ["ab"]

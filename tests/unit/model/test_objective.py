@@ -8,7 +8,7 @@ from fakes import tiny_config, tiny_items, tiny_model
 
 from pixrec.model.catalog import Catalog
 from pixrec.model.losses import info_nce
-from pixrec.model.objective import Extra, TrainingTask, among, history_rows
+from pixrec.model.objective import Batch, Extra, TrainingTask, among, history_rows
 
 
 def unit(*shape, seed=0):
@@ -73,3 +73,22 @@ def test_symmetric_is_the_mean_of_both_directions():
 def test_a_fixed_temperature_gets_no_gradient():
     assert task().temperature().requires_grad
     assert not task(learnable_temperature=False).temperature().requires_grad
+
+
+def test_views_and_purchases_share_the_loss_of_both():
+    """Sums and counts of each part: those of the targets of one kind and of the other are those of all."""
+    model, rows = tiny_model(tiny_config(train={"mask_history": True})), [np.array([5, 3, 1, 4]), np.array([2, 9, 8])]
+    objective = TrainingTask(model.tower, tiny_config(train={"mask_history": True}).train)
+    distinct, items, _ = Catalog(tiny_items(), model.encoder).histories(rows)
+    local = [np.searchsorted(distinct, row) for row in rows]
+
+    def totals(views):
+        histories = model.encoder.histories(items, local, views)
+        return objective(Batch(items, histories, torch.from_numpy(distinct), torch.zeros(len(distinct))))[1]
+
+    views = [np.array([False, True, False, False]), np.array([False, False, True])]
+    others = [~view & (np.arange(len(view)) > 0) for view in views]
+    whole = totals(None)
+    assert whole[1:, 1].tolist() == [5, 5]
+    assert totals(views)[1:, 1].tolist() == [2, 2]
+    torch.testing.assert_close(totals(views) + totals(others), whole)

@@ -8,7 +8,7 @@ import torch
 from fakes import tiny_dataset, tiny_items, users_of
 
 from pixrec.config import CompactConfig, SasrecConfig, SasrecTowerConfig, SasrecTrainingConfig, SequenceConfig
-from pixrec.data.sequences import HeldOut
+from pixrec.data.sequences import HeldOut, Histories
 from pixrec.errors import ConfigError, InputError
 from pixrec.model.compact import CompactTower
 from pixrec.scorers.sasrec import train_sasrec
@@ -281,3 +281,39 @@ def test_timed_training_goes_on_as_the_undisturbed_one():
 def test_sasrec_reads_no_time():
     with pytest.raises(ConfigError, match=r"sasrec\.tower\.time is gaps"):
         SasrecTowerConfig(time="gaps")
+
+
+@pytest.mark.parametrize("loss", ["full", "sampled", "gbce"])
+def test_the_loss_is_taken_at_targets_only(loss):
+    """Of two kinds of events, what is learned of both is the sum of what is learned of each."""
+    training, _ = trainer(dataclasses.replace(FAST, loss=loss, negatives=6))
+    rows, ends = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8]), np.array([4, 6, 9])
+    views = np.array([1, 0, 1, 0, 1, 0, 1, 1, 0], bool)
+    nothing = torch.zeros(ITEMS, dtype=torch.bool)
+    negatives = torch.arange(6) if loss != "gbce" else torch.arange(18).view(3, 6) % ITEMS
+
+    def loss_of(is_target):
+        windows = Histories(rows, np.append(0, ends)[:-1], ends, is_target)
+        return float(training._loss(windows, negatives, nothing).detach())
+
+    assert loss_of(views) + loss_of(~views) == pytest.approx(loss_of(None), rel=1e-5)
+    assert 0 < loss_of(views) < loss_of(None)
+
+
+def test_views_and_purchases_train_the_purchases():
+    """Items of odd rows are bought, the others viewed: only what is bought next is learned."""
+    training, dataset = trainer()
+    events = dataclasses.replace(dataset.events, is_target=dataset.events.rows % 2 == 1)
+    histories = dataclasses.replace(dataset, events=events).training_histories()
+    counts = dataset.training_counts()
+    training = CompactTrainer(training.tower, histories, counts, training.content, np.arange(ITEMS), FAST, 0.3)
+    while training.epoch < FAST.epochs:
+        training.train_step()
+    table = training.item_vectors()
+    foretold = {False: [], True: []}
+    for history, mark in zip(histories, histories.marks, strict=True):
+        for place in range(1, len(history)):
+            scores = training.user_vectors([history[:place]], table) @ table.T
+            foretold[bool(mark[place])].append(int(scores.argmax()) == history[place])
+    assert np.mean(foretold[True]) > 0.9
+    assert not any(foretold[False])

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import safetensors.torch
@@ -106,3 +108,32 @@ def test_a_full_cache_loses_no_picture():
     catalog = reader(cache_bytes=1).collator.catalog
     for rows in ([7], [0, 7], [7, 3, 0], [1, 0]):
         assert len(catalog.items(np.array(rows)).pixels) == len(rows)
+
+
+@pytest.mark.parametrize("parts", [None, 2])
+def test_targets_alone_are_foretold(parts):
+    """Of views and purchases: examples and text are the purchases', in one pass, in parts and in another process."""
+    dataset = tiny_dataset(num_users=9, num_events=9)
+    is_target = np.random.default_rng(0).random(len(dataset.events.rows)) < 0.4
+    events = dataclasses.replace(dataset.events, is_target=is_target)
+    histories = dataclasses.replace(dataset, events=events).training_histories()
+    config = tiny_config(train={"histories_per_step": 7, "micro_batch_histories": parts})
+    catalog = Catalog(dataset.items, tiny_model(config, dataset.items).encoder)
+    source = ShiftedWindows(histories, config.model.max_history_items, config.train)
+    made = Reader(source, Collator(catalog, dataset.training_counts(), config, source.examples_per_step)).read(1, 0, 1)
+    one = Read.from_bytes(made.to_bytes()).passes[0]
+    windows = source.step(1)
+    expected = [int(row) for window, mark in zip(windows, windows.marks, strict=True) for row in window[1:][mark[1:]]]
+    written = [(one.histories, np.arange(len(one.items)))]
+    if parts:
+        written = [
+            (p.histories, p.of_batch.numpy())
+            for make in one.parts(catalog.encoder, parts, 4).histories
+            for p in [make()]
+        ]
+    found = [int(one.item_rows[place]) for h, of_batch in written for place in of_batch[h.target]]
+    assert sorted(found) == sorted(expected)
+    for h, _ in written:
+        foretold = h.is_target.gather(1, h.position) & h.is_text
+        assert torch.equal(h.target_text, foretold)
+        assert (h.target_text & (h.position == 0)).sum() == 0

@@ -9,7 +9,7 @@ from fakes import tiny_dataset
 from pixrec.config import SequenceConfig, TrainConfig
 from pixrec.data.sequences import Histories
 from pixrec.errors import InputError
-from pixrec.training.windows import POOL_STEPS, RecentWindows, ShiftedWindows, timed
+from pixrec.training.windows import POOL_STEPS, RecentWindows, ShiftedWindows, targets_of, timed
 
 FAST = SequenceConfig(histories_per_step=4)
 
@@ -29,6 +29,21 @@ def test_long_histories_are_cut_into_windows_that_move_from_epoch_to_epoch():
     ]
     assert all(2 <= len(w) <= 5 and list(w) == list(range(w[0], w[-1] + 1)) for epoch in epochs for w in epoch)
     assert set(epochs[0]) != set(epochs[1])
+
+
+@pytest.mark.parametrize("length", [12, 13, 20, 21, 45])
+def test_the_newest_events_are_always_targets_and_older_ones_have_their_turn(length):
+    """Windows of 10: what is cut moves, and never the newest event."""
+    config = TrainConfig(histories_per_step=1, num_workers=1, alpha=0, beta=0)
+    source, epochs = ShiftedWindows([np.arange(length)], 10, config), 200
+    turns = np.zeros(length, int)
+    for epoch in range(epochs):
+        windows = [source.step(epoch * source.steps_per_epoch + step)[0] for step in range(source.steps_per_epoch)]
+        turns[np.unique(np.concatenate([window[1:] for window in windows]))] += 1
+    assert turns[0] == 0
+    assert (turns[-10:] == epochs).all()
+    assert (turns[1:] > 0).all()
+    assert (np.diff(turns[1:]) >= 0).all(), "the older, the less often"
 
 
 def test_a_batch_is_a_function_of_the_step_and_workers_share_it():
@@ -124,19 +139,16 @@ def shifted_by_loops(histories, most, config, step):
     epoch, within = divmod(step, steps)
     rng = np.random.default_rng([config.seed, 1, epoch])
     order = np.resize(rng.permutation(len(windows)), steps * size)
-    shift = rng.integers(0, most, len(windows))
+    later = dict(zip(map(id, histories), rng.integers(0, most, len(histories)), strict=True))
+    ends = [end + later[id(h)] if end < len(h) else end for h, end in windows]
     if (pool := config.bucket_steps * size) > size:
         dealt = []
         for start in range(0, len(order), pool):
-            alike = sorted(order[start : start + pool], key=lambda w: min(windows[w][1], most + 1))
+            alike = sorted(order[start : start + pool], key=lambda w: min(ends[w], most + 1))
             dealt.append(rng.permutation(np.array(alike).reshape(-1, size)))
         order = np.concatenate(dealt).ravel()
-    found = []
-    for w in order[within * size : (within + 1) * size]:
-        history, end = windows[w]
-        end = max(end - shift[w], 2) if len(history) > most + 1 else end
-        found.append(history[max(0, end - most - 1) : end].tolist())
-    return found
+    chosen = order[within * size : (within + 1) * size]
+    return [windows[w][0][max(0, ends[w] - most - 1) : ends[w]].tolist() for w in chosen]
 
 
 def recent_by_loops(histories, most, config, seed, epoch):
@@ -188,3 +200,49 @@ def test_events_and_their_times_are_put_together_when_asked_for():
     assert pairs[1].tolist() == [[row, 1000 * row] for row in range(5, 9)]
     with pytest.raises(ValueError, match="not those of the histories"):
         timed(Histories(rows, starts, ends), Histories(moments, starts, ends - 1))
+
+
+def marked(*kinds):
+    """Histories of "v" and "p", of which the latter are targets; events are numbered."""
+    ends = np.cumsum([len(k) for k in kinds])
+    is_target = np.array([kind == "p" for kind in "".join(kinds)])
+    return Histories(np.arange(ends[-1]), np.append(0, ends)[:-1], ends, is_target)
+
+
+def learned(windows):
+    return [int(row) for w, marks in zip(windows, targets_of(windows), strict=True) for row in w[marks]]
+
+
+def epoch_of(kind, histories, longest, epoch):
+    if kind == "recent":
+        return list(RecentWindows(histories, longest, FAST, 0).epoch(epoch))
+    source = ShiftedWindows(histories, longest, TrainConfig(histories_per_step=2, num_workers=1))
+    return [source.step(epoch * source.steps_per_epoch + step) for step in range(source.steps_per_epoch)]
+
+
+@pytest.mark.parametrize("kind", ["shifted", "recent"])
+def test_targets_are_events_of_their_kind_and_every_window_ends_with_one(kind):
+    histories = marked("vvpvv", "pvv", "vp" + 30 * "v" + "pvvpvv", "vvv", 9 * "pv")
+    expected = {2, 9, 40, 43, *range(51, 67, 2)}  # those that something precedes
+    targets = set()
+    for epoch in range(12):
+        for windows in epoch_of(kind, histories, 4, epoch):
+            assert all(histories.is_target[w[-1]] and 2 <= len(w) <= 5 for w in windows)
+            assert learned(windows)
+            targets |= set(learned(windows))
+    assert targets == expected
+
+
+@pytest.mark.parametrize("kind", ["shifted", "recent"])
+def test_where_every_event_is_a_target_the_marks_change_nothing(kind):
+    plain = Histories.of(of_all_lengths())
+    marks = Histories(plain.values, plain.starts, plain.ends, np.ones(len(plain.values), bool))
+    for epoch in (0, 3):
+        for ours, theirs in zip(epoch_of(kind, marks, 10, epoch), epoch_of(kind, plain, 10, epoch), strict=True):
+            assert [w.tolist() for w in ours] == [w.tolist() for w in theirs]
+            assert learned(ours) == [int(row) for w in theirs for row in w[1:]]
+
+
+def test_nothing_of_a_target_kind_to_learn_is_said():
+    with pytest.raises(InputError, match=r"two events of which the later is of a kind of prepare\.target_events"):
+        RecentWindows(marked("vv", "pv"), 4, FAST, 0)
