@@ -146,7 +146,7 @@ def vision_fingerprint(backbone: Backbone) -> str:
     computed_in = () if backbone.dtype == torch.float32 else (backbone.dtype,)
     described = (_FORMAT, type(family).__name__, *size, DECODER, *family.vision_settings, *computed_in)
     digest.update(repr(described).encode())
-    for tensor in (backbone.pixel_mean, backbone.pixel_std, *family.vision_parameters(backbone.model)):
+    for tensor in (backbone.pixel_mean, backbone.pixel_std, *family.token_parameters(backbone.model)):
         digest.update(repr(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -58,6 +58,11 @@ class Family(ABC):
         return int(self.config.text_config.hidden_size)
 
     @property
+    def unread_parts(self) -> tuple[str, ...]:
+        """Names in the encoder of what no picture token is made by."""
+        return ("head",)
+
+    @property
     def vision_settings(self) -> tuple[Any, ...]:
         """Settings of the vision part that its weights do not show, for its fingerprint."""
         return ()
@@ -73,6 +78,13 @@ class Family(ABC):
     def vision_parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
         """All parameters that only pictures use."""
         return [p for name, p in model.model.named_parameters() if name.split(".")[0] in self.vision_parts]
+
+    def token_parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        """Of those the ones that picture tokens follow from. A SigLIP's pooling head, say, is drawn at random where
+        the checkpoint has none, and no token is made by it."""
+        unread = tuple(f"{self.vision_parts[0]}.{part}." for part in self.unread_parts)
+        named = model.model.named_parameters()
+        return [p for n, p in named if n.split(".")[0] in self.vision_parts and not n.startswith(unread)]
 
     def attention_layers(self, where: Literal["language", "vision", "all"]) -> str:
         """Pattern of the full names of the attention's projections, as peft reads one."""

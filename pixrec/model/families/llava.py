@@ -30,6 +30,13 @@ class LlavaOnevision(Family):
         return patches - int(self.skips_first) + 1
 
     @property
+    def unread_parts(self) -> tuple[str, ...]:
+        """Layers behind the last one that is read, and the norm behind all of them."""
+        count = int(self.config.vision_config.num_hidden_layers)  # states: of the embedding, then of each layer
+        last = max(layer if layer >= 0 else count + 1 + layer for layer in self.feature_layers)
+        return ("head", "post_layernorm", *(f"encoder.layers.{layer}" for layer in range(last, count)))
+
+    @property
     def vision_settings(self) -> tuple[Any, ...]:
         return (*self.feature_layers, self.skips_first)
 

@@ -312,6 +312,46 @@ def test_it_learns_is_saved_and_loaded(model, catalog, tmp_path):
     )
 
 
+def test_the_key_of_stored_tokens_follows_what_they_are_made_by_and_nothing_else(model):
+    """An equal vision part finds its tokens, whatever a seed drew for adapters and for weights that no token is made
+    by: those of the language model, and in the vision part those that get no gradient from the tokens."""
+    tower = copy.deepcopy(model.tower)
+    backbone, base = tower.backbone, tower.backbone.model
+    before = vision_fingerprint(backbone)
+    backbone.picture_tokens(torch.from_numpy(picture(model, 1)[None])).square().sum().backward()
+    vision = {id(p) for p in backbone.family.vision_parameters(base)}
+    made_by = {id(p) for p in tower.parameters() if p.grad is not None and id(p) in vision}
+    assert {id(p) for p in backbone.family.token_parameters(base)} == made_by
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            if id(parameter) not in made_by:
+                parameter.add_(0.1)
+    assert vision_fingerprint(backbone) == before
+    for seed in (1, 2):
+        adapted = copy.deepcopy(model.tower.backbone)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            add_lora(adapted.model, LoraConfig(enabled=True), vision=False)
+        assert vision_fingerprint(adapted) == before
+    with torch.no_grad():
+        next(p for p in tower.parameters() if id(p) in made_by).view(-1)[0] += 0.1
+    assert vision_fingerprint(backbone) != before
+
+
+def test_of_a_llava_the_layers_behind_the_one_that_is_read_make_no_token():
+    tokenizer = train_tokenizer(["Square Tile"], 300)
+    tokenizer.add_special_tokens({"extra_special_tokens": [*tokenizer.extra_special_tokens, *QWEN_TOKENS]})
+    base = small("llava_onevision", tokenizer)
+    base.config.vision_feature_layer = -2
+    backbone = Backbone(base, [0.5] * 3, [0.5] * 3)
+    before = vision_fingerprint(backbone)
+    last = base.model.vision_tower.encoder.layers[-1]
+    torch.nn.init.normal_(last.mlp.fc1.weight)
+    assert vision_fingerprint(backbone) == before
+    torch.nn.init.normal_(base.model.vision_tower.encoder.layers[0].mlp.fc1.weight)
+    assert vision_fingerprint(backbone) != before
+
+
 def test_stored_picture_tokens_do_for_the_pictures(model, catalog, tmp_path, monkeypatch):
     backbone, embedder = model.tower.backbone, model.embedder()
     rows, histories = np.arange(12), [HISTORY, np.array([3, 5])]
