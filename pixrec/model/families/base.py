@@ -1,7 +1,11 @@
 """The adapter that a family fills in: how a picture is written, how it is encoded, how a sequence is read.
 
-Shapes: B rows · T tokens · P pictures · K tokens a picture · W width of the language model · X numbers of a picture
-token: W, and what deeper layers are given of it · S side in pixels · V vocabulary.
+Shapes: B rows · T tokens · P pictures · K tokens a tile · W width of the language model · X numbers of a picture
+token: W, and what else the decoder is given of it · N tiles of all pictures · S side of a tile in pixels
+· V vocabulary.
+
+A picture is cut into square tiles: the pieces that the encoder takes. For most families the whole picture, made a
+square, is one tile of K tokens; where pictures keep their shape a tile is what becomes one token.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from pixrec.data.images import PictureSize
 
 
 class Family(ABC):
@@ -50,7 +56,27 @@ class Family(ABC):
     @property
     @abstractmethod
     def tokens_per_picture(self) -> int:
-        """K: how many tokens a picture becomes."""
+        """How many tokens a picture becomes; where pictures keep their shape, a square of `image_size_px`."""
+
+    @property
+    def picture_size(self) -> PictureSize:
+        """What pictures are decoded to."""
+        return self.image_size_px
+
+    @property
+    def tile_px(self) -> int:
+        """S, the side of a tile."""
+        return self.image_size_px
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """K: how many tokens a tile becomes."""
+        return self.tokens_per_picture
+
+    def limit_pixels(self, own: tuple[int, int] | None, least: int | None, most: int) -> None:
+        """Set how few and how many pixels a picture may have, where the family takes any shape: no more than `most` and
+        what the backbone's processor says (`own`), no fewer than `least`, or than it says."""
+        return
 
     @property
     def picture_width(self) -> int:
@@ -68,8 +94,8 @@ class Family(ABC):
         return ()
 
     @abstractmethod
-    def encode_pictures(self, model: PreTrainedModel, pixels: Tensor) -> Tensor:
-        """Normalised pixels (P, 3, S, S) to picture tokens (P, K, X)."""
+    def encode_pictures(self, model: PreTrainedModel, pixels: Tensor, grid: Tensor) -> Tensor:
+        """Normalised tiles (N, 3, S, S) of pictures of `grid` (P, 2) rows and columns of them to tokens (N, K, X)."""
 
     def language_model(self, model: PreTrainedModel) -> nn.Module:
         """The module that takes `inputs_embeds` and returns `last_hidden_state`."""

@@ -40,7 +40,7 @@ class LlavaOnevision(Family):
     def vision_settings(self) -> tuple[Any, ...]:
         return (*self.feature_layers, self.skips_first)
 
-    def encode_pictures(self, model: PreTrainedModel, pixels: Tensor) -> Tensor:
+    def encode_pictures(self, model: PreTrainedModel, pixels: Tensor, grid: Tensor) -> Tensor:
         layers = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
         features = torch.cat([layers[i] for i in self.feature_layers], dim=-1)[:, int(self.skips_first) :]
         tokens = model.model.multi_modal_projector(features)
