@@ -29,6 +29,7 @@ import pixrec
 from pixrec import storage
 from pixrec.config import Config, dump_config, load_config
 from pixrec.data.ids import Ids
+from pixrec.data.images import PixelBudget
 from pixrec.data.items import load_texts
 from pixrec.errors import ArtifactError, ConfigError
 from pixrec.model.backbone import (
@@ -45,7 +46,7 @@ from pixrec.model.backbone import (
 )
 from pixrec.model.catalog import Embedder
 from pixrec.model.compact import CompactTower
-from pixrec.model.encoding import ItemEncoder, picture_statistics, train_tokenizer
+from pixrec.model.encoding import ItemEncoder, PictureFacts, picture_facts, size_settings, train_tokenizer
 from pixrec.model.seeding import seeded
 from pixrec.model.towers import DualTower
 
@@ -85,7 +86,7 @@ def new_model(config: Config, texts: list[str], device: str = "cpu") -> Model:
     """A model before its first training step. `texts` (the catalog's) train the tokenizer of `pixrec-tiny`."""
     if config.model.backbone == TINY:
         tokenizer: PreTrainedTokenizerBase = train_tokenizer(texts, config.model.tiny.vocabulary_tokens)
-        statistics = ([0.5] * 3, [0.5] * 3)
+        pictures = PictureFacts([0.5] * 3, [0.5] * 3, None)
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -93,12 +94,12 @@ def new_model(config: Config, texts: list[str], device: str = "cpu") -> Model:
             )
         except (OSError, ValueError) as error:
             raise cannot_load(config.model.backbone, config.model.revision, error) from None
-        statistics = picture_statistics(config.model.backbone, config.model.revision)
+        pictures = picture_facts(config.model.backbone, config.model.revision)
     base, pretrained = _base(config, tokenizer, config.model.revision)
     with seeded(config.train.seed):
         if config.model.lora.enabled:
             add_lora(base, config.model.lora, config.model.learns_vision)
-        backbone = Backbone(base, *statistics, _instruction(config, tokenizer))
+        backbone = _backbone(base, pictures, config, tokenizer)
         tower = DualTower(backbone, config.model, config.train.temperature)
     tower.to(device)
     encoder = ItemEncoder(tokenizer, tower.backbone.family, config.model.max_text_tokens)
@@ -132,7 +133,7 @@ def save_model(folder: str, model: Model, info: dict[str, Any]) -> dict[str, Any
     statistics = {
         "image_mean": backbone.pixel_mean.flatten().tolist(),
         "image_std": backbone.pixel_std.flatten().tolist(),
-        "size": {"height": model.encoder.image_size_px, "width": model.encoder.image_size_px},
+        **size_settings(model.encoder.picture_size),
     }
     (processor / "preprocessor_config.json").write_text(json.dumps(statistics, indent=2))
     backbone.model.save_pretrained(path / ("adapter" if model.config.model.lora.enabled else "backbone"))
@@ -196,6 +197,8 @@ def fingerprint(model: Model) -> str:
         digest.update(tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
     digest.update(json.dumps(sorted(model.encoder.tokenizer.get_vocab().items())).encode())
     digest.update(repr(model.config.model).encode())
+    if isinstance(model.encoder.picture_size, PixelBudget):
+        digest.update(repr(model.encoder.picture_size).encode())
     digest.update(json.dumps(list(model.embedded_ids)).encode())
     digest.update(json.dumps(model.pretrained, sort_keys=True).encode() if model.pretrained else b"")
     return digest.hexdigest()
@@ -218,7 +221,7 @@ def _read_model(path: Path) -> Model:
     else:
         base = load_pretrained(str(path / "backbone"), dtype=DTYPES[config.model.dtype])
         use_attention(base, config.model.attn_implementation)
-    backbone = Backbone(base, *picture_statistics(str(path / "processor")), _instruction(config, tokenizer))
+    backbone = _backbone(base, picture_facts(str(path / "processor")), config, tokenizer)
     tower = DualTower(backbone, config.model, config.train.temperature)
     encoder = ItemEncoder(tokenizer, backbone.family, config.model.max_text_tokens)
     model = Model(tower, encoder, config, info, pretrained=recorded)
@@ -245,6 +248,12 @@ def _base(config: Config, tokenizer: PreTrainedTokenizerBase, revision: str | No
         pretrained = pretrained_facts(settings.backbone, revision)
     use_attention(base, settings.attn_implementation)
     return base, pretrained
+
+
+def _backbone(base: Any, pictures: PictureFacts, config: Config, tokenizer: PreTrainedTokenizerBase) -> Backbone:
+    backbone = Backbone(base, pictures.mean, pictures.std, _instruction(config, tokenizer))
+    backbone.family.limit_pixels(pictures.limits, config.model.min_pixels, config.model.max_pixels)
+    return backbone
 
 
 def _instruction(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -137,6 +137,15 @@ class ModelConfig:
     """How many of the newest events the interleaved tower reads; `model.compact` has its own."""
     max_text_tokens: int = 32
     """An item's text is cut to this many tokens."""
+    # Not in `repr`: where they count, a model's fingerprint has them by themselves.
+    max_pixels: int = field(default=65_536, repr=False)
+    """Most pixels of a picture for a backbone that keeps its shape (Qwen-VL), unless its own processor takes fewer.
+    Others take squares of one size. A picture is as large as `prepare.image_size_px` lets it be."""
+    min_pixels: int | None = field(default=None, repr=False)
+    """Fewest pixels for such a backbone; none: what its own processor says. A picture that has fewer is enlarged."""
+    small_pictures: Literal["warn", "error", "allow"] = field(default="warn", repr=False)
+    """What to do about stored pictures of fewer pixels than the backbone takes, which are enlarged for it: say so in
+    one line, stop, or nothing."""
     freeze_vision: bool = False
     """Do not train the vision part and its projection, so that their output can be computed once for each picture."""
     tiny: TinyConfig = field(default_factory=TinyConfig)
@@ -159,7 +168,9 @@ class ModelConfig:
         return not self.freeze_vision and self.modalities != "text"
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "embedding_width", "max_history_items", "max_text_tokens")
+        at_least(self, 1, "embedding_width", "max_history_items", "max_text_tokens", "max_pixels", "min_pixels")
+        if self.min_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ConfigError(f"model.min_pixels {self.min_pixels} is above model.max_pixels {self.max_pixels}")
         if self.compact.width is None:
             self.compact.check_width(self, "embedding_width")
         if self.revision is not None and self.backbone == "pixrec-tiny":
