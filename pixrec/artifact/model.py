@@ -1,8 +1,9 @@
 """Saves and loads a model as one folder. safetensors, YAML and JSON only.
 
 A model is a folder: config.yaml (resolved), adapter/ (PEFT's format) or backbone/, heads.safetensors, processor/,
-embedded_ids.json where items have learned vectors, model.json (written last). Its fingerprint names the weights, the
-tokenizer and what the towers may see.
+embedded_ids.json where items have learned vectors, model.json (written last). Of encoders that stand still model.json
+names the weights by their hash, and there is no backbone/. A model's fingerprint names the weights, the tokenizer and
+what the towers may see.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ from pixrec.model.backbone import (
 )
 from pixrec.model.catalog import Embedder
 from pixrec.model.compact import CompactTower
+from pixrec.model.encoders import DualEncoder, EncoderTower, load_encoders
 from pixrec.model.encoding import ItemEncoder, PictureFacts, picture_facts, size_settings, train_tokenizer
+from pixrec.model.packages import model_place
 from pixrec.model.seeding import seeded
 from pixrec.model.towers import DualTower
 
@@ -77,6 +80,16 @@ class Model:
     def fingerprint(self) -> str:
         return str(self.info["fingerprint"])
 
+    @property
+    def temperature(self) -> float:
+        """What cosines are divided by to be the logits that training saw."""
+        return float((self.tower.compact or self.tower).temperature.detach())
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether there is a language model that generates."""
+        return not isinstance(self.tower.backbone, DualEncoder)
+
     def embedder(self) -> Embedder:
         model = self.config.model
         return Embedder(self.tower, self.encoder, model.modalities, model.max_history_items, self.embedded_ids)
@@ -84,17 +97,15 @@ class Model:
 
 def new_model(config: Config, texts: list[str], device: str = "cpu") -> Model:
     """A model before its first training step. `texts` (the catalog's) train the tokenizer of `pixrec-tiny`."""
+    if config.model.text_encoder:
+        return _encoder_model(config, device)
+    place = model_place(config.model.backbone)
     if config.model.backbone == TINY:
         tokenizer: PreTrainedTokenizerBase = train_tokenizer(texts, config.model.tiny.vocabulary_tokens)
         pictures = PictureFacts([0.5] * 3, [0.5] * 3, None)
     else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                config.model.backbone, trust_remote_code=False, revision=config.model.revision
-            )
-        except (OSError, ValueError) as error:
-            raise cannot_load(config.model.backbone, config.model.revision, error) from None
-        pictures = picture_facts(config.model.backbone, config.model.revision)
+        tokenizer = _pretrained_tokenizer(place, config.model.revision)
+        pictures = picture_facts(place, config.model.revision)
     base, pretrained = _base(config, tokenizer, config.model.revision)
     with seeded(config.train.seed):
         if config.model.lora.enabled:
@@ -104,6 +115,29 @@ def new_model(config: Config, texts: list[str], device: str = "cpu") -> Model:
     tower.to(device)
     encoder = ItemEncoder(tokenizer, tower.backbone.family, config.model.max_text_tokens)
     return Model(tower, encoder, config, {}, pretrained=pretrained)
+
+
+def _encoder_model(config: Config, device: str = "cpu") -> Model:
+    """A model of two pretrained encoders, which has not seen a catalog yet."""
+    settings = config.model
+    text, image = (model_place(str(name)) for name in (settings.text_encoder, settings.image_encoder))
+    tokenizer = _pretrained_tokenizer(text, None)
+    try:
+        backbone = load_encoders(text, image, tokenizer, picture_facts(image)[:2])
+        pretrained = {"text": pretrained_facts(text, None), "image": pretrained_facts(image, None)}
+    except (OSError, ValueError) as error:
+        raise cannot_load(f"{settings.text_encoder} or {settings.image_encoder}", None, error) from None
+    tower = EncoderTower(backbone, settings, config.train.temperature).to(device)
+    longest = min(settings.max_text_tokens, backbone.max_text_tokens)
+    encoder = ItemEncoder(tokenizer, backbone.family, longest, special_tokens=True)
+    return Model(tower, encoder, config, {}, pretrained=pretrained)
+
+
+def _pretrained_tokenizer(place: str, revision: str | None) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision)
+    except (OSError, ValueError) as error:
+        raise cannot_load(place, revision, error) from None
 
 
 def untrained_model(config: Config, data_uris: Sequence[str], device: str = "cpu") -> Model:
@@ -117,7 +151,7 @@ def with_compact(model: Model, trained_items: Sequence[str]) -> Model:
     config = model.config.model
     known = Ids(pa.array(trained_items if config.compact.id_embedding else [], pa.large_string()))
     with seeded(model.config.train.seed):
-        tower = CompactTower(config.compact_width, config.compact, config.embedding_width, len(known))
+        tower = CompactTower(config.compact_width, config.compact, config.content_width, len(known))
     model.tower.compact = tower.to(model.tower.log_temperature.device)
     return dataclasses.replace(model, embedded_ids=known)
 
@@ -136,7 +170,8 @@ def save_model(folder: str, model: Model, info: dict[str, Any]) -> dict[str, Any
         **size_settings(model.encoder.picture_size),
     }
     (processor / "preprocessor_config.json").write_text(json.dumps(statistics, indent=2))
-    backbone.model.save_pretrained(path / ("adapter" if model.config.model.lora.enabled else "backbone"))
+    if not isinstance(backbone, DualEncoder):
+        backbone.model.save_pretrained(path / ("adapter" if model.config.model.lora.enabled else "backbone"))
     safetensors.torch.save_file(_heads(model.tower), path / "heads.safetensors")
     if model.embedded_ids:
         (path / _EMBEDDED_IDS).write_text(json.dumps(list(model.embedded_ids)))
@@ -207,15 +242,15 @@ def fingerprint(model: Model) -> str:
 def _read_model(path: Path) -> Model:
     info = dict(json.loads((path / MODEL_MARKER).read_text()))
     config = load_config((path / "config.yaml").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(path / "processor", trust_remote_code=False)
     recorded = info.get("pretrained", {})
+    if config.model.text_encoder:
+        model = _encoder_model(config)
+        _check_unchanged(f"{config.model.text_encoder} or {config.model.image_encoder}", model.pretrained, recorded)
+        return _with_heads(path, dataclasses.replace(model, info=info))
+    tokenizer = AutoTokenizer.from_pretrained(path / "processor", trust_remote_code=False)
     if config.model.lora.enabled:
         base, pretrained = _base(config, tokenizer, recorded.get("revision"))
-        if pretrained != recorded:
-            raise ArtifactError(
-                f"model.backbone {config.model.backbone!r} no longer holds the weights that the adapters were trained "
-                "on; put those back, or train again"
-            )
+        _check_unchanged(f"model.backbone {config.model.backbone!r}", pretrained, recorded)
         base.load_adapter(str(path / "adapter"))
         keep_adapters_whole(base)
     else:
@@ -224,12 +259,23 @@ def _read_model(path: Path) -> Model:
     backbone = _backbone(base, picture_facts(str(path / "processor")), config, tokenizer)
     tower = DualTower(backbone, config.model, config.train.temperature)
     encoder = ItemEncoder(tokenizer, backbone.family, config.model.max_text_tokens)
-    model = Model(tower, encoder, config, info, pretrained=recorded)
+    return _with_heads(path, Model(tower, encoder, config, info, pretrained=recorded))
+
+
+def _check_unchanged(name: str, pretrained: dict[str, Any], recorded: dict[str, Any]) -> None:
+    if pretrained != recorded:
+        raise ArtifactError(
+            f"{name} no longer holds the weights that the model was trained on; put those back, or train again"
+        )
+
+
+def _with_heads(path: Path, model: Model) -> Model:
+    """The model with all that is not its backbone, as it was saved."""
     heads = safetensors.torch.load_file(path / "heads.safetensors")
     if any(name.startswith("compact.") for name in heads):
         listed = path / _EMBEDDED_IDS
         model = with_compact(model, json.loads(listed.read_text()) if listed.exists() else [])
-    missing, unexpected = tower.load_state_dict(heads, strict=False)
+    missing, unexpected = model.tower.load_state_dict(heads, strict=False)
     if unexpected or [name for name in missing if not name.startswith("backbone.")]:
         raise ValueError("heads.safetensors does not fit config.yaml")
     return model
@@ -244,8 +290,9 @@ def _base(config: Config, tokenizer: PreTrainedTokenizerBase, revision: str | No
         ids = {key: tokenizer.get_vocab()[token] for key, token in names.items()}
         base = build_tiny(settings.tiny, len(tokenizer), ids, config.train.seed, dtype)
     else:
-        base = load_pretrained(settings.backbone, settings.lora.base == "nf4", revision, dtype)
-        pretrained = pretrained_facts(settings.backbone, revision)
+        place = model_place(settings.backbone)
+        base = load_pretrained(place, settings.lora.base == "nf4", revision, dtype)
+        pretrained = pretrained_facts(place, revision)
     use_attention(base, settings.attn_implementation)
     return base, pretrained
 

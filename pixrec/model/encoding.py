@@ -106,15 +106,23 @@ class Histories(_Tensors):
 class ItemEncoder:
     """Text and pictures of items to `Items` and `Histories`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, family: Family, max_text_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        family: Family,
+        max_text_tokens: int,
+        special_tokens: bool = False,
+    ) -> None:
+        """special_tokens: whether a text has those around it that the tokenizer adds, as encoders want it."""
         self.tokenizer = tokenizer
-        self.max_text_tokens = max_text_tokens
+        self.max_text_tokens, self._special_tokens = max_text_tokens, special_tokens
         self.picture_size: PictureSize = family.picture_size
         self.image_size_px = family.image_size_px
         self.tokens_per_picture = family.tokens_per_picture
         self.tile_px, self.tokens_per_tile = family.tile_px, family.tokens_per_tile
-        self.separator_id = int(tokenizer.eos_token_id)
-        self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+        closes = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        self.separator_id = int(closes)
+        self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else closes)
         known = tokenizer.get_vocab()
         prefix, suffix = (
             [known[token] for token in tokens] for tokens in (family.picture_prefix, family.picture_suffix)
@@ -126,11 +134,15 @@ class ItemEncoder:
         return decode_picture(picture, self.picture_size)
 
     def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Text tokens of each text, cut to `max_text_tokens`, without special tokens."""
+        """Text tokens of each text, cut to `max_text_tokens`; none of an empty one."""
         if not texts:
             return []
-        rows = self.tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=self.max_text_tokens)
-        return [np.array(ids, dtype=np.int64) for ids in rows["input_ids"]]
+        rows = self.tokenizer(
+            list(texts), add_special_tokens=self._special_tokens, truncation=True, max_length=self.max_text_tokens
+        )
+        return [
+            np.array(ids if text else [], dtype=np.int64) for text, ids in zip(texts, rows["input_ids"], strict=True)
+        ]
 
     def items(self, contents: Sequence[Content], modalities: Modalities | Sequence[Modalities] = "both") -> Items:
         """Encode items; `modalities`, one for all or one for each, says what is kept of them."""

@@ -299,7 +299,7 @@ def tokens_place(data: str, model: ModelConfig, where: str | None) -> str | None
 
     `where` is what a config's `picture_tokens` says: a folder, `auto` or None.
     """
-    if not model.freeze_vision or model.modalities == "text" or where is None:
+    if model.learns_vision or model.modalities == "text" or where is None:
         return None
     return f"{data.rstrip('/')}.tokens" if where == "auto" else where
 

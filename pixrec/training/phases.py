@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import torch
+from torch import Tensor
 
 from pixrec.artifact import Model, load_model, untrained_model, with_compact
 from pixrec.config import Config
@@ -20,6 +22,7 @@ from pixrec.data.ids import IdIndex, only
 from pixrec.data.joined import TrainingData, join_datasets
 from pixrec.data.sequences import Dataset, HeldOut, load_dataset, sample_users
 from pixrec.model.catalog import Catalog
+from pixrec.model.encoders import EncoderTower
 from pixrec.model.parallel import rank_and_size
 from pixrec.model.vision import find_tokens
 from pixrec.training.checkpoint import restore
@@ -30,7 +33,11 @@ from pixrec.training.joint import JointTrainer
 from pixrec.training.reading import Collator
 from pixrec.training.stages import Phase
 from pixrec.training.trainer import Trainer
+from pixrec.training.validation import item_table
 from pixrec.training.windows import ShiftedWindows
+
+STATISTICS_ITEMS = 20_000
+"""Items that the statistics of encoders' vectors are taken from."""
 
 
 class Begun(NamedTuple):
@@ -53,15 +60,16 @@ def begin(
     checkpoint: str | None = None,
 ) -> Begun:
     """Begin a phase on the data sets at `data` with the weights of the model at `start`, or go on from the local folder
-    of a `checkpoint`. The compact and the joint phase take one data set, and need a `start`; without one, the
-    interleaved phase begins with an untrained model that has read the data sets of `vocabulary`."""
+    of a `checkpoint`. The compact and the joint phase take one data set, and a `start` except of encoders that stand
+    still; without one, a model is untrained, and has read the data sets of `vocabulary`."""
     datasets = [load_dataset(uri) for uri in data]
     joined = join_datasets(datasets)
     if phase == "interleaved":  # has its weights before they are sharded
         model = untrained_model(config, vocabulary, device)
         _load_weights(model, checkpoint or start)
+    elif start is None:
+        model = untrained_model(config, vocabulary, device)
     else:
-        assert start is not None
         model = load_model(start, device)
     catalog = Catalog(joined.items, model.encoder, tokens=find_tokens(data, config, model.tower.backbone))
     trainer: Trainer[Any]
@@ -98,15 +106,16 @@ def interleaved_trainer(model: Model, catalog: Catalog, data: TrainingData, conf
 
 def compact_trainer(base: Model, catalog: Catalog, dataset: Dataset, config: Config) -> tuple[CompactTrainer, Model]:
     """A fresh compact tower on the item vectors of `base`, which stand still, and the model that it belongs to; its
-    projection of content begins as their whitening.
+    projection of content begins as their whitening, which encoders have of their own.
 
     The workers, where torch.distributed is initialised, compute the vectors between them.
     """
-    content = content_table(base, catalog, config, config.model.embedding_width)
+    content = _content(base, catalog, config)
     counts = dataset.training_counts()
     model = with_compact(base, only(dataset.items.item_ids, np.flatnonzero(counts > 0)))
     assert model.tower.compact is not None
-    model.tower.compact.whiten(content)
+    if not isinstance(base.tower, EncoderTower):
+        model.tower.compact.whiten(content)
     trainer = CompactTrainer(
         model.tower.compact,
         content=content,
@@ -117,6 +126,21 @@ def compact_trainer(base: Model, catalog: Catalog, dataset: Dataset, config: Con
         **_learned_from(model, dataset, config),
     )
     return trainer, model
+
+
+def _content(base: Model, catalog: Catalog, config: Config) -> Tensor:
+    """What the compact tower learns on, (N, C). Encoders that have seen no catalog take its statistics first, of a
+    sample where it is large."""
+    if isinstance(base.tower, EncoderTower) and not base.tower.fitted:
+        total = len(catalog)
+        rows = np.arange(total)
+        if total > STATISTICS_ITEMS:
+            rows = np.sort(np.random.default_rng(config.train.seed).choice(total, STATISTICS_ITEMS, replace=False))
+        raw = torch.from_numpy(item_table(base.tower, catalog, config, rows=rows))
+        standardised = base.tower.fit(raw.to(base.tower.log_temperature.device))
+        if len(rows) == total:
+            return standardised.cpu()
+    return content_table(base, catalog, config, config.model.content_width)
 
 
 def joint_trainer(model: Model, catalog: Catalog, dataset: Dataset, config: Config) -> JointTrainer:
