@@ -47,7 +47,7 @@ def slices(files: list[str]) -> list[Slice]:
         for group, (rows, num_bytes) in enumerate(groups):
             step = min(max(-(-rows // _SLICES_PER_GROUP), least), _ROWS_MOST)
             step = max(min(step, _BYTES_MOST * rows // max(num_bytes, 1)), 1)
-            step = -(-rows // max(1, -(-rows // step)))  # slices of a group are of like size
+            step = max(1, -(-rows // max(1, -(-rows // step))))  # slices of a group are of like size
             for start in range(0, rows, step):
                 found.append(Slice(len(found), file, group, start, min(start + step, rows)))
     return found

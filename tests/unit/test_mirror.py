@@ -33,7 +33,6 @@ TESTED_ELSEWHERE = {
     "pixrec/data/rows.py": "tests/unit/data/test_pictures.py",
     # every step of it is a step of prepare
     "pixrec/data/partitions.py": "tests/cluster/test_prepare_partitions.py",
-    "pixrec/data/slices.py": "tests/cluster/test_prepare_pictures.py",
     # every family is held to the library's own forward pass by the same tests
     **dict.fromkeys(
         (f"pixrec/model/families/{name}.py" for name in ("base", "llava", "paligemma", "qwen", "smolvlm")),
