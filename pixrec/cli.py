@@ -59,6 +59,9 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             case "prepare":
                 data = verbs.prepare(a.items, a.interactions, a.out, source=a.source, config=config, progress=console)
                 return _summary(data, "items", "images", "interactions", "cold", "users", "split")
+            case "train" if a.dry_run:
+                rate = a.tokens_per_second
+                return verbs.plan_training(a.data, config=config, tokens_per_second=rate, progress=console)
             case "train":
                 return _summary(verbs.train(a.data, a.out, config=config, resume=a.resume, progress=console))
             case "embed":
@@ -141,6 +144,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="URI", help="folder of the prepared data set")
     sub = verb("train", "Fine-tune the towers.", data, ("out", "folder of the model"))
     sub.add_argument("--resume", action="store_true", help="continue the unfinished run of the same --out")
+    sub.add_argument("--dry-run", action="store_true", help="say what it would need (memory, steps, time), and stop")
+    sub.add_argument(
+        "--tokens-per-second", type=float, metavar="N", help="a worker's measured rate, for the time of --dry-run"
+    )
     sub = verb("embed", "Publish the vectors of a catalog as an index version.", ("out", "index folder"))
     sub.add_argument("--model", metavar="URI", help="model folder")
     sub.add_argument("--data", metavar="URI", help="prepared data set")

@@ -108,6 +108,27 @@ def train(
     return TrainedModel.of(out, info)
 
 
+@surfaced()
+def plan_training(
+    data: Place, *, config: Settings = None, tokens_per_second: float | None = None, progress: Progress = False
+) -> Summary:
+    """What `train` with these settings would need, without training: parameters, tokens a step, memory a GPU, steps
+    and, by the rate of one worker in tokens a second, seconds. Of several stages that on `data`. Raises as `train`."""
+    settings, data = read_settings(config), place(data)
+    from pixrec.model.backbone import picture_size_of
+    from pixrec.training.dry_run import dry_run, table
+
+    if tokens_per_second is not None and tokens_per_second <= 0:
+        raise InputError(f"--tokens-per-second {tokens_per_second}: must be above 0")
+    with _console(progress) as console:
+        size = picture_size_of(settings.model)
+        _look_at_pictures(data, settings.model, size, settings.model.small_pictures, console)
+        found = dry_run([data], settings, tokens_per_second)
+        for line in table(found):
+            console.say(line)
+    return found
+
+
 def _look_at_pictures(data: str, model: ModelConfig, size: PictureSize, small: str, console: Console) -> None:
     """Say, or raise InputError, where stored pictures are enlarged for the backbone."""
     if model.modalities == "text" or small == "allow":

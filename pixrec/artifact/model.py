@@ -43,6 +43,7 @@ from pixrec.model.backbone import (
     keep_adapters_whole,
     load_pretrained,
     pretrained_facts,
+    pretrained_shape,
     use_attention,
 )
 from pixrec.model.catalog import Embedder
@@ -95,6 +96,11 @@ class Model:
         return Embedder(self.tower, self.encoder, model.modalities, model.max_history_items, self.embedded_ids)
 
 
+def planned_model(config: Config, texts: list[str]) -> Model:
+    """As `new_model`, on torch's `meta` device: shapes without weights, of which none is read or made."""
+    return new_model(config, texts, "meta")
+
+
 def new_model(config: Config, texts: list[str], device: str = "cpu") -> Model:
     """A model before its first training step. `texts` (the catalog's) train the tokenizer of `pixrec-tiny`."""
     if config.model.text_encoder:
@@ -106,7 +112,8 @@ def new_model(config: Config, texts: list[str], device: str = "cpu") -> Model:
     else:
         tokenizer = _pretrained_tokenizer(place, config.model.revision)
         pictures = picture_facts(place, config.model.revision)
-    base, pretrained = _base(config, tokenizer, config.model.revision)
+    meta = device == "meta"
+    base, pretrained = _shape(config, tokenizer) if meta else _base(config, tokenizer, config.model.revision)
     with seeded(config.train.seed):
         if config.model.lora.enabled:
             add_lora(base, config.model.lora, config.model.learns_vision)
@@ -286,15 +293,30 @@ def _base(config: Config, tokenizer: PreTrainedTokenizerBase, revision: str | No
     settings, dtype = config.model, DTYPES[config.model.dtype]
     pretrained: dict[str, Any] = {}
     if settings.backbone == TINY:
-        names = {"image": "<image>", "pad": "<pad>", "bos": "<s>", "eos": "<end_of_utterance>"}
-        ids = {key: tokenizer.get_vocab()[token] for key, token in names.items()}
-        base = build_tiny(settings.tiny, len(tokenizer), ids, config.train.seed, dtype)
+        base = build_tiny(settings.tiny, len(tokenizer), _special_ids(tokenizer), config.train.seed, dtype)
     else:
         place = model_place(settings.backbone)
         base = load_pretrained(place, settings.lora.base == "nf4", revision, dtype)
         pretrained = pretrained_facts(place, revision)
     use_attention(base, settings.attn_implementation)
     return base, pretrained
+
+
+def _shape(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, dict[str, Any]]:
+    """As `_base`, on the meta device."""
+    settings, dtype = config.model, DTYPES[config.model.dtype]
+    with torch.device("meta"):
+        if settings.backbone == TINY:
+            base = build_tiny(settings.tiny, len(tokenizer), _special_ids(tokenizer), config.train.seed, dtype)
+        else:
+            base = pretrained_shape(settings.backbone, settings.revision, dtype)
+    use_attention(base, settings.attn_implementation)
+    return base, {}
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    names = {"image": "<image>", "pad": "<pad>", "bos": "<s>", "eos": "<end_of_utterance>"}
+    return {key: tokenizer.get_vocab()[token] for key, token in names.items()}
 
 
 def _backbone(base: Any, pictures: PictureFacts, config: Config, tokenizer: PreTrainedTokenizerBase) -> Backbone:

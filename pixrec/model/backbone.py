@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     SmolVLMConfig,
 )
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
@@ -163,15 +164,24 @@ def load_pretrained(
         raise cannot_load(name_or_folder, revision, error) from None
 
 
+def pretrained_shape(name_or_folder: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that `load_pretrained` would read, from its config alone, on whatever device is the default."""
+    loaded = _read_config(name_or_folder, revision)
+    return AutoModelForImageTextToText.from_config(loaded, trust_remote_code=False, dtype=dtype)
+
+
+def _read_config(name_or_folder: str, revision: str | None) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False, revision=revision)
+    except (OSError, ValueError) as error:
+        raise cannot_load(name_or_folder, revision, error) from None
+
+
 def picture_size_of(config: ModelConfig) -> PictureSize:
     """What pictures are decoded to for a backbone, of which no weight is read. Raises ConfigError."""
     if config.backbone == TINY:
         return config.tiny.image_size_px
-    try:
-        loaded = AutoConfig.from_pretrained(config.backbone, trust_remote_code=False, revision=config.revision)
-    except (OSError, ValueError) as error:
-        raise cannot_load(config.backbone, config.revision, error) from None
-    family = family_of(SimpleNamespace(config=loaded))
+    family = family_of(SimpleNamespace(config=_read_config(config.backbone, config.revision)))
     family.limit_pixels(picture_facts(config.backbone, config.revision).limits, config.min_pixels, config.max_pixels)
     return family.picture_size
 

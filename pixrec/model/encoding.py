@@ -42,8 +42,12 @@ class Content:
 
 @dataclass(frozen=True)
 class _Tensors:
+    length: Tensor
+    """(rows,) int64, tokens of each row. Stays on the CPU, which chooses by it what to compute together."""
+
     def to(self, device: torch.device | str) -> Self:
-        return type(self)(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return type(self)(**{n: t if n == "length" else t.to(device, non_blocking=True) for n, t in moved.items()})
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,21 @@ class Histories(_Tensors):
     """(B, L) int64, index of the token that closes each item; 0 on padding"""
     item: Tensor
     """(B, L) int64, row in `Items`; -1 on padding"""
-    is_target: Tensor
-    """(B, L) bool, which items are to be foretold by those before; never the first, nor padding"""
+    example: Tensor
+    """(P,) int64, place in the flat (B·L) of the last item of each prefix that has an item to foretell, one further"""
+    text: Tensor
+    """(text tokens,) int64, places in the flat (B·T) of `target_text`"""
 
     @property
     def target(self) -> Tensor:
         """(P,) row in `Items` of each example's next item."""
-        return self.item[self.is_target]
+        return self.item.flatten()[self.example + 1]
+
+    @property
+    def is_target(self) -> Tensor:
+        """(B, L) bool, which items are to be foretold by those before; never the first, nor padding."""
+        flat = torch.zeros(self.item.numel(), dtype=torch.bool, device=self.item.device)
+        return flat.index_fill(0, self.example + 1, True).view_as(self.item)
 
     @property
     def target_text(self) -> Tensor:
@@ -177,6 +189,7 @@ class ItemEncoder:
         is_token = np.arange(length) < np.array([len(row[0]) for row in rows])[:, None]
         stored = torch.from_numpy(np.concatenate(ready)) if ready else torch.zeros(0, 1)
         return Items(
+            length=torch.from_numpy(is_token.sum(1)),
             token_ids=torch.from_numpy(padded[0]),
             is_token=torch.from_numpy(is_token),
             is_text=torch.from_numpy(padded[1].astype(bool)),
@@ -189,7 +202,8 @@ class ItemEncoder:
     def select(self, items: Items, chosen: np.ndarray) -> Items:
         """Some of the items, by number and in the order given, as if they had been encoded alone."""
         numbers, per_tile = torch.from_numpy(chosen), self.tokens_per_tile
-        length = int(items.is_token[numbers].sum(1).max())
+        lengths = items.length[numbers]
+        length = int(lengths.max())
         token_ids, is_token, is_text, slots = (
             t[numbers, :length] for t in (items.token_ids, items.is_token, items.is_text, items.picture_slot)
         )
@@ -209,17 +223,17 @@ class ItemEncoder:
         if not len(stored):
             stored = torch.zeros(0, per_tile, 1)  # as where there is none
         pixels = items.pixels[taken[taken < fresh_tiles]]
-        return Items(token_ids, is_token, is_text, moved, pixels, items.grid[pictures], stored)
+        return Items(lengths, token_ids, is_token, is_text, moved, pixels, items.grid[pictures], stored)
 
     def histories(
         self, items: Items, histories: Sequence[np.ndarray], is_target: Sequence[np.ndarray] | None = None
     ) -> Histories:
         """Write histories, each a row of indices into `items`, oldest first, as token sequences.
 
-        `is_target`, bool beside them: which are to be foretold; None: all but the first of each.
+        `is_target`, bool beside them: which are to be foretold, never the first; None: all others of each.
         """
-        lengths = items.is_token.sum(1).numpy()
-        token_ids, is_text, slots = items.token_ids.numpy(), items.is_text.numpy(), items.picture_slot.numpy()
+        lengths = items.length.numpy()
+        token_ids, text, slots = items.token_ids.numpy(), items.is_text.numpy(), items.picture_slot.numpy()
         parts: dict[str, list[np.ndarray]] = {k: [] for k in ("token_ids", "is_text", "slot", "position", "separator")}
         ends = []
         for history in histories:
@@ -234,24 +248,28 @@ class ItemEncoder:
             column = np.minimum(offset, token_ids.shape[1] - 1)
             closes = is_separator == 1
             parts["token_ids"].append(np.where(closes, self.separator_id, token_ids[row, column]))
-            parts["is_text"].append(np.where(closes, 0, is_text[row, column]).astype(np.int64))
+            parts["is_text"].append(np.where(closes, 0, text[row, column]).astype(np.int64))
             parts["slot"].append(np.where(closes, -1, slots[row, column]))
             parts["position"].append(position)
             parts["separator"].append(is_separator)
             ends.append(end)
         length, items_length = max(map(len, parts["token_ids"])), max(map(len, histories))
-        foretold = [np.arange(len(history)) > 0 for history in histories] if is_target is None else is_target
         is_token = np.arange(length) < np.array([len(p) for p in parts["token_ids"]])[:, None]
+        is_text, position = _pad(parts["is_text"], length, 0).astype(bool), _pad(parts["position"], length, 0)
+        marks = [np.arange(len(history)) > 0 for history in histories] if is_target is None else is_target
+        foretold = _pad(marks, items_length, 0).astype(bool)
         return Histories(
+            length=torch.from_numpy(is_token.sum(1)),
             token_ids=torch.from_numpy(_pad(parts["token_ids"], length, self.pad_id)),
             is_token=torch.from_numpy(is_token),
-            is_text=torch.from_numpy(_pad(parts["is_text"], length, 0).astype(bool)),
+            is_text=torch.from_numpy(is_text),
             picture_slot=torch.from_numpy(_pad(parts["slot"], length, -1)),
-            position=torch.from_numpy(_pad(parts["position"], length, 0)),
+            position=torch.from_numpy(position),
             is_separator=torch.from_numpy(_pad(parts["separator"], length, 0).astype(bool)),
             separator_at=torch.from_numpy(_pad(ends, items_length, 0)),
             item=torch.from_numpy(_pad([np.asarray(h) for h in histories], items_length, -1)),
-            is_target=torch.from_numpy(_pad(foretold, items_length, 0).astype(bool)),
+            example=torch.from_numpy(np.flatnonzero(foretold) - 1),
+            text=torch.from_numpy(np.flatnonzero(is_text & np.take_along_axis(foretold, position, 1))),
         )
 
     def _row(self, text: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

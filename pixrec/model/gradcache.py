@@ -22,7 +22,7 @@ from pixrec.model.encoding import Histories, Items
 from pixrec.model.losses import all_reduced_rows, next_item_generation
 from pixrec.model.objective import PARTS, Candidates, Extra, TrainingTask, history_rows, joined_counts
 from pixrec.model.seeding import reseed
-from pixrec.model.towers import HistoryOutputs
+from pixrec.model.towers import HistoryOutputs, tokens_of
 
 _ANCHORS_AT_A_TIME = 1024
 
@@ -171,7 +171,7 @@ class _Cache:
             part, out = self._histories(i, generate=False)
             if not counts:
                 continue
-            self._count(part.histories.is_token)
+            self._count(part.histories.length)
             user.append(out.user.float())
             conditioned.append(out.target_given_user.float())
             target.append(part.of_batch[part.histories.target])
@@ -203,15 +203,16 @@ class _Cache:
             start = rows.stop
         return total
 
-    def _count(self, is_token: Tensor) -> None:
-        self.real, self.slots = self.real + float(is_token.sum()), self.slots + float(is_token.numel())
+    def _count(self, length: Tensor) -> None:
+        read, computed = tokens_of(length)
+        self.real, self.slots = self.real + read, self.slots + computed
 
     def _items(self, i: int, count: bool) -> Tensor:
         reseed(self.seed + 2 * i, self.device)
         with self.task.autocast():
             items = self.parts.items[i]().to(self.device)
             if count:
-                self._count(items.is_token)
+                self._count(items.length)
             return self.task.run(self._read_items, items).float()
 
     def _histories(self, i: int, generate: bool) -> tuple[HistoryPart, HistoryOutputs]:

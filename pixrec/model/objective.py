@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pixrec.config import TrainConfig
 from pixrec.model.encoding import Histories, Items
 from pixrec.model.losses import Part, gather_with_gradient, info_nce, next_item_generation
-from pixrec.model.towers import DualTower
+from pixrec.model.towers import DualTower, tokens_of
 
 PARTS = ("nig", "tt", "ut")
 
@@ -45,9 +45,9 @@ class Batch:
         )
 
     def tokens(self) -> tuple[float, float]:
-        """Tokens read, and tokens with padding."""
-        masks = (self.items.is_token, self.histories.is_token)
-        return float(sum(m.sum() for m in masks)), float(sum(m.numel() for m in masks))
+        """Tokens read, and tokens computed: with padding."""
+        counts = [tokens_of(part.length) for part in (self.items, self.histories)]
+        return float(sum(read for read, _ in counts)), float(sum(computed for _, computed in counts))
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class TrainingTask(nn.Module):
 def history_rows(histories: Histories, item_rows: Tensor) -> Tensor:
     """(P, L) catalog rows of all items of each example's history; -1 on padding."""
     rows = torch.where(histories.item >= 0, item_rows[histories.item.clamp(min=0)], -1)
-    return rows.repeat_interleave(histories.is_target.sum(1), dim=0)
+    return rows[histories.example // rows.shape[1]]
 
 
 def among(ids: Tensor, seen: Tensor) -> Tensor:

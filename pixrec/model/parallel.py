@@ -32,6 +32,7 @@ def shard(task: TrainingTask) -> None:
     fully_shard(task, ignored_params={task.tower.log_temperature})
     register_fsdp_forward_method(task, "run")
     task.touches = True
+    task.tower.by_length = False
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from pixrec.model.compact import CompactTower
 from pixrec.model.encoding import Histories, Items
 
 MIN_TEMPERATURE = 0.01
+_LEAST_FILLED = 0.75
 
 
 class HistoryOutputs(NamedTuple):
@@ -87,6 +89,8 @@ class DualTower(nn.Module):
         self.item_proj = nn.Linear(backbone.width, config.embedding_width)
         self.user_tower = InterleavedUserTower(backbone.width, config)
         self.compact: CompactTower | None = None  # set once the item tower is trained (`artifact.with_compact`)
+        self.by_length = True
+        """Whether rows of different length may take several passes; not where every pass is a collective (FSDP)."""
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
 
     @property
@@ -107,13 +111,30 @@ class DualTower(nn.Module):
     def item_vectors(self, items: Items, pictures: Tensor | None = None) -> Tensor:
         """v_T: each item encoded alone, unit vectors (U, D)."""
         pictures = self.pictures(items) if pictures is None else pictures
-        hidden = self.backbone.hidden_states(items.token_ids, items.is_token, items.picture_slot, pictures)
+        hidden = self.states(items, pictures)
         pooled = _mean(hidden, items.is_token) if self.pooling == "mean" else _last(hidden, items.is_token)
         return F.normalize(self.item_proj(pooled), dim=-1)
 
     def history_states(self, histories: Histories, pictures: Tensor) -> Tensor:
         """Last hidden states (B, T, W) of whole histories."""
-        return self.backbone.hidden_states(histories.token_ids, histories.is_token, histories.picture_slot, pictures)
+        return self.states(histories, pictures)
+
+    def states(self, sequences: Items | Histories, pictures: Tensor) -> Tensor:
+        """Last hidden states (B, T, W). Rows of like length go through the backbone together, cut to the longest of
+        them, so that little of what is computed is padding."""
+        read = sequences.token_ids, sequences.is_token, sequences.picture_slot
+        groups = length_groups(sequences.length.numpy()) if self.by_length else []
+        if len(groups) < 2:
+            return self.backbone.hidden_states(*read, pictures)
+        parts, longest = [], sequences.token_ids.shape[1]
+        for rows in groups:
+            length = int(sequences.length[rows].max())
+            chosen = torch.from_numpy(rows).to(pictures.device, non_blocking=True)
+            token_ids, is_token, slots = (tensor[chosen, :length] for tensor in read)
+            part = self.backbone.hidden_states(token_ids, is_token, slots, pictures)
+            parts.append(F.pad(part, (0, 0, 0, longest - length)))
+        place = torch.from_numpy(np.argsort(np.concatenate(groups))).to(pictures.device, non_blocking=True)
+        return torch.cat(parts)[place]
 
     def user_vectors(self, items: Items, histories: Histories) -> Tensor:
         """v_U of whole histories by the interleaved tower, unit vectors (B, D)."""
@@ -123,19 +144,17 @@ class DualTower(nn.Module):
 
     def read_histories(self, histories: Histories, pictures: Tensor, generate: bool) -> HistoryOutputs:
         """Everything the objective needs of histories whose last item is a target only; `pictures` (M·K, X)."""
-        has_next = histories.is_target[:, 1:]
         hidden = self.history_states(histories, pictures)
-        user = self.user_tower(hidden, histories)[:, :-1][has_next]
+        user = self.user_tower(hidden, histories).flatten(0, 1)[histories.example]
         if self.pooling == "mean":
             of_items = _mean_of_each_item(hidden, histories)
         else:
             of_items = _take(hidden, (histories.separator_at - 1).clamp(min=0))
-        conditioned = F.normalize(self.item_proj(of_items), dim=-1)[:, 1:][has_next]
+        conditioned = F.normalize(self.item_proj(of_items.flatten(0, 1)[histories.example + 1]), dim=-1)
         if not generate:
             return HistoryOutputs(user, conditioned, None, None)
-        wanted = histories.target_text
-        logits = self.backbone.token_logits(hidden[:, :-1][wanted[:, 1:]])
-        return HistoryOutputs(user, conditioned, logits, histories.token_ids[wanted])
+        logits = self.backbone.token_logits(hidden.flatten(0, 1)[histories.text - 1])
+        return HistoryOutputs(user, conditioned, logits, histories.token_ids.flatten()[histories.text])
 
     def forward(self, items: Items, histories: Histories, generate: bool) -> TowerOutputs:
         """Everything the objective needs; `generate` asks for the scores of the next items' text."""
@@ -145,6 +164,23 @@ class DualTower(nn.Module):
         return TowerOutputs(
             read.user, read.target_given_user, vectors, histories.target, read.text_logits, read.text_ids
         )
+
+
+def length_groups(lengths: np.ndarray) -> list[np.ndarray]:
+    """Numbers of rows (int64) that are computed together: none is shorter than _LEAST_FILLED of the longest among them,
+    so that no more than the rest is padding. `lengths` (B,) in tokens."""
+    order = np.argsort(-lengths, kind="stable")
+    starts, longest = [0], lengths[order[0]]
+    for at, row in enumerate(order):
+        if lengths[row] < _LEAST_FILLED * longest:
+            starts, longest = [*starts, at], lengths[row]
+    return np.split(order, starts[1:])
+
+
+def tokens_of(length: Tensor) -> tuple[int, int]:
+    """Tokens of rows (B,), and tokens computed for them, padding included."""
+    lengths = length.numpy()
+    return int(lengths.sum()), sum(len(rows) * int(lengths[rows].max()) for rows in length_groups(lengths))
 
 
 def _take(states: Tensor, index: Tensor) -> Tensor:

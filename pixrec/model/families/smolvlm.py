@@ -21,7 +21,9 @@ class SmolVLM(Family):
         return (patches_per_side // int(self.config.scale_factor)) ** 2
 
     def encode_pictures(self, model: PreTrainedModel, pixels: Tensor, grid: Tensor) -> Tensor:
-        features = model.model.get_image_features(pixels.unsqueeze(1)).pooler_output
-        if isinstance(features, (list, tuple)):
-            features = torch.stack(list(features))
-        return features.view(pixels.shape[0], self.tokens_per_picture, -1)
+        # As `get_image_features`, but for its search for pictures that are padding, for which a GPU is waited.
+        vision, side = model.model.vision_model, self.image_size_px // int(self.config.vision_config.patch_size)
+        whole = torch.ones(len(pixels), side, side, dtype=torch.bool, device=pixels.device)
+        patches = vision.embeddings(pixel_values=pixels, patch_attention_mask=whole)
+        states = vision.encoder(inputs_embeds=patches, attention_mask=None).last_hidden_state
+        return model.model.connector(vision.post_layernorm(states))

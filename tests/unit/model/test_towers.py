@@ -9,6 +9,7 @@ from pixrec.artifact import load_model, save_model
 from pixrec.model.backbone import Backbone
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoding import Content
+from pixrec.model.towers import length_groups, tokens_of
 
 INTERLEAVED = tiny_config(model={"user_tower": "interleaved"})
 MEAN = tiny_config(model={"user_tower": "interleaved", "user_pooling": "mean"})
@@ -194,3 +195,45 @@ def test_adapters_load_in_plain_peft(tmp_path):
         theirs = PeftModel.from_pretrained(base.model, str(tmp_path / "adapter")).eval()(input_ids=ids).logits
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert not torch.allclose(ours, before, atol=1e-3)
+
+
+def test_rows_of_like_length_are_computed_together():
+    """Little padding, and the loss and gradients of one pass."""
+    groups = length_groups(np.array([10, 3, 9, 12, 4, 3]))
+    assert [rows.tolist() for rows in groups] == [[3, 0, 2], [4, 1, 5]]
+    assert tokens_of(torch.tensor([10, 3, 9, 12, 4, 3])) == (41, 3 * 12 + 3 * 4)
+    assert [rows.tolist() for rows in length_groups(np.array([7, 7]))] == [[0, 1]]
+
+    items = tiny_items(with_pictures=range(6))
+    model = tiny_model(INTERLEAVED, items)
+    histories = [np.array([0, 7, 3, 5]), np.array([8, 10]), np.array([1, 2, 9]), np.array([11])]
+    _, batch, sequences = Catalog(items, model.encoder).histories(histories)
+    assert len(length_groups(batch.length.numpy())) > 1
+    assert len(length_groups(sequences.length.numpy())) > 1
+
+    def trained(by_length):
+        model.tower.by_length = by_length
+        model.tower.zero_grad()
+        out = model.tower(batch, sequences, generate=True)
+        loss = out.text_logits.square().mean() + (out.user @ out.item.T).exp().sum() + out.target_given_user.sum()
+        loss.backward()
+        return float(loss.detach()), torch.cat(
+            [p.grad.flatten() for p in model.tower.parameters() if p.grad is not None]
+        )
+
+    (one, gradient), (other, plain) = trained(True), trained(False)
+    assert one == pytest.approx(other, rel=1e-5)
+    assert float((gradient - plain).norm() / plain.norm()) < 1e-4
+
+
+def test_places_of_examples_and_of_text_are_those_of_the_masks():
+    items = tiny_items(with_pictures=range(6))
+    _, _, sequences = Catalog(items, tiny_model(items=items).encoder).histories([np.array([0, 7, 3]), np.array([8])])
+    has_next = torch.zeros_like(sequences.item, dtype=torch.bool)
+    has_next[:, :-1] = sequences.item[:, 1:] >= 0
+    assert sequences.example.tolist() == torch.nonzero(has_next.flatten()).flatten().tolist()
+    assert sequences.text.tolist() == torch.nonzero(sequences.target_text.flatten()).flatten().tolist()
+    assert sequences.target.tolist() == sequences.item[:, 1:][sequences.item[:, 1:] >= 0].tolist()
+    moved = sequences.to("meta")
+    assert moved.text.is_meta
+    assert moved.length.device.type == "cpu", "by it is chosen what is computed together"
