@@ -9,12 +9,17 @@ from pixrec.artifact.index import (
     load_index,
 )
 from pixrec.artifact.model import (
+    DESCRIPTION,
     MODEL_MARKER,
     Model,
+    describe_model,
+    described_model,
     fingerprint,
+    give_weights,
     knockout_uri,
     load_model,
     new_model,
+    own_names,
     save_model,
     untrained_model,
     with_compact,
@@ -22,12 +27,16 @@ from pixrec.artifact.model import (
 from pixrec.artifact.versions import keep_newest, list_versions, rollback
 
 __all__ = [
+    "DESCRIPTION",
     "MODEL_MARKER",
     "Index",
     "IndexWriter",
     "Model",
     "check_index_writable",
+    "describe_model",
+    "described_model",
     "fingerprint",
+    "give_weights",
     "index_manifest",
     "index_version",
     "keep_newest",
@@ -36,6 +45,7 @@ __all__ = [
     "load_index",
     "load_model",
     "new_model",
+    "own_names",
     "rollback",
     "save_model",
     "untrained_model",

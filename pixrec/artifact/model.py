@@ -23,7 +23,7 @@ import torch
 import transformers.utils.logging
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
 
 import pixrec
 from pixrec import storage
@@ -32,6 +32,7 @@ from pixrec.data.ids import Ids
 from pixrec.data.items import load_texts
 from pixrec.errors import ArtifactError, ConfigError
 from pixrec.model.backbone import (
+    ADAPTER,
     DTYPES,
     TINY,
     Backbone,
@@ -52,6 +53,7 @@ from pixrec.model.towers import DualTower
 MODEL_MARKER = "model.json"
 _KNOCKOUTS = "knockouts"
 _EMBEDDED_IDS = "embedded_ids.json"
+DESCRIPTION = "description.json"
 
 # What reading damaged files raises. RuntimeError: a tensor of another shape; KeyError: a file that lacks a key;
 # TypeError: a tokenizer without its settings.
@@ -123,6 +125,62 @@ def with_compact(model: Model, trained_items: Sequence[str]) -> Model:
 
 def save_model(folder: str, model: Model, info: dict[str, Any]) -> dict[str, Any]:
     """Write all of a model into a local `folder`, model.json last; returns what model.json says."""
+    path = _describe(folder, model)
+    backbone = model.tower.backbone.model
+    backbone.save_pretrained(path / ("adapter" if model.config.model.lora.enabled else "backbone"))
+    safetensors.torch.save_file(_heads(model.tower), path / "heads.safetensors")
+    facts = {"fingerprint": fingerprint(model), "pixrec": pixrec.__version__, **info}
+    if model.pretrained:
+        facts["pretrained"] = model.pretrained
+    (path / MODEL_MARKER).write_text(json.dumps(facts, indent=2) + "\n")
+    return facts
+
+
+def describe_model(folder: str, model: Model, info: dict[str, Any]) -> None:
+    """Write all of a model but its weights into a local `folder`, for `described_model`. Asks no weight for its
+    values, so that they may be spread over workers."""
+    path = _describe(folder, model)
+    if not model.config.model.lora.enabled:
+        model.tower.backbone.model.config.save_pretrained(path / "backbone")
+    (path / DESCRIPTION).write_text(json.dumps({**info, "pretrained": model.pretrained}))
+
+
+def described_model(folder: str) -> Model:
+    """The model of `describe_model`, which is still to be given the weights of `own_names`: under adapters the base is
+    there, else no weight takes memory."""
+    path = Path(folder)
+    info = json.loads((path / DESCRIPTION).read_text())
+    config = load_config((path / "config.yaml").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(path / "processor", trust_remote_code=False)
+    if config.model.lora.enabled:
+        base, _ = _base(config, tokenizer, info["pretrained"].get("revision"))
+        add_lora(base, config.model.lora, config.model.learns_vision)
+    else:
+        with torch.device("meta"):
+            base = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path / "backbone"))
+    pretrained = info.pop("pretrained")
+    return _assembled(path, base, tokenizer, config, info, pretrained)
+
+
+def own_names(model: Model) -> list[str]:
+    """Names of the tensors that a model's folder holds: heads, and adapters or the backbone; tied ones once."""
+    tower = model.tower
+    tied = {name for name, _ in tower.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in tower.named_parameters()}
+    adapters = model.config.model.lora.enabled
+    return [n for n in tower.state_dict() if n not in tied and (not adapters or ADAPTER in n or _is_head(n))]
+
+
+def give_weights(model: Model, weights: dict[str, Tensor]) -> None:
+    """Give a `described_model` its weights, which become its own: no copy is made."""
+    lacking = set(own_names(model)) - set(weights)
+    if lacking:
+        raise ArtifactError(f"the checkpoint lacks {min(lacking)}; train again")
+    model.tower.load_state_dict(weights, strict=False, assign=True)
+    model.tower.backbone.model.tie_weights()
+
+
+def _describe(folder: str, model: Model) -> Path:
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.yaml").write_text(dump_config(model.config))
@@ -135,15 +193,9 @@ def save_model(folder: str, model: Model, info: dict[str, Any]) -> dict[str, Any
         "size": {"height": model.encoder.image_size_px, "width": model.encoder.image_size_px},
     }
     (processor / "preprocessor_config.json").write_text(json.dumps(statistics, indent=2))
-    backbone.model.save_pretrained(path / ("adapter" if model.config.model.lora.enabled else "backbone"))
-    safetensors.torch.save_file(_heads(model.tower), path / "heads.safetensors")
     if model.embedded_ids:
         (path / _EMBEDDED_IDS).write_text(json.dumps(list(model.embedded_ids)))
-    facts = {"fingerprint": fingerprint(model), "pixrec": pixrec.__version__, **info}
-    if model.pretrained:
-        facts["pretrained"] = model.pretrained
-    (path / MODEL_MARKER).write_text(json.dumps(facts, indent=2) + "\n")
-    return facts
+    return path
 
 
 def load_model(uri: str, device: str = "cpu") -> Model:
@@ -215,21 +267,42 @@ def _read_model(path: Path) -> Model:
             )
         base.load_adapter(str(path / "adapter"))
         keep_adapters_whole(base)
+        _fill_adapters(base, path / "adapter" / "adapter_model.safetensors")
     else:
         base = load_pretrained(str(path / "backbone"), dtype=DTYPES[config.model.dtype])
         use_attention(base, config.model.attn_implementation)
-    backbone = Backbone(base, *picture_statistics(str(path / "processor")), _instruction(config, tokenizer))
-    tower = DualTower(backbone, config.model, config.train.temperature)
-    encoder = ItemEncoder(tokenizer, backbone.family, config.model.max_text_tokens)
-    model = Model(tower, encoder, config, info, pretrained=recorded)
+    model = _assembled(path, base, tokenizer, config, info, recorded)
     heads = safetensors.torch.load_file(path / "heads.safetensors")
     if any(name.startswith("compact.") for name in heads):
         listed = path / _EMBEDDED_IDS
         model = with_compact(model, json.loads(listed.read_text()) if listed.exists() else [])
-    missing, unexpected = tower.load_state_dict(heads, strict=False)
-    if unexpected or [name for name in missing if not name.startswith("backbone.")]:
+    missing, unexpected = model.tower.load_state_dict(heads, strict=False)
+    if unexpected or any(map(_is_head, missing)):
         raise ValueError("heads.safetensors does not fit config.yaml")
     return model
+
+
+def _fill_adapters(base: Any, file: Path) -> None:
+    """Give the adapters, held in float32, their stored values: `load_adapter` rounded them to the type of the base."""
+    from peft import set_peft_model_state_dict
+
+    stored = safetensors.torch.load_file(file)
+    set_peft_model_state_dict(base, {name.removeprefix("base_model.model."): t for name, t in stored.items()})
+
+
+def _assembled(
+    path: Path,
+    base: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    info: dict[str, Any],
+    pretrained: dict[str, Any],
+) -> Model:
+    """A backbone and what lies beside it in the folder, with fresh heads."""
+    backbone = Backbone(base, *picture_statistics(str(path / "processor")), _instruction(config, tokenizer))
+    tower = DualTower(backbone, config.model, config.train.temperature)
+    encoder = ItemEncoder(tokenizer, backbone.family, config.model.max_text_tokens)
+    return Model(tower, encoder, config, info, pretrained=pretrained)
 
 
 def _base(config: Config, tokenizer: PreTrainedTokenizerBase, revision: str | None) -> tuple[Any, dict[str, Any]]:
@@ -254,4 +327,8 @@ def _instruction(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[int
 
 def _heads(tower: DualTower) -> dict[str, Tensor]:
     """Everything that is not the backbone."""
-    return {n: t.detach().cpu().contiguous() for n, t in tower.state_dict().items() if not n.startswith("backbone.")}
+    return {n: t.detach().cpu().contiguous() for n, t in tower.state_dict().items() if _is_head(n)}
+
+
+def _is_head(name: str) -> bool:
+    return not name.startswith("backbone.")

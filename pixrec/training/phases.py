@@ -6,7 +6,6 @@ Shapes: N items of the catalog.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,9 +20,8 @@ from pixrec.data.ids import IdIndex, only
 from pixrec.data.joined import TrainingData, join_datasets
 from pixrec.data.sequences import Dataset, HeldOut, load_dataset, sample_users
 from pixrec.model.catalog import Catalog
-from pixrec.model.parallel import rank_and_size
 from pixrec.model.vision import find_tokens
-from pixrec.training.checkpoint import restore
+from pixrec.training.checkpoint import holds_shards, restore
 from pixrec.training.compact import CompactTrainer
 from pixrec.training.interleaved import InterleavedTrainer
 from pixrec.training.joint import JointTrainer
@@ -39,7 +37,7 @@ class Begun(NamedTuple):
 
     trainer: Trainer[Any]
     model: Model
-    """what checkpoints are written from: the model under training, or a whole copy of one that is sharded"""
+    """what checkpoints are written from: the model under training"""
     held_out: HeldOut
 
 
@@ -58,36 +56,22 @@ def begin(
     interleaved phase begins with an untrained model that has read the data sets of `vocabulary`."""
     datasets = [load_dataset(uri) for uri in data]
     joined = join_datasets(datasets)
-    if phase == "interleaved":  # has its weights before they are sharded
-        model = untrained_model(config, vocabulary, device)
-        _load_weights(model, checkpoint or start)
-    else:
-        assert start is not None
-        model = load_model(start, device)
+    # Shards are read once there is something to read them into.
+    source = start if checkpoint is None or holds_shards(checkpoint) else checkpoint
+    model = untrained_model(config, vocabulary, device) if source is None else load_model(source, device)
     catalog = Catalog(joined.items, model.encoder, tokens=find_tokens(data, config, model.tower.backbone))
     trainer: Trainer[Any]
     if phase == "interleaved":
-        sharded = config.train.parallel == "fsdp2" and rank_and_size()[1] > 1
-        whole = copy.deepcopy(model.tower).to("cpu") if sharded else model.tower
         trainer = interleaved_trainer(model, catalog, joined, config)
-        model = dataclasses.replace(model, tower=whole)
     elif phase == "compact":
         trainer, model = compact_trainer(model, catalog, datasets[0], config)
-        _load_weights(model, checkpoint)
     else:
         trainer = joint_trainer(model, catalog, datasets[0], config)
-        _load_weights(model, checkpoint)
     if checkpoint is not None:
-        restore(trainer, checkpoint)
+        restore(trainer, model, checkpoint)
     users = (config.train if phase == "interleaved" else config.train.compact).max_validation_users
     held_out = sample_users(joined.valid, users, config.train.seed)
     return Begun(trainer, dataclasses.replace(model, config=config), held_out)
-
-
-def _load_weights(model: Model, uri: str | None) -> None:
-    if uri is not None:
-        weights = load_model(uri, str(model.tower.log_temperature.device)).tower.state_dict()
-        model.tower.load_state_dict(weights)
 
 
 def interleaved_trainer(model: Model, catalog: Catalog, data: TrainingData, config: Config) -> InterleavedTrainer:
@@ -98,16 +82,19 @@ def interleaved_trainer(model: Model, catalog: Catalog, data: TrainingData, conf
 
 
 def compact_trainer(base: Model, catalog: Catalog, dataset: Dataset, config: Config) -> tuple[CompactTrainer, Model]:
-    """A fresh compact tower on the item vectors of `base`, which stand still, and the model that it belongs to; its
-    projection of content begins as their whitening.
+    """A compact tower on the item vectors of `base`, which stand still, and the model that it belongs to: that of
+    `base`, or a fresh one, whose projection of content begins as their whitening.
 
     The workers, where torch.distributed is initialised, compute the vectors between them.
     """
+    begun, base.tower.compact = base.tower.compact, None
     content = torch.from_numpy(item_table(base.tower, catalog, config))
-    counts = dataset.training_counts()
-    model = with_compact(base, only(dataset.items.item_ids, np.flatnonzero(counts > 0)))
+    base.tower.compact, model = begun, base
+    if begun is None:
+        model = with_compact(base, only(dataset.items.item_ids, np.flatnonzero(dataset.training_counts() > 0)))
+        assert model.tower.compact is not None
+        model.tower.compact.whiten(content.to(model.tower.log_temperature.device))
     assert model.tower.compact is not None
-    model.tower.compact.whiten(content.to(model.tower.log_temperature.device))
     trainer = CompactTrainer(
         model.tower.compact,
         content=content,
