@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import warnings
 from typing import Any, Protocol
 
 from rich.console import Console as RichConsole
@@ -51,6 +52,12 @@ class Console:
         if self._quiet:
             return
         (self._bars.console if self._bars else self._rich).print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """A line that a quiet console says too, as a warning of Python's."""
+        if self._quiet:
+            warnings.warn(text, UserWarning, stacklevel=2)
+        self.say(text)
 
     def progress(self, stage: str, done: int, total: int | None, note: str = "") -> None:
         """As `Progress`."""

@@ -16,7 +16,6 @@ from pixrec import storage
 from pixrec.artifact import Index, Model, index_manifest, load_index, load_model
 from pixrec.config import Config
 from pixrec.data.arrays import open_arrays
-from pixrec.data.images import decode_image
 from pixrec.data.items import DATASET_MARKER, ItemTable, open_items, read_info
 from pixrec.data.text import item_text
 from pixrec.errors import ArtifactError, InputError, UnreadableImage
@@ -118,7 +117,7 @@ class Recommender:
         """Items nearest to a text, a picture or both, encoded as an item. Raises InputError when both are empty."""
         if not text.strip() and image is None:
             raise InputError("search needs a text or a picture")
-        pixels = None if image is None else decode_image(image, self._embedder.encoder.image_size_px)
+        pixels = None if image is None else self._embedder.encoder.decode(image)
         return self._near(self._embedder.contents([Content(text, pixels)])[0], Query([], k, filters=filters or {}))
 
     def encode_new(self, new_items: Mapping[str, NewItem]) -> dict[str, np.ndarray]:
@@ -148,7 +147,7 @@ class Recommender:
 
     def _pixels(self, item_id: str, image: bytes | None) -> np.ndarray | None:
         try:
-            return None if image is None else decode_image(image, self._embedder.encoder.image_size_px)
+            return None if image is None else self._embedder.encoder.decode(image)
         except UnreadableImage as error:
             raise InputError(f"item {item_id!r}: {error}") from None
 
@@ -228,11 +227,12 @@ def _by_filters(queries: Sequence[Query], which: Sequence[int]) -> list[tuple[Fi
 def load_recommender(model: str, index: str, data: str | None = None) -> Recommender:
     """As `pixrec.load_recommender`."""
     loaded = load_model(model)
-    found = load_index(index, loaded.fingerprint)
     uri = data or _data_of(index)
     arrays = open_arrays(uri, str(read_info(uri).get("fingerprint", "")))
+    items = open_items(uri, arrays)
+    found = load_index(index, loaded.fingerprint, items)
     tokens = find_tokens(uri, loaded.config, loaded.tower.backbone)
-    return Recommender(loaded, found, open_items(uri, arrays), arrays["training_count"], tokens)
+    return Recommender(loaded, found, items, arrays["training_count"], tokens)
 
 
 def _data_of(index: str) -> str:

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from pixrec import storage
 from pixrec.artifact import MODEL_MARKER, Model, check_index_writable, load_index, load_model
 from pixrec.artifact.sources import RECALL
-from pixrec.config import Config, change_config, load_config, to_dict
+from pixrec.config import Config, ModelConfig, change_config, load_config, to_dict
 from pixrec.console import Console
+from pixrec.data.images import PictureSize
 from pixrec.data.memory import IN_MEMORY, ArrowStream, in_memory, on_storage
+from pixrec.data.resolution import resolution
 from pixrec.data.sequences import DATASET_MARKER, Dataset, HeldOut, load_dataset, sample_users
 from pixrec.errors import ConfigError, InputError, surfaced
 from pixrec.evaluation import (
@@ -93,12 +95,28 @@ def train(
     settings, data, out = read_settings(config), place(data), place(out)
     from pixrec.cluster.session import connect
     from pixrec.cluster.train import train as run
-    from pixrec.training.stages import check_ready
+    from pixrec.model.backbone import picture_size_of
+    from pixrec.training.stages import check_ready, plan
 
     check_ready(data, out, settings, resume)
-    with _console(progress) as console, connect():
-        info = run(data, out, settings, resume=resume, on_row=console.training)
+    with _console(progress) as console:
+        size = picture_size_of(settings.model)
+        for uri in dict.fromkeys(uri for stage in plan(data, settings) for uri in stage.data):
+            _look_at_pictures(uri, settings.model, size, settings.model.small_pictures, console)
+        with connect():
+            info = run(data, out, settings, resume=resume, on_row=console.training)
     return TrainedModel.of(out, info)
+
+
+def _look_at_pictures(data: str, model: ModelConfig, size: PictureSize, small: str, console: Console) -> None:
+    """Say, or raise InputError, where stored pictures are enlarged for the backbone."""
+    if model.modalities == "text" or small == "allow":
+        return
+    found = resolution(data, model.backbone, size)
+    if found.small and small == "error":
+        raise InputError(str(found))
+    if found.small:
+        console.warn(str(found))
 
 
 @surfaced()
@@ -111,12 +129,14 @@ def embed(
     OutputError, ConfigError.
     """
     settings, model, data, out = read_settings(config), place(model), place(data), place(out)
-    from pixrec.cluster.embed import check_ready
+    from pixrec.cluster.embed import check_ready, model_facts
     from pixrec.cluster.embed import embed as run
     from pixrec.cluster.session import connect
 
     check_ready(model, data, out)
     with _console(progress) as console:
+        made_for = model_facts(model)
+        _look_at_pictures(data, made_for.config, made_for.picture_size, settings.model.small_pictures, console)
         with connect():
             manifest = run(model, data, out, settings, progress=console.progress)
         counts = ("reused", "computed", "resumed", "redone", "text_alone", "pictures_rejected")
@@ -241,7 +261,7 @@ def _inputs(
     dataset: Dataset,
     config: Config,
 ) -> Inputs:
-    published = load_index(index, loaded.fingerprint) if index and loaded else None
+    published = load_index(index, loaded.fingerprint, dataset.items) if index and loaded else None
     if predictions is None:
         return Inputs(model, loaded, published)
     users = sample_users(held_out, config.evaluate.max_users, config.evaluate.seed)

@@ -233,9 +233,9 @@ class Seen:
         self.pictures = 0
         encode = model.tower.backbone.picture_tokens
 
-        def counted(pixels: torch.Tensor) -> torch.Tensor:
-            self.pictures += len(pixels)
-            return encode(pixels)
+        def counted(pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+            self.pictures += len(grid)
+            return encode(pixels, grid)
 
         patch.setattr(model.tower.backbone, "picture_tokens", counted)
 

@@ -3,7 +3,7 @@
     python -m benchmarks.faults.train_kill [seed] [--feed ray_data]
 
 A small synthetic catalog, `pixrec-tiny`, two workers under Ray Train; always SIGKILL, at steps drawn by lot. A worker's
-death is left to `train.max_failures`; after the driver's the command is given again with --resume. With
+death is left to `train.max_failures`; after the driver's the command is given again with --resume, for one worker. With
 `--feed ray_data` Ray Data reads for the workers of the disturbed run, of which a reader is killed too; the undisturbed
 run reads in the workers.
 """
@@ -77,6 +77,7 @@ def main(seed: int, feed: str) -> int:
 def disturb(place: Path, rng: random.Random, victims: list[str]) -> list[int]:
     """Train to the end, killing on the way; returns how many steps had to be taken again after each kill."""
     run, lost, stretch = start(place, "disturbed"), list[int](), STEPS // len(victims)
+    workers = CONFIG.train.num_workers
     for number, victim in enumerate(rng.sample(victims, len(victims))):
         wanted, rank = number * stretch + rng.randint(2, stretch - 2), rng.randrange(CONFIG.train.num_workers)
         before = wait_for(lambda: last_process(place), lambda steps, least=wanted: steps[-1].step >= least, run)
@@ -85,10 +86,12 @@ def disturb(place: Path, rng: random.Random, victims: list[str]) -> list[int]:
             print(f"reader {reader} killed after step {before[-1].step}", flush=True)
             continue
         if victim == "worker":
+            rank = min(rank, workers - 1)
             os.kill(noted(place, "disturbed", rank)[-1].process, signal.SIGKILL)
         else:
             end_with_all_below(run)
-            run = start(place, "disturbed", "--resume")
+            workers = 1
+            run = start(place, "disturbed", "--resume", "--set", "train.num_workers=1")
         after = wait_for(lambda: last_process(place), lambda steps, old=before: steps[0].process != old[0].process, run)
         reached = max(step.step for step in noted(place, "disturbed") if step.process == before[0].process)
         lost.append(reached + 1 - after[0].step)

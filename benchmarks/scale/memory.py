@@ -184,7 +184,7 @@ def report(command: list[str], items: int) -> None:
             now = memory_mib(process.pid)
             lines.append(json.dumps({"at": line.lower(), **now, "peak_pss": peak["pss"], "items": items}))
             process.stdin.write("\n")
-        time.sleep(0.02)
+        time.sleep(0.2)  # to look costs the process time: its page tables are walked
     if process.returncode:
         raise SystemExit(f"the process ended with {process.returncode}")
     seconds = round(time.monotonic() - began, 1)

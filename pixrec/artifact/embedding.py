@@ -17,7 +17,7 @@ from pixrec.artifact import load_model
 from pixrec.artifact.stored import item_keys, to_table
 from pixrec.artifact.unfinished import Unfinished
 from pixrec.config import EmbedConfig, Modalities
-from pixrec.data.images import decode_image
+from pixrec.data.images import PictureSize, decode_picture
 from pixrec.data.items import PICTURES_FOLDER, ItemTable, content_hash
 from pixrec.data.pictures import Pictures, open_pictures
 from pixrec.errors import ArtifactError, PixRecError, UnreadableImage, fault_text, raise_fault
@@ -32,12 +32,14 @@ from pixrec.model.vision import (
 )
 from pixrec.schema import CONTENT_HASH, ITEM_ID, TEXT_FIELDS
 
-PIXELS, TOKENS_OF, TEXT, REJECTED_PICTURE, FAULT = "pixels", "tokens_of", "text", "rejected_picture", "fault"
+PIXELS, HEIGHT, TOKENS_OF, TEXT = "pixels", "height", "tokens_of", "text"
+REJECTED_PICTURE, FAULT = "rejected_picture", "fault"
 DECODED = pa.schema(
     [
         (ITEM_ID, pa.string()),
         (TEXT, pa.string()),
-        (PIXELS, pa.binary()),  # (S, S, 3) uint8; null where the model is to see no picture, or has its tokens
+        (PIXELS, pa.binary()),  # (height, width, 3) uint8; null where the model is to see no picture, or has its tokens
+        (HEIGHT, pa.int32()),  # of the pixels
         (TOKENS_OF, pa.binary()),  # hash of a picture whose tokens are stored
         (REJECTED_PICTURE, pa.bool_()),
         (CONTENT_HASH, pa.string()),
@@ -63,7 +65,7 @@ def hash_items(pieces: pa.Table) -> Iterator[pa.Table]:
 
 
 def decode_items(
-    pieces: pa.Table, *, image_size_px: int, modalities: Modalities, tokens: str | None = None
+    pieces: pa.Table, *, picture_size: PictureSize, modalities: Modalities, tokens: str | None = None
 ) -> Iterator[pa.Table]:
     """The items of each piece, as `DECODED` says: `file`, the row `start` of its first item, and the numbers of the
     `rows` in it (int32 bytes; null: all).
@@ -76,7 +78,7 @@ def decode_items(
         try:
             stored = None if tokens is None else stored_pictures(tokens)
             for table, pictures in _rows(piece["file"], piece["start"], wanted):
-                yield _decoded(table, pictures, image_size_px, modalities, stored)
+                yield _decoded(table, pictures, picture_size, modalities, stored)
         except PixRecError as error:
             yield pa.Table.from_pylist([{FAULT: fault_text(error)}], schema=DECODED)
 
@@ -115,22 +117,23 @@ def _rows(file: str, start: int, wanted: np.ndarray | None) -> Iterator[tuple[It
 def _decoded(
     table: ItemTable,
     pictures: list[bytes | None],
-    size: int,
+    size: PictureSize,
     modalities: Modalities,
     stored: StoredPictures | None,
 ) -> pa.Table:
     columns: dict[str, list[object]] = {name: [] for name in DECODED.names}
     for row, (item_id, picture) in enumerate(zip(table.item_ids, pictures, strict=True)):
         data = None if modalities == "text" else picture
-        pixels, rejected = None, False
+        pixels, height, rejected = None, None, False
         tokens_of = None if data is None or stored is None else stored.hash_of(data)
         if data is not None and tokens_of is None:
             try:
-                pixels = decode_image(data, size).tobytes()
+                decoded = decode_picture(data, size)
+                pixels, height = decoded.tobytes(), len(decoded)
             except UnreadableImage:
                 rejected = True
         text = table.text(row)
-        values = (item_id, text, pixels, tokens_of, rejected, content_hash(text, picture), None)
+        values = (item_id, text, pixels, height, tokens_of, rejected, content_hash(text, picture), None)
         for name, value in zip(DECODED.names, values, strict=True):
             columns[name].append(value)
     return pa.table(columns, schema=DECODED)
@@ -181,14 +184,14 @@ class ItemEmbedder:
         return np.concatenate(sorted_vectors)[np.argsort(order)]
 
     def _pictures(self, block: pa.Table) -> list[np.ndarray | None]:
-        """Of each item what `Content` takes: pixels (S, S, 3), stored tokens (K, X), or nothing."""
-        hashes, size = block.column(TOKENS_OF).to_pylist(), self._embedder.encoder.image_size_px
+        """Of each item what `Content` takes: pixels (height, width, 3), stored tokens (K, X), or nothing."""
+        hashes = block.column(TOKENS_OF).to_pylist()
         stored = [None] * len(hashes) if self._tokens is None else self._tokens.of_hashes(hashes)
         if any(wanted is not None and tokens is None for wanted, tokens in zip(hashes, stored, strict=True)):
             raise ArtifactError(f"{self._store}: its picture tokens went while they were in use; run it again")
         return [
-            np.frombuffer(pixels.as_buffer(), np.uint8).reshape(size, size, 3) if pixels.is_valid else tokens
-            for pixels, tokens in zip(block.column(PIXELS), stored, strict=True)
+            np.frombuffer(pixels.as_buffer(), np.uint8).reshape(height.as_py(), -1, 3) if pixels.is_valid else tokens
+            for pixels, height, tokens in zip(block.column(PIXELS), block.column(HEIGHT), stored, strict=True)
         ]
 
     @cached_property

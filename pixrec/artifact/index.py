@@ -9,6 +9,7 @@ import contextlib
 import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,15 @@ import pixrec
 from pixrec import storage
 from pixrec.artifact.stored import to_table, to_vectors
 from pixrec.data.ids import Ids
+from pixrec.data.items import ItemTable
 from pixrec.errors import ArtifactError
 from pixrec.schema import EMBEDDING, HAS_IMAGE, ITEM_ID, SCALE, index_schema
 
 MANIFEST, CURRENT, VERSIONS = "manifest.json", "CURRENT", "versions"
 _FACTS = ("version", "model_fingerprint", "width", "dtype", "rows")  # what a manifest always says
 _ROWS_PER_PART = 20_000
+MAPPED_FROM = 2**26
+"""Bytes of float32 vectors from which on they are mapped rather than held by each process."""
 
 
 @dataclass(frozen=True)
@@ -136,25 +140,69 @@ def index_manifest(uri: str) -> dict[str, Any]:
     return dict(storage.read_json(manifest, _FACTS))
 
 
-def load_index(uri: str, model_fingerprint: str | None = None) -> Index:
-    """The current version. Raises ArtifactError when absent, damaged, or made by another model than the one named."""
+def load_index(uri: str, model_fingerprint: str | None = None, items: ItemTable | None = None) -> Index:
+    """The current version. Raises ArtifactError when absent, damaged, or made by another model than the one named.
+
+    With `items` that are those of the index, the vectors of a large one come in their order, mapped from a file that a
+    node makes of them once: all processes share its pages.
+    """
     manifest = index_manifest(uri)
     if model_fingerprint not in (None, manifest["model_fingerprint"]):
         raise ArtifactError(
             f"{uri} was made by model {manifest['model_fingerprint'][:8]}, not {str(model_fingerprint)[:8]}; "
             "run pixrec embed with this model"
         )
-    version, rows = str(manifest["version"]), int(manifest["rows"])
+    version, rows, width = str(manifest["version"]), int(manifest["rows"]), int(manifest["width"])
+    if items is not None and rows == len(items) and 4 * rows * width >= MAPPED_FROM:
+        with contextlib.suppress(_OtherItems):
+            write = partial(_write_ordered, uri=uri, manifest=manifest, items=items)
+            vectors = storage.node_file(uri, f"{version} {items.row_of.digest}", write, storage.map_array)
+            return Index(version, items.item_ids, vectors, manifest)
+    vectors, item_ids, found = np.empty((rows, width), np.float32), list[pa.Array](), 0
+    for ids, part in _parts(uri, manifest):  # so that what is read is never held twice
+        room = vectors[found : found + len(part)]
+        room[:] = part[: len(room)]
+        item_ids += ids.chunks
+        found += len(part)
+    _check_rows(uri, manifest, found)
+    return Index(version, Ids(pa.chunked_array(item_ids, pa.string())), vectors, manifest)
+
+
+def _parts(uri: str, manifest: dict[str, Any]) -> Iterator[tuple[pa.ChunkedArray, np.ndarray]]:
+    """Ids (U,) and vectors (U, D) of one part after the other."""
+    version = str(manifest["version"])
     columns = [ITEM_ID, EMBEDDING, *([SCALE] if manifest["dtype"] == "int8" else [])]
-    vectors, item_ids, found = np.empty((rows, int(manifest["width"])), np.float32), list[pa.Array](), 0
-    for file in storage.table_files(storage.join(uri, VERSIONS, version)):  # so that what is read is never held twice
+    for file in storage.table_files(storage.join(uri, VERSIONS, version)):
         table = storage.read_table(file, columns)
-        part, room = to_vectors(table), vectors[found : found + len(table)]
+        part = to_vectors(table)
         if not np.isfinite(part).all():
             raise ArtifactError(f"{uri}: version {version} holds a vector that is not finite; run pixrec embed again")
-        room[:] = part[: len(room)]
-        item_ids += table.column(ITEM_ID).chunks
-        found += len(table)
-    if found != rows:
-        raise ArtifactError(f"{uri}: version {version} holds {found} rows, its manifest says {rows}")
-    return Index(version, Ids(pa.chunked_array(item_ids, pa.string())), vectors, manifest)
+        yield table.column(ITEM_ID), part
+
+
+def _check_rows(uri: str, manifest: dict[str, Any], found: int) -> None:
+    if found != manifest["rows"]:
+        raise ArtifactError(
+            f"{uri}: version {manifest['version']} holds {found} rows, its manifest says {manifest['rows']}"
+        )
+
+
+class _OtherItems(Exception):
+    """An index holds other items than the data set."""
+
+
+def _write_ordered(path: str, uri: str, manifest: dict[str, Any], items: ItemTable) -> None:
+    """The vectors (N, D) in the order of the items, as one .npy file. Raises _OtherItems where the two differ."""
+    shape = len(items), int(manifest["width"])
+    vectors = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    seen, found = np.zeros(len(items), bool), 0
+    for ids, part in _parts(uri, manifest):
+        rows = items.rows_of(Ids(ids))
+        if (rows < 0).any():
+            raise _OtherItems
+        vectors[rows], seen[rows] = part, True
+        found += len(part)
+    _check_rows(uri, manifest, found)
+    if not seen.all():
+        raise _OtherItems
+    vectors.flush()

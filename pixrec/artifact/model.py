@@ -1,8 +1,9 @@
 """Saves and loads a model as one folder. safetensors, YAML and JSON only.
 
 A model is a folder: config.yaml (resolved), adapter/ (PEFT's format) or backbone/, heads.safetensors, processor/,
-embedded_ids.json where items have learned vectors, model.json (written last). Its fingerprint names the weights, the
-tokenizer and what the towers may see.
+embedded_ids.json where items have learned vectors, model.json (written last). Of encoders that stand still model.json
+names the weights by their hash, and there is no backbone/. A model's fingerprint names the weights, the tokenizer and
+what the towers may see.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import pixrec
 from pixrec import storage
 from pixrec.config import Config, dump_config, load_config
 from pixrec.data.ids import Ids
+from pixrec.data.images import PixelBudget
 from pixrec.data.items import load_texts
 from pixrec.errors import ArtifactError, ConfigError
 from pixrec.model.backbone import (
@@ -46,13 +48,16 @@ from pixrec.model.backbone import (
 )
 from pixrec.model.catalog import Embedder
 from pixrec.model.compact import CompactTower
-from pixrec.model.encoding import ItemEncoder, picture_statistics, train_tokenizer
+from pixrec.model.encoders import DualEncoder, EncoderTower, load_encoders
+from pixrec.model.encoding import ItemEncoder, PictureFacts, picture_facts, size_settings, train_tokenizer
+from pixrec.model.packages import model_place
 from pixrec.model.seeding import seeded
 from pixrec.model.towers import DualTower
 
 MODEL_MARKER = "model.json"
 _KNOCKOUTS = "knockouts"
 _EMBEDDED_IDS = "embedded_ids.json"
+_HEADS = "heads.safetensors"
 DESCRIPTION = "description.json"
 
 # What reading damaged files raises. RuntimeError: a tensor of another shape; KeyError: a file that lacks a key;
@@ -78,6 +83,16 @@ class Model:
     def fingerprint(self) -> str:
         return str(self.info["fingerprint"])
 
+    @property
+    def temperature(self) -> float:
+        """What cosines are divided by to be the logits that training saw."""
+        return float((self.tower.compact or self.tower).temperature.detach())
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether there is a language model that generates."""
+        return not isinstance(self.tower.backbone, DualEncoder)
+
     def embedder(self) -> Embedder:
         model = self.config.model
         return Embedder(self.tower, self.encoder, model.modalities, model.max_history_items, self.embedded_ids)
@@ -85,26 +100,47 @@ class Model:
 
 def new_model(config: Config, texts: list[str], device: str = "cpu") -> Model:
     """A model before its first training step. `texts` (the catalog's) train the tokenizer of `pixrec-tiny`."""
+    if config.model.text_encoder:
+        return _encoder_model(config, device)
+    place = model_place(config.model.backbone)
     if config.model.backbone == TINY:
         tokenizer: PreTrainedTokenizerBase = train_tokenizer(texts, config.model.tiny.vocabulary_tokens)
-        statistics = ([0.5] * 3, [0.5] * 3)
+        pictures = PictureFacts([0.5] * 3, [0.5] * 3, None)
     else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                config.model.backbone, trust_remote_code=False, revision=config.model.revision
-            )
-        except (OSError, ValueError) as error:
-            raise cannot_load(config.model.backbone, config.model.revision, error) from None
-        statistics = picture_statistics(config.model.backbone, config.model.revision)
+        tokenizer = _pretrained_tokenizer(place, config.model.revision)
+        pictures = picture_facts(place, config.model.revision)
     base, pretrained = _base(config, tokenizer, config.model.revision)
     with seeded(config.train.seed):
         if config.model.lora.enabled:
             add_lora(base, config.model.lora, config.model.learns_vision)
-        backbone = Backbone(base, *statistics, _instruction(config, tokenizer))
+        backbone = _backbone(base, pictures, config, tokenizer)
         tower = DualTower(backbone, config.model, config.train.temperature)
     tower.to(device)
     encoder = ItemEncoder(tokenizer, tower.backbone.family, config.model.max_text_tokens)
     return Model(tower, encoder, config, {}, pretrained=pretrained)
+
+
+def _encoder_model(config: Config, device: str = "cpu") -> Model:
+    """A model of two pretrained encoders, which has not seen a catalog yet."""
+    settings = config.model
+    text, image = (model_place(str(name)) for name in (settings.text_encoder, settings.image_encoder))
+    tokenizer = _pretrained_tokenizer(text, None)
+    try:
+        backbone = load_encoders(text, image, tokenizer, picture_facts(image)[:2])
+        pretrained = {"text": pretrained_facts(text, None), "image": pretrained_facts(image, None)}
+    except (OSError, ValueError) as error:
+        raise cannot_load(f"{settings.text_encoder} or {settings.image_encoder}", None, error) from None
+    tower = EncoderTower(backbone, settings, config.train.temperature).to(device)
+    longest = min(settings.max_text_tokens, backbone.max_text_tokens)
+    encoder = ItemEncoder(tokenizer, backbone.family, longest, special_tokens=True)
+    return Model(tower, encoder, config, {}, pretrained=pretrained)
+
+
+def _pretrained_tokenizer(place: str, revision: str | None) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision)
+    except (OSError, ValueError) as error:
+        raise cannot_load(place, revision, error) from None
 
 
 def untrained_model(config: Config, data_uris: Sequence[str], device: str = "cpu") -> Model:
@@ -118,7 +154,7 @@ def with_compact(model: Model, trained_items: Sequence[str]) -> Model:
     config = model.config.model
     known = Ids(pa.array(trained_items if config.compact.id_embedding else [], pa.large_string()))
     with seeded(model.config.train.seed):
-        tower = CompactTower(config.compact_width, config.compact, config.embedding_width, len(known))
+        tower = CompactTower(config.compact_width, config.compact, config.content_width, len(known))
     model.tower.compact = tower.to(model.tower.log_temperature.device)
     return dataclasses.replace(model, embedded_ids=known)
 
@@ -126,9 +162,10 @@ def with_compact(model: Model, trained_items: Sequence[str]) -> Model:
 def save_model(folder: str, model: Model, info: dict[str, Any]) -> dict[str, Any]:
     """Write all of a model into a local `folder`, model.json last; returns what model.json says."""
     path = _describe(folder, model)
-    backbone = model.tower.backbone.model
-    backbone.save_pretrained(path / ("adapter" if model.config.model.lora.enabled else "backbone"))
-    safetensors.torch.save_file(_heads(model.tower), path / "heads.safetensors")
+    backbone = model.tower.backbone
+    if not isinstance(backbone, DualEncoder):
+        backbone.model.save_pretrained(path / ("adapter" if model.config.model.lora.enabled else "backbone"))
+    safetensors.torch.save_file(_heads(model.tower), path / _HEADS)
     facts = {"fingerprint": fingerprint(model), "pixrec": pixrec.__version__, **info}
     if model.pretrained:
         facts["pretrained"] = model.pretrained
@@ -190,7 +227,7 @@ def _describe(folder: str, model: Model) -> Path:
     statistics = {
         "image_mean": backbone.pixel_mean.flatten().tolist(),
         "image_std": backbone.pixel_std.flatten().tolist(),
-        "size": {"height": model.encoder.image_size_px, "width": model.encoder.image_size_px},
+        **size_settings(model.encoder.picture_size),
     }
     (processor / "preprocessor_config.json").write_text(json.dumps(statistics, indent=2))
     if model.embedded_ids:
@@ -248,6 +285,8 @@ def fingerprint(model: Model) -> str:
         digest.update(tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
     digest.update(json.dumps(sorted(model.encoder.tokenizer.get_vocab().items())).encode())
     digest.update(repr(model.config.model).encode())
+    if isinstance(model.encoder.picture_size, PixelBudget):
+        digest.update(repr(model.encoder.picture_size).encode())
     digest.update(json.dumps(list(model.embedded_ids)).encode())
     digest.update(json.dumps(model.pretrained, sort_keys=True).encode() if model.pretrained else b"")
     return digest.hexdigest()
@@ -256,30 +295,48 @@ def fingerprint(model: Model) -> str:
 def _read_model(path: Path) -> Model:
     info = dict(json.loads((path / MODEL_MARKER).read_text()))
     config = load_config((path / "config.yaml").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(path / "processor", trust_remote_code=False)
     recorded = info.get("pretrained", {})
+    if config.model.text_encoder:
+        model = _encoder_model(config)
+        _check_unchanged(f"{config.model.text_encoder} or {config.model.image_encoder}", model.pretrained, recorded)
+        return _with_heads(path, dataclasses.replace(model, info=info))
+    tokenizer = AutoTokenizer.from_pretrained(path / "processor", trust_remote_code=False)
     if config.model.lora.enabled:
         base, pretrained = _base(config, tokenizer, recorded.get("revision"))
-        if pretrained != recorded:
-            raise ArtifactError(
-                f"model.backbone {config.model.backbone!r} no longer holds the weights that the adapters were trained "
-                "on; put those back, or train again"
-            )
+        _check_unchanged(f"model.backbone {config.model.backbone!r}", pretrained, recorded)
         base.load_adapter(str(path / "adapter"))
         keep_adapters_whole(base)
         _fill_adapters(base, path / "adapter" / "adapter_model.safetensors")
     else:
         base = load_pretrained(str(path / "backbone"), dtype=DTYPES[config.model.dtype])
         use_attention(base, config.model.attn_implementation)
-    model = _assembled(path, base, tokenizer, config, info, recorded)
-    heads = safetensors.torch.load_file(path / "heads.safetensors")
-    if any(name.startswith("compact.") for name in heads):
+    return _with_heads(path, _assembled(path, base, tokenizer, config, info, recorded))
+
+
+def _check_unchanged(name: str, pretrained: dict[str, Any], recorded: dict[str, Any]) -> None:
+    if pretrained != recorded:
+        raise ArtifactError(
+            f"{name} no longer holds the weights that the model was trained on; put those back, or train again"
+        )
+
+
+def _with_heads(path: Path, model: Model) -> Model:
+    """The model with all that is not its backbone, as it was saved."""
+    with safetensors.safe_open(path / _HEADS, "pt") as file:
+        has_compact = any(name.startswith("compact.") for name in file.keys())  # noqa: SIM118, no dictionary
+    if has_compact:
         listed = path / _EMBEDDED_IDS
         model = with_compact(model, json.loads(listed.read_text()) if listed.exists() else [])
-    missing, unexpected = model.tower.load_state_dict(heads, strict=False)
+    load_heads(model, str(path))
+    return model
+
+
+def load_heads(model: Model, folder: str) -> None:
+    """Give a model all that is not its backbone, as it lies in a local folder. Raises ValueError where that is of
+    another model."""
+    missing, unexpected = model.tower.load_state_dict(safetensors.torch.load_file(Path(folder) / _HEADS), strict=False)
     if unexpected or any(map(_is_head, missing)):
         raise ValueError("heads.safetensors does not fit config.yaml")
-    return model
 
 
 def _fill_adapters(base: Any, file: Path) -> None:
@@ -299,7 +356,7 @@ def _assembled(
     pretrained: dict[str, Any],
 ) -> Model:
     """A backbone and what lies beside it in the folder, with fresh heads."""
-    backbone = Backbone(base, *picture_statistics(str(path / "processor")), _instruction(config, tokenizer))
+    backbone = _backbone(base, picture_facts(str(path / "processor")), config, tokenizer)
     tower = DualTower(backbone, config.model, config.train.temperature)
     encoder = ItemEncoder(tokenizer, backbone.family, config.model.max_text_tokens)
     return Model(tower, encoder, config, info, pretrained=pretrained)
@@ -314,10 +371,17 @@ def _base(config: Config, tokenizer: PreTrainedTokenizerBase, revision: str | No
         ids = {key: tokenizer.get_vocab()[token] for key, token in names.items()}
         base = build_tiny(settings.tiny, len(tokenizer), ids, config.train.seed, dtype)
     else:
-        base = load_pretrained(settings.backbone, settings.lora.base == "nf4", revision, dtype)
-        pretrained = pretrained_facts(settings.backbone, revision)
+        place = model_place(settings.backbone)
+        base = load_pretrained(place, settings.lora.base == "nf4", revision, dtype)
+        pretrained = pretrained_facts(place, revision)
     use_attention(base, settings.attn_implementation)
     return base, pretrained
+
+
+def _backbone(base: Any, pictures: PictureFacts, config: Config, tokenizer: PreTrainedTokenizerBase) -> Backbone:
+    backbone = Backbone(base, pictures.mean, pictures.std, _instruction(config, tokenizer))
+    backbone.family.limit_pixels(pictures.limits, config.model.min_pixels, config.model.max_pixels)
+    return backbone
 
 
 def _instruction(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -27,9 +27,11 @@ from pixrec.artifact.stored import KEY
 from pixrec.artifact.unfinished import Unfinished, Vanished, sweep
 from pixrec.config import Config, EmbedConfig, ModelConfig, load_config
 from pixrec.console import Progress, Rate
+from pixrec.data.images import PictureSize, largest_side
 from pixrec.data.items import part_starts, read_info
 from pixrec.data.sequences import DATASET_MARKER
 from pixrec.errors import ArtifactError, ConfigError, InputError, OutputError, raise_fault
+from pixrec.model.encoding import read_size
 from pixrec.model.vision import tokens_place
 from pixrec.schema import ITEMS
 
@@ -44,12 +46,12 @@ class ModelFacts:
     uri: str
     fingerprint: str
     width: int
-    image_size_px: int
+    picture_size: PictureSize
     config: ModelConfig
 
     def part_items(self, config: EmbedConfig) -> int:
         """Items embedded and stored at a time: whole batches, and no more decoded pictures than memory likes."""
-        room = _PIXEL_BYTES // (3 * self.image_size_px**2)
+        room = _PIXEL_BYTES // (3 * largest_side(self.picture_size) ** 2)
         return config.batch_size * max(1, min(config.max_part_items, room) // config.batch_size)
 
 
@@ -60,7 +62,7 @@ def embed(model: str, data: str, out: str, config: Config, *, progress: Progress
     """
     for _ in range(_ATTEMPTS):
         try:
-            return _embed(_model_facts(model), data, out, config.embed, progress)
+            return _embed(model_facts(model), data, out, config.embed, progress)
         except Vanished:
             continue  # another run published what we counted on: plan again, with its version at hand
     raise OutputError(f"{out}: other runs of pixrec embed keep clearing up what this one needs; wait for them")
@@ -180,12 +182,13 @@ def pipeline(
     """
     part_items = model.part_items(config)
     context = ray.data.DataContext.get_current().copy()
-    context.target_max_block_size = max(1, part_items * 3 * model.image_size_px**2)  # hand on what fills a part
+    part_bytes = part_items * 3 * largest_side(model.picture_size) ** 2
+    context.target_max_block_size = max(1, part_bytes)  # hand on what fills a part
     with ray.data.DataContext.current(context):
         items = ray.data.from_items(pieces, override_num_blocks=len(pieces))
     decoded = items.map_batches(
         functools.partial(
-            decode_items, image_size_px=model.image_size_px, modalities=model.config.modalities, tokens=tokens
+            decode_items, picture_size=model.picture_size, modalities=model.config.modalities, tokens=tokens
         ),
         batch_size=1,
         batch_format="pyarrow",
@@ -207,18 +210,19 @@ def check_ready(model: str, data: str, out: str) -> None:
     """Raise before Ray starts when a part is absent or --out cannot be written."""
     if not storage.exists(storage.join(data, DATASET_MARKER)):
         raise ArtifactError(f"{data} holds no complete data set (no {DATASET_MARKER}); make it with pixrec prepare")
-    _model_facts(model)
+    model_facts(model)
     check_index_writable(out)
 
 
-def _model_facts(uri: str) -> ModelFacts:
+def model_facts(uri: str) -> ModelFacts:
+    """Raises ArtifactError where there is no model."""
     if not storage.exists(storage.join(uri, MODEL_MARKER)):
         raise ArtifactError(f"{uri} holds no complete model (no {MODEL_MARKER}); make one with pixrec train")
     try:
         config = load_config(storage.read_text(storage.join(uri, "config.yaml"))).model
         pictures = storage.read_json(storage.join(uri, "processor", "preprocessor_config.json"))
         fingerprint = str(storage.read_json(storage.join(uri, MODEL_MARKER))["fingerprint"])
-        size = int(pictures["size"]["height"])
+        size = read_size(pictures)
     except (InputError, ConfigError, KeyError, TypeError) as error:
         raise ArtifactError(f"{uri} is damaged: {' '.join(str(error).split())[:200]}; train it again") from None
     return ModelFacts(storage.absolute(uri), fingerprint, config.index_width, size, config)

@@ -59,7 +59,7 @@ def _fit(part: str, data: str, work: str, config: Config, on_row: OnRow) -> str:
     stages, best = plan(data, config), None
     texts = vocabulary(stages)
     for stage in stages:
-        if stage.phase == "interleaved":
+        if stage.phase == "interleaved" or best is None:
             for uri in stage.data:
                 vision_once(uri, stage.config, texts)
 

@@ -18,7 +18,6 @@ from pixrec.data.pictures import open_pictures
 from pixrec.data.sequences import DATASET_MARKER
 from pixrec.model.backbone import Backbone
 from pixrec.model.vision import (
-    TOKENS,
     complete_store,
     covered,
     encode_pictures,
@@ -86,7 +85,7 @@ def vision_once(data: str, config: Config, vocabulary: Sequence[str] = ()) -> No
     schema, settings = token_schema(backbone), config.embed
     on_worker = ray.remote(num_cpus=settings.cpus_per_actor)
     ray.get(on_worker(index_parts).remote(folder, schema))  # what a killed run has stored
-    part_pictures = _PART_BYTES // (2 * schema.field(TOKENS).type.list_size)
+    part_pictures = _PART_BYTES // (2 * backbone.family.tokens_per_picture * backbone.family.picture_width)
     uri = storage.absolute(storage.join(data, PICTURES_FOLDER))
     pictures = ray.data.range(len(open_pictures(uri))).map_batches(
         functools.partial(_read, uri=uri), batch_size=settings.batch_size, batch_format="pyarrow"

@@ -110,7 +110,17 @@ class CompactConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     backbone: str = "pixrec-tiny"
-    """`pixrec-tiny`, or a name or folder for `from_pretrained`."""
+    """`pixrec-tiny`, or a name or folder for `from_pretrained`, or `package:NAME` of an installed package that ships
+    weights."""
+    # The next three are left out of `repr`, so that models from before them keep their fingerprint; `pretrained` in
+    # model.json, which a fingerprint holds, tells encoders apart.
+    text_encoder: str | None = field(default=None, repr=False)
+    """A pretrained text encoder, named as a backbone is, whose vectors the compact tower learns on in place of a
+    backbone's; it stands still."""
+    image_encoder: str | None = field(default=None, repr=False)
+    """The pretrained image encoder beside it; the same name where one model is both (CLIP, SigLIP)."""
+    encoder_components: int = field(default=256, repr=False)
+    """Principal components kept of each encoder's vectors."""
     revision: str | None = None
     """Branch, tag or commit of a backbone on the hub; none: its main branch. model.json says which commit it was."""
     dtype: Literal["float32", "bf16"] = "float32"
@@ -137,6 +147,15 @@ class ModelConfig:
     """How many of the newest events the interleaved tower reads; `model.compact` has its own."""
     max_text_tokens: int = 32
     """An item's text is cut to this many tokens."""
+    # Not in `repr`: where they count, a model's fingerprint has them by themselves.
+    max_pixels: int = field(default=65_536, repr=False)
+    """Most pixels of a picture for a backbone that keeps its shape (Qwen-VL), unless its own processor takes fewer.
+    Others take squares of one size. A picture is as large as `prepare.image_size_px` lets it be."""
+    min_pixels: int | None = field(default=None, repr=False)
+    """Fewest pixels for such a backbone; none: what its own processor says. A picture that has fewer is enlarged."""
+    small_pictures: Literal["warn", "error", "allow"] = field(default="warn", repr=False)
+    """What to do about stored pictures of fewer pixels than the backbone takes, which are enlarged for it: say so in
+    one line, stop, or nothing."""
     freeze_vision: bool = False
     """Do not train the vision part and its projection, so that their output can be computed once for each picture."""
     tiny: TinyConfig = field(default_factory=TinyConfig)
@@ -156,10 +175,19 @@ class ModelConfig:
     @property
     def learns_vision(self) -> bool:
         """Whether training may alter the vision part."""
-        return not self.freeze_vision and self.modalities != "text"
+        return not self.freeze_vision and not self.text_encoder and self.modalities != "text"
+
+    @property
+    def content_width(self) -> int:
+        """Width of what the item tower gives the compact tower of an item."""
+        return 2 * self.encoder_components if self.text_encoder else self.embedding_width
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "embedding_width", "max_history_items", "max_text_tokens")
+        at_least(self, 1, "embedding_width", "max_history_items", "max_text_tokens", "max_pixels", "min_pixels")
+        at_least(self, 1, "encoder_components")
+        if self.min_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ConfigError(f"model.min_pixels {self.min_pixels} is above model.max_pixels {self.max_pixels}")
+        self._check_encoders()
         if self.compact.width is None:
             self.compact.check_width(self, "embedding_width")
         if self.revision is not None and self.backbone == "pixrec-tiny":
@@ -172,3 +200,18 @@ class ModelConfig:
             raise ConfigError("model.lora.targets vision leaves nothing to learn: the vision part is frozen or unused")
         if self.lora.base == "nf4" and not (self.lora.enabled and self.backbone != "pixrec-tiny"):
             raise ConfigError("model.lora.base nf4 needs model.lora.enabled and a pretrained model.backbone")
+
+    def _check_encoders(self) -> None:
+        if (self.text_encoder is None) != (self.image_encoder is None):
+            raise ConfigError(
+                "model.text_encoder and model.image_encoder go together; name both, and set model.modalities where the "
+                "towers are to see one"
+            )
+        if self.text_encoder is None:
+            return
+        if self.user_tower != "compact":
+            raise ConfigError("model.text_encoder needs the compact user tower; set model.user_tower to compact")
+        if self.lora.enabled or self.dtype != "float32" or self.revision is not None:
+            raise ConfigError(
+                "model.text_encoder stands still, in float32; leave model.lora, model.dtype and model.revision out"
+            )

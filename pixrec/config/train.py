@@ -23,6 +23,12 @@ class SequenceConfig:
     """t of gBCE: 0 is plain binary cross-entropy, 1 gives calibrated probabilities."""
     learning_rate: float = 1e-3
     """Rate of AdamW after a linear warm-up."""
+    id_optimizer: Literal["auto", "adamw", "rowwise_adagrad"] = "auto"
+    """What moves the learned id vectors. `adamw` moves all of them at every step and keeps 12 bytes for each number;
+    `rowwise_adagrad` moves those that a step reads and keeps 4 bytes for each item. `auto`: the latter for 200,000
+    items and more."""
+    id_learning_rate: float = 0.03
+    """Rate of `rowwise_adagrad` after the warm-up."""
     warmup_steps: int = 100
     """Steps spent warming up."""
     weight_decay: float = 0.0
@@ -31,8 +37,12 @@ class SequenceConfig:
     """Histories in one optimisation step, over all workers together."""
     epochs: int = 100
     """Most passes over the training histories."""
+    max_steps: int | None = None
+    """Stop after this many optimisation steps, if the epochs have not ended before."""
     validate_every_epochs: int = 3
     """Passes between validations and checkpoints."""
+    validate_every_steps: int | None = None
+    """Further validations and checkpoints within an epoch, where epochs are long."""
     patience: int = 5
     """Validations without a better NDCG@10 before training stops; the best weights are kept."""
     max_validation_users: int = 5000
@@ -44,10 +54,10 @@ class SequenceConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "negatives", "histories_per_step", "epochs", "validate_every_epochs", "patience")
-        at_least(self, 1, "max_validation_users")
+        at_least(self, 1, "max_validation_users", "max_steps", "validate_every_steps")
         at_least(self, 0, "warmup_steps", "weight_decay")
         between(self, 0, 1, "calibration", "averaging")
-        above_zero(self, "learning_rate")
+        above_zero(self, "learning_rate", "id_learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)

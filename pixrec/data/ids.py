@@ -5,7 +5,9 @@ Shapes: U ids of a question · N items of a catalog.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import overload
 
 import numpy as np
@@ -120,6 +122,13 @@ class IdIndex(Mapping[str, int]):
     @classmethod
     def of(cls, ids: pa.Array) -> IdIndex:
         return cls(ids, *sorted_hashes(hash_ids(ids)))
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of which ids there are and in which order."""
+        digest = hashlib.blake2b(np.ascontiguousarray(self._hashes).data, digest_size=16)
+        digest.update(np.ascontiguousarray(self._rows).data)
+        return digest.hexdigest()
 
     def rows_of(self, ids: pa.Array) -> np.ndarray:
         """int32 (U,): the row of each id; -1 where it is none of them, or null."""

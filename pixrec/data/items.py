@@ -42,7 +42,10 @@ DATASET_MARKER, PICTURES_FOLDER = "dataset.json", "pictures"
 MOST_ITEMS_READ = 50_000
 """The columns of larger catalogs are mapped from a file rather than held by each process."""
 
-_IDS_AT_A_TIME = 100_000
+MOST_TEXTS = 200_000
+"""A tokenizer is trained on so many texts at most."""
+
+_IDS_AT_A_TIME, _TEXTS_AT_A_TIME = 100_000, 10_000
 _NOT_A_FILTER = {ITEM_ID, TITLE, DESCRIPTION, PRICE, IMAGE, IMAGE_STATUS, IMAGE_URIS}
 
 
@@ -269,12 +272,19 @@ def read_info(data_uri: str) -> dict[str, Any]:
     return info
 
 
-def load_texts(data_uri: str) -> list[str]:
-    """The text of every item of the prepared data set at `data_uri`."""
-    folder = storage.join(data_uri, ITEMS)
-    known = set(storage.read_schema(folder).names)
-    items = ItemTable(storage.read_table(folder, [name for name in (ITEM_ID, *TEXT_FIELDS) if name in known]))
-    return [items.text(row) for row in range(len(items))]
+def load_texts(data_uri: str, most: int = MOST_TEXTS) -> list[str]:
+    """The texts of the items of the prepared data set at `data_uri`; of more than `most`, that many, evenly spread."""
+    files = storage.table_files(storage.join(data_uri, ITEMS))
+    total = sum(group.rows for file in files for group in storage.row_groups(file))
+    seen, texts = 0, list[str]()
+    chosen = np.arange(total) if total <= most else np.arange(most) * total // most
+    for file in files:
+        for table in storage.stream_table(file, [ITEM_ID, *TEXT_FIELDS], _TEXTS_AT_A_TIME):
+            here = chosen[np.searchsorted(chosen, seen) : np.searchsorted(chosen, seen + len(table))] - seen
+            items = ItemTable(table.take(here))
+            texts += [items.text(row) for row in range(len(here))]
+            seen += len(table)
+    return texts
 
 
 def part_starts(parts: Sequence[int]) -> list[int]:

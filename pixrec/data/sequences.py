@@ -285,11 +285,16 @@ class Dataset:
 
     def training_counts(self) -> np.ndarray:
         """int64 (N,): events per item visible to training."""
-        rows, seen, counts = self.events.rows, self.training_visible(), np.zeros(len(self.items), dtype=np.int64)
-        for at in range(0, len(rows), EVENTS_AT_A_TIME):
-            block = slice(at, at + EVENTS_AT_A_TIME)
-            counts += np.bincount(rows[block][seen[block]], minlength=len(self.items))
+        counts = np.zeros(len(self.items), dtype=np.int64)
+        for block in self.training_events()[0].blocks():
+            counts += np.bincount(block.flat(), minlength=len(counts))
         return counts
+
+    def training_events(self) -> tuple[Histories, Histories]:
+        """Rows and timestamps of each user's events visible to training, those that no history may hold among them."""
+        starts = self.events.offsets[:-1]
+        ends = starts + self._training_lengths()
+        return Histories(self.events.rows, starts, ends), Histories(self.events.timestamps, starts, ends)
 
     def held_out(self, part: Part) -> HeldOut:
         """Users to validate or test on. A history holds every event before its target, later parts never."""

@@ -21,9 +21,10 @@ from pixrec.data.images import shrink_image
 from pixrec.data.sequences import ITEMS_FOLDER, PICTURES_FOLDER, REJECTS_FOLDER
 from pixrec.schema import IMAGE, IMAGE_URI, IMAGE_URIS, IMAGES, ITEM_ID, MISSING, OK, REJECTED
 
-# A slice reads its row group up to its own rows, so a group is cut into no more than 64 slices, unless a slice would
-# then hold more than 4096 pictures (20 KB each at 256 px) or more than 64 MiB of input.
-_SLICES_PER_GROUP, _ROWS_LEAST, _ROWS_MOST, _BYTES_MOST = 64, 128, 4096, 64 * 1024**2
+# A slice reads its row group up to its own rows, so a group is cut into no more than 64 slices, and the whole table
+# into a thousand or so, each of them a file; unless a slice would then hold more than 4096 pictures (20 KB each at
+# 256 px) or more than 64 MiB of input.
+_SLICES_PER_GROUP, _SLICES, _ROWS_LEAST, _ROWS_MOST, _BYTES_MOST = 64, 1024, 128, 4096, 64 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,13 @@ class Slice:
 def slices(files: list[str]) -> list[Slice]:
     """All rows of the items files, in order."""
     found: list[Slice] = []
-    for file in files:
-        for group, (rows, num_bytes) in enumerate(storage.row_groups(file)):
-            step = min(max(-(-rows // _SLICES_PER_GROUP), _ROWS_LEAST), _ROWS_MOST)
+    groups_of = {file: storage.row_groups(file) for file in files}
+    least = max(_ROWS_LEAST, sum(group.rows for groups in groups_of.values() for group in groups) // _SLICES)
+    for file, groups in groups_of.items():
+        for group, (rows, num_bytes) in enumerate(groups):
+            step = min(max(-(-rows // _SLICES_PER_GROUP), least), _ROWS_MOST)
             step = max(min(step, _BYTES_MOST * rows // max(num_bytes, 1)), 1)
+            step = -(-rows // max(1, -(-rows // step)))  # slices of a group are of like size
             for start in range(0, rows, step):
                 found.append(Slice(len(found), file, group, start, min(start + step, rows)))
     return found

@@ -2,8 +2,8 @@
 
 Builds `pixrec-tiny` from config and loads any other by `from_pretrained`. Knows nothing of items or users.
 
-Shapes: B rows · T tokens · P pictures · K tokens a picture · W width of the language model · X numbers of a picture
-token, W or more · S side in pixels.
+Shapes: B rows · T tokens · P pictures · N tiles of pictures · K tokens a tile · W width of the language model
+· X numbers of a picture token, W or more · S side of a tile in pixels.
 """
 
 from __future__ import annotations
@@ -15,17 +15,27 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, LlamaConfig, PreTrainedModel, SmolVLMConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    SmolVLMConfig,
+)
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from pixrec.config import LoraConfig, TinyConfig
+from pixrec.config import LoraConfig, ModelConfig, TinyConfig
+from pixrec.data.images import PictureSize
 from pixrec.errors import ConfigError
+from pixrec.model.encoding import picture_facts
 from pixrec.model.families import FAMILIES, family_of
 from pixrec.model.seeding import seeded
 
@@ -63,17 +73,18 @@ class Backbone(nn.Module):
         """Type of the weights; those in 4 bits aside."""
         return self.model.get_input_embeddings().weight.dtype
 
-    def picture_tokens(self, pixels: Tensor) -> Tensor:
-        """Raw pictures (P, S, S, 3) uint8 to picture tokens (P, K, X)."""
+    def picture_tokens(self, pixels: Tensor, grid: Tensor) -> Tensor:
+        """Tiles (N, S, S, 3) uint8 of pictures that have `grid` (P, 2) rows and columns of them to picture tokens
+        (N, K, X)."""
         scaled = pixels.permute(0, 3, 1, 2).float() / 255
         normalised = (scaled - self.pixel_mean) / self.pixel_std
-        return self.family.encode_pictures(self.model, normalised.to(self.dtype))
+        return self.family.encode_pictures(self.model, normalised.to(self.dtype), grid)
 
     def hidden_states(self, token_ids: Tensor, is_token: Tensor, picture_slot: Tensor, pictures: Tensor) -> Tensor:
         """Last hidden states (B, T, W), float32 whatever the weights are.
 
         `token_ids` and `is_token` (B, T): the tokens and which of them are real. `picture_slot` (B, T): for a
-        picture token its row in `pictures` (P·K, X), -1 elsewhere.
+        picture token its row in `pictures` (N·K, X), -1 elsewhere.
         """
         start = len(self.instruction)
         if start:
@@ -150,6 +161,19 @@ def load_pretrained(
         )
     except (OSError, ValueError) as error:
         raise cannot_load(name_or_folder, revision, error) from None
+
+
+def picture_size_of(config: ModelConfig) -> PictureSize:
+    """What pictures are decoded to for a backbone, of which no weight is read. Raises ConfigError."""
+    if config.backbone == TINY:
+        return config.tiny.image_size_px
+    try:
+        loaded = AutoConfig.from_pretrained(config.backbone, trust_remote_code=False, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise cannot_load(config.backbone, config.revision, error) from None
+    family = family_of(SimpleNamespace(config=loaded))
+    family.limit_pixels(picture_facts(config.backbone, config.revision).limits, config.min_pixels, config.max_pixels)
+    return family.picture_size
 
 
 def cannot_load(name_or_folder: str, revision: str | None, error: Exception) -> ConfigError:

@@ -2,8 +2,8 @@
 
 Training, batch embedding, evaluation and serving all embed through `Embedder`. Knows no Ray and no HTTP.
 
-Shapes: U distinct items · B histories · N items of the catalog · D width of the shared space · S side in pixels
-· K tokens a picture · X numbers of a picture token.
+Shapes: U distinct items · B histories · N items of the catalog · D width of the shared space · K tokens of a
+picture · X numbers of a picture token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 
 from pixrec.config import Modalities
 from pixrec.data.ids import IdIndex
-from pixrec.data.images import decode_image
 from pixrec.data.items import ItemTable
 from pixrec.data.pictures import picture_hash
 from pixrec.model.compact import UNKNOWN_TIME
@@ -85,7 +84,7 @@ class Catalog:
         return found
 
     def _pictures(self, rows: np.ndarray) -> list[np.ndarray | None]:
-        """Of each row pixels (S, S, 3) uint8 or stored tokens (K, X) float16; None where there is no picture."""
+        """Of each row pixels (height, width, 3) uint8 or stored tokens (K, X) float16; None without a picture."""
         wanted = rows.tolist()
         found = {row: self._pixels[row] for row in wanted if row in self._pixels}
         unknown = [row for row in dict.fromkeys(wanted) if row not in found]
@@ -101,7 +100,7 @@ class Catalog:
         """The pixels of a picture, which are kept under its row; the oldest go where there is no room."""
         if len(self._pixels) >= self._room:
             self._pixels.pop(next(iter(self._pixels)))
-        self._pixels[row] = None if picture is None else decode_image(picture, self.encoder.image_size_px)
+        self._pixels[row] = None if picture is None else self.encoder.decode(picture)
         return self._pixels[row]
 
 

@@ -33,6 +33,8 @@ ID_EMBEDDING_STD = 0.02
 WHITENING_RIDGE = 0.1
 """Added to the variance of each direction of the content, as a share of the mean variance: the weakest are noise."""
 
+_WHITENED_AT_A_TIME = 65_536
+
 UNKNOWN_TIME = torch.iinfo(torch.int64).min
 """The timestamp of an event whose time is unknown."""
 
@@ -227,9 +229,13 @@ class CompactTower(nn.Module):
         """
         if self.content is None:
             return
-        mean = content.double().mean(0)
-        centred = content.double() - mean
-        variances, directions = torch.linalg.eigh(centred.T @ centred / len(content))
+        blocks, device = content.split(_WHITENED_AT_A_TIME), self.content.weight.device
+        mean = torch.stack([block.to(device).double().sum(0) for block in blocks]).sum(0) / len(content)
+        spread = torch.zeros(content.shape[1], content.shape[1], dtype=torch.float64, device=device)
+        for block in blocks:
+            centred = block.to(device).double() - mean
+            spread += centred.T @ centred
+        variances, directions = torch.linalg.eigh(spread / len(content))
         ridge = WHITENING_RIDGE * variances.mean().clamp(min=torch.finfo(torch.float32).tiny)
         scale = ID_EMBEDDING_STD / (variances.clamp(min=0) + ridge).sqrt()
         weight = self.content.weight.double() @ (directions * scale) @ directions.T

@@ -3,8 +3,8 @@
 An item becomes its text tokens followed by its picture's tokens; a history becomes its items, each closed by a
 separator. Knows the tokenizer and the size of the pictures, not the weights.
 
-Shapes: U distinct items · B histories · L items in a history · T tokens · M pictures · K tokens a picture
-· X numbers of a picture token · S side in pixels.
+Shapes: U distinct items · B histories · L items in a history · T tokens · M tiles of pictures · K tokens a
+tile · X numbers of a picture token · S side of a tile in pixels (`families.base` says what tiles are).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from pixrec.config import Modalities
+from pixrec.data.images import PictureSize, PixelBudget, decode_picture
 from pixrec.model.families import Family
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>", "<image>")
@@ -29,9 +30,10 @@ SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "<end_of_utterance>", "<fake_token_ar
 
 @dataclass(frozen=True)
 class Content:
-    """What a tower may see of one item: its text and, where there is one, its decoded picture (S, S, 3) uint8.
+    """What a tower may see of one item: its text and, where there is one, its decoded picture uint8,
+    which `ItemEncoder.decode` makes.
 
-    In place of the pixels there may be the picture tokens (K, X) that a frozen vision part made of them.
+    In place of the pixels there may be the picture tokens (tokens, X) that a frozen vision part made of them.
     """
 
     text: str
@@ -57,7 +59,9 @@ class Items(_Tensors):
     picture_slot: Tensor
     """(U, T) int64, row among the (M·K) picture tokens, -1 elsewhere"""
     pixels: Tensor
-    """(M - R, S, S, 3) uint8, the first of the pictures; still to be encoded"""
+    """(M - R, S, S, 3) uint8, the tiles of the pictures that are still to be encoded, which come first"""
+    grid: Tensor
+    """(pictures to be encoded, 2) int64, rows and columns of tiles of each"""
     ready: Tensor
     """(R, K, X) picture tokens of the others, computed before, in the type they are stored in"""
 
@@ -102,28 +106,43 @@ class Histories(_Tensors):
 class ItemEncoder:
     """Text and pictures of items to `Items` and `Histories`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, family: Family, max_text_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        family: Family,
+        max_text_tokens: int,
+        special_tokens: bool = False,
+    ) -> None:
+        """special_tokens: whether a text has those around it that the tokenizer adds, as encoders want it."""
         self.tokenizer = tokenizer
-        self.max_text_tokens = max_text_tokens
+        self.max_text_tokens, self._special_tokens = max_text_tokens, special_tokens
+        self.picture_size: PictureSize = family.picture_size
         self.image_size_px = family.image_size_px
         self.tokens_per_picture = family.tokens_per_picture
-        self.separator_id = int(tokenizer.eos_token_id)
-        self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+        self.tile_px, self.tokens_per_tile = family.tile_px, family.tokens_per_tile
+        closes = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        self.separator_id = int(closes)
+        self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else closes)
         known = tokenizer.get_vocab()
         prefix, suffix = (
             [known[token] for token in tokens] for tokens in (family.picture_prefix, family.picture_suffix)
         )
-        self._picture_ids = np.array(
-            [*prefix, *[family.image_token_id] * self.tokens_per_picture, *suffix], dtype=np.int64
-        )
-        self._picture_start = len(prefix)
+        self._prefix, self._suffix, self._image_id = prefix, suffix, family.image_token_id
+
+    def decode(self, picture: bytes) -> np.ndarray:
+        """A picture as the backbone takes it, uint8 (height, width, 3). Raises UnreadableImage."""
+        return decode_picture(picture, self.picture_size)
 
     def tokenize(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Text tokens of each text, cut to `max_text_tokens`, without special tokens."""
+        """Text tokens of each text, cut to `max_text_tokens`; none of an empty one."""
         if not texts:
             return []
-        rows = self.tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=self.max_text_tokens)
-        return [np.array(ids, dtype=np.int64) for ids in rows["input_ids"]]
+        rows = self.tokenizer(
+            list(texts), add_special_tokens=self._special_tokens, truncation=True, max_length=self.max_text_tokens
+        )
+        return [
+            np.array(ids if text else [], dtype=np.int64) for text, ids in zip(texts, rows["input_ids"], strict=True)
+        ]
 
     def items(self, contents: Sequence[Content], modalities: Modalities | Sequence[Modalities] = "both") -> Items:
         """Encode items; `modalities`, one for all or one for each, says what is kept of them."""
@@ -134,49 +153,63 @@ class ItemEncoder:
     def items_from_tokens(
         self,
         text_ids: Sequence[np.ndarray],
-        pixels: Sequence[np.ndarray | None],
+        pictures: Sequence[np.ndarray | None],
         modalities: Modalities | Sequence[Modalities] = "both",
     ) -> Items:
         """As `items`, with the text tokenised before."""
         kept: Sequence[str] = [modalities] * len(text_ids) if isinstance(modalities, str) else modalities
-        seen = [None if keep == "text" else picture for picture, keep in zip(pixels, kept, strict=True)]
+        seen = [None if keep == "text" else picture for picture, keep in zip(pictures, kept, strict=True)]
         fresh = [picture for picture in seen if picture is not None and picture.dtype == np.uint8]
         ready = [picture for picture in seen if picture is not None and picture.dtype != np.uint8]
-        slots, slots_ready = iter(range(len(fresh))), iter(range(len(fresh), len(fresh) + len(ready)))
+        pixels, grid = cut_into_tiles(fresh, self.tile_px)
+        counts = [*(grid.prod(1) * self.tokens_per_tile).tolist(), *map(len, ready)]
+        starts = np.cumsum([0, *counts]).tolist()
+        numbers, numbers_ready = iter(range(len(fresh))), iter(range(len(fresh), len(counts)))
         rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         for ids, picture, keep in zip(text_ids, seen, kept, strict=True):
-            slot = None if picture is None else next(slots if picture.dtype == np.uint8 else slots_ready)
-            rows.append(self._row(ids if keep != "image" else ids[:0], slot))
+            slots = np.arange(0)
+            if picture is not None:
+                number = next(numbers if picture.dtype == np.uint8 else numbers_ready)
+                slots = starts[number] + np.arange(counts[number])
+            rows.append(self._row(ids if keep != "image" else ids[:0], slots))
         length = max(len(row[0]) for row in rows)
         padded = [_pad([row[i] for row in rows], length, fill) for i, fill in enumerate((self.pad_id, 0, -1))]
         is_token = np.arange(length) < np.array([len(row[0]) for row in rows])[:, None]
-        size = self.image_size_px
+        stored = torch.from_numpy(np.concatenate(ready)) if ready else torch.zeros(0, 1)
         return Items(
             token_ids=torch.from_numpy(padded[0]),
             is_token=torch.from_numpy(is_token),
             is_text=torch.from_numpy(padded[1].astype(bool)),
             picture_slot=torch.from_numpy(padded[2]),
-            pixels=_stack(fresh) if fresh else torch.zeros(0, size, size, 3, dtype=torch.uint8),
-            ready=_stack(ready) if ready else torch.zeros(0, self.tokens_per_picture, 1),
+            pixels=pixels,
+            grid=grid,
+            ready=stored.unflatten(0, (-1, self.tokens_per_tile)),
         )
 
     def select(self, items: Items, chosen: np.ndarray) -> Items:
         """Some of the items, by number and in the order given, as if they had been encoded alone."""
-        numbers, count = torch.from_numpy(chosen), self.tokens_per_picture
+        numbers, per_tile = torch.from_numpy(chosen), self.tokens_per_tile
         length = int(items.is_token[numbers].sum(1).max())
         token_ids, is_token, is_text, slots = (
             t[numbers, :length] for t in (items.token_ids, items.is_token, items.is_text, items.picture_slot)
         )
-        shown = slots.max(1).values.div(count, rounding_mode="floor")  # (U,) the picture of each item, or -1
-        fresh, fresh_count = shown[(shown >= 0) & (shown < len(items.pixels))], len(items.pixels)
-        ready = shown[shown >= fresh_count]
-        place = torch.zeros(fresh_count + len(items.ready) + 1, dtype=torch.int64)
-        place[torch.cat([fresh, ready])] = torch.arange(len(fresh) + len(ready))
-        moved = slots + (count * (place[shown] - shown)).unsqueeze(1)
-        pixels, stored = items.pixels[fresh], items.ready[ready - fresh_count]
+        last = slots.max(1).values  # (U,) of the picture of each item, or -1
+        first = torch.where(slots >= 0, slots, last.unsqueeze(1)).min(1).values
+        shown, fresh_tiles = last >= 0, len(items.pixels)
+        is_fresh = shown & (first < fresh_tiles * per_tile)
+        tiles = torch.where(shown, (last - first + 1) // per_tile, 0)
+        order = torch.cat([torch.nonzero(is_fresh), torch.nonzero(shown & ~is_fresh)]).flatten()
+        start = torch.zeros_like(first)
+        start[order] = per_tile * (tiles[order].cumsum(0) - tiles[order])
+        moved = torch.where(slots >= 0, slots + (start - first).unsqueeze(1), -1)
+        taken = torch.cat([first.new_zeros(0), *(first[i] // per_tile + torch.arange(int(tiles[i])) for i in order)])
+        ends = items.grid.prod(1).cumsum(0)
+        pictures = torch.searchsorted(ends, first[is_fresh] // per_tile, right=True)
+        stored = items.ready[taken[taken >= fresh_tiles] - fresh_tiles]
         if not len(stored):
-            stored = torch.zeros(0, count, 1)  # as where there is none
-        return Items(token_ids, is_token, is_text, torch.where(slots >= 0, moved, -1), pixels, stored)
+            stored = torch.zeros(0, per_tile, 1)  # as where there is none
+        pixels = items.pixels[taken[taken < fresh_tiles]]
+        return Items(token_ids, is_token, is_text, moved, pixels, items.grid[pictures], stored)
 
     def histories(
         self, items: Items, histories: Sequence[np.ndarray], is_target: Sequence[np.ndarray] | None = None
@@ -221,21 +254,30 @@ class ItemEncoder:
             is_target=torch.from_numpy(_pad(foretold, items_length, 0).astype(bool)),
         )
 
-    def _row(self, text: np.ndarray, slot: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        if slot is None and not len(text):
+    def _row(self, text: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids, which of them are text, and picture slots of one item, whose picture has `slots`."""
+        if not len(slots) and not len(text):
             nothing = np.array([self.separator_id], dtype=np.int64)  # an item of which nothing is known
             return nothing, np.zeros(1, np.int64), np.full(1, -1, np.int64)
-        picture = self._picture_ids if slot is not None else self._picture_ids[:0]
-        slots = np.full(len(picture), -1, dtype=np.int64)
-        if slot is not None:
-            first, count = self._picture_start, self.tokens_per_picture
-            slots[first : first + count] = slot * count + np.arange(count)
-        is_text = np.concatenate([np.ones(len(text), np.int64), np.zeros(len(picture), np.int64)])
-        return np.concatenate([text, picture]), is_text, np.concatenate([np.full(len(text), -1, np.int64), slots])
+        before, after = (self._prefix, self._suffix) if len(slots) else ([], [])
+        ids = np.concatenate([text, before, np.full(len(slots), self._image_id), after]).astype(np.int64)
+        is_text, slot = np.zeros(len(ids), np.int64), np.full(len(ids), -1, np.int64)
+        is_text[: len(text)] = 1
+        first = len(text) + len(before)
+        slot[first : first + len(slots)] = slots
+        return ids, is_text, slot
 
 
-def _stack(arrays: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(arrays))
+def cut_into_tiles(pictures: Sequence[np.ndarray], side_px: int) -> tuple[Tensor, Tensor]:
+    """Pictures (height, width, 3) uint8 as tiles (N, S, S, 3), row by row, and the rows and columns of each (P, 2)."""
+    grid = np.array([np.array(picture.shape[:2]) // side_px for picture in pictures], np.int64).reshape(-1, 2)
+    tiles = np.zeros((int(grid.prod(1).sum()), side_px, side_px, 3), np.uint8)
+    start = 0
+    for picture, (rows, columns) in zip(pictures, grid.tolist(), strict=True):
+        cut = picture.reshape(rows, side_px, columns, side_px, 3).swapaxes(1, 2)
+        tiles[start : start + rows * columns].reshape(cut.shape)[:] = cut
+        start += rows * columns
+    return torch.from_numpy(tiles), torch.from_numpy(grid)
 
 
 def _pad(rows: Sequence[np.ndarray], length: int, fill: int) -> np.ndarray:
@@ -270,15 +312,48 @@ def train_tokenizer(texts: Sequence[str], vocabulary_tokens: int) -> PreTrainedT
     )
 
 
-def picture_statistics(name_or_folder: str, revision: str | None = None) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of the pixels that the backbone was trained with, from its processor's file.
+class PictureFacts(NamedTuple):
+    """What a backbone's processor does to pictures."""
 
-    transformers 5 writes one file for the whole processor in place of the image processor's own.
-    """
+    mean: list[float]
+    """of the pixels that the backbone was trained with, by channel"""
+    std: list[float]
+    limits: tuple[int, int] | None
+    """fewest and most pixels of a picture that keeps its shape"""
+
+
+def picture_facts(name_or_folder: str, revision: str | None = None) -> PictureFacts:
+    """From the file of the processor, which for transformers 5 is one for all of it in place of the image processor's
+    own."""
     settings: dict[str, Any] = {}
     for name in ("processor_config.json", "preprocessor_config.json"):
         file = cached_file(name_or_folder, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         if file is not None:
             found = json.loads(Path(file).read_text())
             settings |= found.get("image_processor", {}) if name == "processor_config.json" else found
-    return settings.get("image_mean", [0.5, 0.5, 0.5]), settings.get("image_std", [0.5, 0.5, 0.5])
+    size = settings.get("size") or {}
+    least, most = settings.get("min_pixels") or size.get("shortest_edge"), settings.get("max_pixels")
+    most = most or size.get("longest_edge")
+    limits = (int(least), int(most)) if least and most else None
+    return PictureFacts(settings.get("image_mean", [0.5] * 3), settings.get("image_std", [0.5] * 3), limits)
+
+
+def picture_statistics(name_or_folder: str, revision: str | None = None) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of `picture_facts`."""
+    return picture_facts(name_or_folder, revision)[:2]
+
+
+def size_settings(size: PictureSize) -> dict[str, Any]:
+    """How a processor's file says what pictures are decoded to."""
+    if isinstance(size, int):
+        return {"size": {"height": size, "width": size}}
+    limits = {"shortest_edge": size.min_pixels, "longest_edge": size.max_pixels}
+    return {"size": limits, "patch_size": size.side_px, "merge_size": 1}
+
+
+def read_size(settings: dict[str, Any]) -> PictureSize:
+    """What `size_settings` said."""
+    size = settings["size"]
+    if "height" in size:
+        return int(size["height"])
+    return PixelBudget(settings["patch_size"], size["shortest_edge"], size["longest_edge"])

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from pixrec.model.losses import gather_with_gradient
 from pixrec.model.objective import TrainingTask
+from pixrec.model.rowwise import ROW_SUM
 
 _STEP = "step"
-_STATE = (_STEP, "exp_avg", "exp_avg_sq")
-"""What AdamW keeps of a parameter."""
+_STATE = (_STEP, "exp_avg", "exp_avg_sq", ROW_SUM)
+"""What the optimiser keeps of a parameter: AdamW the first three."""
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -67,6 +69,18 @@ def sum_gradients(parameters: Iterable[Tensor], *, average: bool = False) -> Non
 
 
 @torch.no_grad()
+def sum_sparse_gradient(table: Tensor) -> None:
+    """Sum of the sparse gradients (R, D) over all workers; of each, the rows that a step reads go to the others."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    own = table.grad
+    rows = torch.zeros(0, dtype=torch.int64, device=table.device) if own is None else own.coalesce().indices()[0]
+    values = table.new_zeros(0, table.shape[1]) if own is None else own.coalesce().values()
+    (rows, _), (values, _) = gather_with_gradient(rows), gather_with_gradient(values)
+    table.grad = torch.sparse_coo_tensor(rows.unsqueeze(0), values, table.shape, check_invariants=False)
+
+
+@torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], limit: float) -> float:
     """Scale all gradients so that their joint norm is at most `limit`; returns the norm before."""
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -112,10 +126,9 @@ def restore_optimizer(
     for name, parameter in named.items():
         state = {key: tensors[f"{name}/{key}"] for key in _STATE if f"{name}/{key}" in tensors}
         if state:
-            step = state.pop(_STEP)
-            counter = step.to(parameter.device if parameter in counts_there else "cpu")
-            spread = {key: value.to(parameter.device) for key, value in state.items()}
-            optimizer.state[parameter] = {_STEP: counter, **spread}
+            counts = parameter.device if parameter in counts_there else "cpu"
+            moved = {key: value.to(counts if key == _STEP else parameter.device) for key, value in state.items()}
+            optimizer.state[parameter] = moved
 
 
 def empty_state(named: dict[str, nn.Parameter], keys: Collection[str]) -> dict[str, Tensor]:

@@ -4,8 +4,8 @@ once the item tower is trained.
 Plain torch: knows neither files nor workers. What a tower sees of an item is decided in `encoding`.
 
 Shapes: U distinct items · B histories · L items in a history · T tokens · W width of the language model
-· D width of the shared space · P examples (a history and the item that followed it) · M pictures · K tokens a picture
-· X numbers of a picture token.
+· D width of the shared space · P examples (a history and the item that followed it) · M tiles of pictures
+· K tokens a tile · X numbers of a picture token.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ class DualTower(nn.Module):
         """Picture tokens (M·K, X) of all pictures of `items`; the vision part sees those that have none yet."""
         if not items.pixels.shape[0]:
             if not items.ready.shape[0]:
-                return torch.zeros(0, self.backbone.width, device=items.pixels.device)
+                return torch.zeros(0, self.backbone.family.picture_width, device=items.pixels.device)
             return items.ready.flatten(0, 1)
-        made = self.backbone.picture_tokens(items.pixels)
+        made = self.backbone.picture_tokens(items.pixels, items.grid)
         if items.ready.shape[0]:
             made = torch.cat([made, items.ready])
         return made.flatten(0, 1)

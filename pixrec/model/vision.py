@@ -9,7 +9,7 @@ Whoever makes tokens writes them, as parts (`pixrec.data.rows`) that `parts/` li
 data set and writes which row of it holds which picture: sorted hashes, 24 bytes a picture, which readers map.
 `tokens.json` marks a store as whole, and names the data sets whose pictures are all in it.
 
-Shapes: P pictures · K tokens a picture · X numbers of a picture token · S side in pixels.
+Shapes: P pictures · K tokens of a picture · X numbers of a picture token.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ import torch
 
 from pixrec import storage
 from pixrec.config import Config, ModelConfig
-from pixrec.data.images import DECODER, decode_image
+from pixrec.data.images import DECODER, decode_picture
 from pixrec.data.items import ItemTable
 from pixrec.data.pictures import HASH_BYTES, picture_hash
 from pixrec.data.rows import Rows, publish, write_rows
 from pixrec.errors import ArtifactError, InputError
 from pixrec.model.backbone import Backbone
+from pixrec.model.encoding import cut_into_tiles
 
 HASH, TOKENS = "picture", "tokens"
 _MARKER, _INDEX, _PARTS, _HASHES = "tokens.json", "index.json", "parts", "hashes"
@@ -89,7 +90,7 @@ class PictureTokens:
     processes as their places, and is opened there."""
 
     def __init__(self, folders: Sequence[str], shape: tuple[int, int]) -> None:
-        """folders: whole stores; shape: K, X."""
+        """folders: whole stores; shape: K, X; -1 where K differs from picture to picture."""
         self._folders, self._shape = list(folders), shape
         self._stores = []
         for folder in folders:
@@ -124,9 +125,8 @@ class PictureTokens:
         for store, (_, rows) in enumerate(self._stores):
             wanted = [at for at, place in enumerate(places) if place is not None and place[0] == store]
             taken = rows.take([places[at][1] for at in wanted], TOKENS)  # type: ignore[index]
-            tokens = taken.flatten().to_numpy(zero_copy_only=False).reshape(len(wanted), *self._shape)
-            for at, of_picture in zip(wanted, tokens, strict=True):
-                found[at] = of_picture
+            for at, of_picture in zip(wanted, taken, strict=True):
+                found[at] = of_picture.values.to_numpy(zero_copy_only=False).reshape(self._shape)
         return found
 
     def _find(self, picture: bytes) -> tuple[int, int] | None:
@@ -142,11 +142,11 @@ def vision_fingerprint(backbone: Backbone) -> str:
     """Hash of everything that the picture tokens follow from, and of how they are stored."""
     family = backbone.family
     digest = hashlib.blake2b(digest_size=16)
-    size = (family.image_size_px, family.tokens_per_picture)
+    size = (family.picture_size, family.tokens_per_picture)
     computed_in = () if backbone.dtype == torch.float32 else (backbone.dtype,)
     described = (_FORMAT, type(family).__name__, *size, DECODER, *family.vision_settings, *computed_in)
     digest.update(repr(described).encode())
-    for tensor in (backbone.pixel_mean, backbone.pixel_std, *family.vision_parameters(backbone.model)):
+    for tensor in (backbone.pixel_mean, backbone.pixel_std, *family.token_parameters(backbone.model)):
         digest.update(repr(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -155,13 +155,16 @@ def vision_fingerprint(backbone: Backbone) -> str:
 def encode_pictures(backbone: Backbone, pictures: Sequence[bytes]) -> pa.Table:
     """Rows of a store for stored pictures, as `token_schema` says. Equal pictures give one row."""
     distinct = {picture_hash(p): p for p in pictures}
-    size, device = backbone.family.image_size_px, backbone.pixel_mean.device
-    pixels = np.stack([decode_image(p, size) for p in distinct.values()])
+    family = backbone.family
+    pixels = [decode_picture(picture, family.picture_size) for picture in distinct.values()]
+    tiles, grid = cut_into_tiles(pixels, family.tile_px)
     with torch.no_grad():
-        tokens = backbone.picture_tokens(torch.from_numpy(pixels).to(device)).float().cpu().numpy()
-    flat = np.clip(tokens, -_LARGEST, _LARGEST).astype(np.float16).reshape(len(distinct), -1)
-    values = pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), flat.shape[1])
-    return pa.table([pa.array(list(distinct), pa.binary(HASH_BYTES)), values], schema=token_schema(backbone))
+        tokens = backbone.picture_tokens(*(t.to(backbone.pixel_mean.device) for t in (tiles, grid))).float().cpu()
+    flat = np.clip(tokens.numpy(), -_LARGEST, _LARGEST).astype(np.float16).ravel()
+    ends = grid.prod(1).cumsum(0).numpy() * family.tokens_per_tile * family.picture_width
+    values = pa.LargeListArray.from_arrays(pa.array([0, *ends], pa.int64()), pa.array(flat))
+    schema = token_schema(backbone)
+    return pa.table([pa.array(list(distinct), pa.binary(HASH_BYTES)), values.cast(schema.field(TOKENS).type)], schema)
 
 
 def store_folder(place: str, fingerprint: str) -> str:
@@ -181,8 +184,15 @@ def write_part(folder: str, rows: pa.Table) -> None:
 
 def token_schema(backbone: Backbone) -> pa.Schema:
     """The columns of a store: `picture` (hash), `tokens` (K·X float16)."""
-    numbers = backbone.family.tokens_per_picture * backbone.family.picture_width
-    return pa.schema([(HASH, pa.binary(HASH_BYTES)), (TOKENS, pa.list_(pa.float16(), numbers))])
+    tokens, width = _shape(backbone)
+    kind = pa.large_list(pa.float16()) if tokens < 0 else pa.list_(pa.float16(), tokens * width)
+    return pa.schema([(HASH, pa.binary(HASH_BYTES)), (TOKENS, kind)])
+
+
+def _shape(backbone: Backbone) -> tuple[int, int]:
+    """K, X; -1 where K differs from picture to picture."""
+    family = backbone.family
+    return (family.tokens_per_picture if isinstance(family.picture_size, int) else -1), family.picture_width
 
 
 def index_parts(folder: str, schema: pa.Schema) -> int:
@@ -237,7 +247,7 @@ def open_store(place: str, backbone: Backbone) -> PictureTokens | None:
 
 def open_stores(places: Sequence[str], backbone: Backbone) -> PictureTokens | None:
     """As `open_store`, several stores as one; None where one of them is lacking."""
-    shape = (backbone.family.tokens_per_picture, backbone.family.picture_width)
+    shape = _shape(backbone)
     folders = []
     for place in places:
         folder = fitting_store(place, backbone)
@@ -289,7 +299,7 @@ def tokens_place(data: str, model: ModelConfig, where: str | None) -> str | None
 
     `where` is what a config's `picture_tokens` says: a folder, `auto` or None.
     """
-    if not model.freeze_vision or model.modalities == "text" or where is None:
+    if model.learns_vision or model.modalities == "text" or where is None:
         return None
     return f"{data.rstrip('/')}.tokens" if where == "auto" else where
 

@@ -5,11 +5,13 @@ Shapes: B users · N items · D width of given vectors · E events of training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
+from pixrec.data.interactions import BINS, Window, count_bins, order_statistics
 from pixrec.data.sequences import Histories, Users
 from pixrec.scorers.protocol import Scorer
 
@@ -34,14 +36,38 @@ class RecentPopularity(Popularity):
 
     name = "recent_popularity"
 
-    def __init__(self, rows: np.ndarray, timestamps: np.ndarray, num_items: int, recent_share: float) -> None:
-        """rows, timestamps (E,): the events of training. The last `recent_share` of them by time count as recent,
-        with all that happened at the moment the stretch begins."""
-        begins = np.quantile(timestamps, 1 - recent_share, method="higher") if len(timestamps) else 0
-        recent = np.bincount(rows[timestamps >= begins], minlength=num_items)
-        ever = np.bincount(rows, minlength=num_items)
+    def __init__(
+        self, rows: Sequence[np.ndarray], timestamps: Sequence[np.ndarray], num_items: int, recent_share: float
+    ) -> None:
+        """rows, timestamps: those of the events of training, user by user. The last `recent_share` of them by time
+        count as recent, with all that happened at the moment the stretch begins."""
+        rows, timestamps = Histories.of(rows), Histories.of(timestamps)
+        begins = _quantile(timestamps, 1 - recent_share)
+        recent, ever = np.zeros(num_items, np.int64), np.zeros(num_items, np.int64)
+        for some, when in zip(rows.blocks(), timestamps.blocks(), strict=True):
+            ever += np.bincount(some.flat(), minlength=num_items)
+            recent += np.bincount(some.flat()[when.flat() >= begins], minlength=num_items)
         # int64 holds both counts exactly, so that `super` may rank them as one number
-        super().__init__(recent.astype(np.int64) * (int(ever.max(initial=0)) + 1) + ever)
+        super().__init__(recent * (int(ever.max(initial=0)) + 1) + ever)
+
+
+def _quantile(timestamps: Histories, share: float) -> int:
+    """The first of the timestamps that has at least this share of the others before it; a block in memory at a time."""
+    timestamps = timestamps.only(timestamps.lengths > 0)
+    if not len(timestamps):
+        return 0
+    rank = math.ceil((int(timestamps.lengths.sum()) - 1) * share)
+    bounds = [(block.flat().min(), block.flat().max()) for block in timestamps.blocks()]
+
+    def histogram(windows: Sequence[Window]) -> list[np.ndarray]:
+        counts = [np.zeros(BINS, np.int64) for _ in windows]
+        for block in timestamps.blocks():
+            for count, window in zip(counts, windows, strict=True):
+                count += count_bins(block.flat(), window)
+        return counts
+
+    lows, highs = zip(*bounds, strict=True)
+    return order_statistics([rank], int(min(lows)), int(max(highs)), histogram)[0]
 
 
 class RepeatLast(Popularity):

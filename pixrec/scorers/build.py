@@ -121,9 +121,9 @@ class ScorerFactory:
         return [self.make(name) for name in self.config.evaluate.fused]
 
     def _recent_popularity(self) -> Scorer:
-        events, visible = self.dataset.events, self.dataset.training_visible()
+        rows, timestamps = self.dataset.training_events()
         share = self.config.evaluate.recent_share
-        return RecentPopularity(events.rows[visible], events.timestamps[visible], len(self.dataset.items), share)
+        return RecentPopularity(rows, timestamps, len(self.dataset.items), share)
 
     def _item_transition(self) -> Scorer:
         histories, items = self.dataset.training_histories(), len(self.dataset.items)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pixrec.config import SasrecConfig, SequenceConfig
-from pixrec.data.sequences import Dataset, Users, sample_users
+from pixrec.data.sequences import Dataset, Histories, Users, sample_users
 from pixrec.model.compact import CompactTower
 from pixrec.model.seeding import seeded
 from pixrec.scorers.protocol import Scorer
@@ -82,7 +82,9 @@ def _begin(
     dataset: Dataset, histories: Sequence[np.ndarray], config: SasrecConfig, training: SequenceConfig, device: str
 ) -> tuple[CompactTrainer, np.ndarray]:
     """An untrained SASRec with a vector for each item of the histories, and their counts (N,)."""
-    counts = np.bincount(np.concatenate(histories), minlength=len(dataset.items))
+    counts = np.zeros(len(dataset.items), np.int64)
+    for block in Histories.of(histories).blocks():
+        counts += np.bincount(block.flat(), minlength=len(counts))
     warm = np.flatnonzero(counts > 0)
     id_rows = np.full(len(dataset.items), -1)
     id_rows[warm] = np.arange(len(warm))

@@ -25,7 +25,7 @@ from pixrec.storage.files import (
     write_json,
 )
 from pixrec.storage.folders import check_writable, scratch_folder, staged_folder, work_folder
-from pixrec.storage.node import node_copy, node_file
+from pixrec.storage.node import node_copy, node_file, node_place
 from pixrec.storage.places import (
     absolute,
     arrow_location,
@@ -78,6 +78,7 @@ __all__ = [
     "new_file",
     "node_copy",
     "node_file",
+    "node_place",
     "object_store_options",
     "open_stream",
     "parent",

@@ -14,18 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from pixrec.config import SequenceConfig
-from pixrec.data.sequences import HeldOut
+from pixrec.data.sequences import HeldOut, Histories
 from pixrec.metrics import LOGGED, rank_metrics, target_ranks
 from pixrec.model.compact import CompactTower
 from pixrec.model.losses import all_reduced_rows, gather_with_gradient
-from pixrec.model.parallel import sum_gradients
+from pixrec.model.parallel import sum_gradients, sum_sparse_gradient
 from pixrec.model.seeding import reseed, seed_of
 from pixrec.model.softmax import catalog_softmax, generalised_bce, sampled_softmax
 from pixrec.training.trainer import OnRow, Trainer
 from pixrec.training.windows import RecentWindows, targets_of, timed
 
-USERS_PER_PASS = 256
+USERS_PER_PASS, ITEMS_PER_PASS = 256, 65_536
 MAX_SCORES = 2**25  # of a pass over a large catalog: 128 MB
+ROWWISE_FROM = 200_000
+"""Learned id vectors from which on `train.compact.id_optimizer` auto moves row by row."""
 
 
 class CompactTrainer(Trainer[CompactTower]):
@@ -38,7 +40,7 @@ class CompactTrainer(Trainer[CompactTower]):
     diverged; without them their rows do.
     """
 
-    section, counters = "train.compact", ("step", "epoch")
+    section, counters, shown = "train.compact", ("step", "epoch", "batch"), ("epoch",)
 
     def __init__(
         self,
@@ -55,31 +57,49 @@ class CompactTrainer(Trainer[CompactTower]):
     ) -> None:
         super().__init__(tower, seed, config.patience)
         self.config = config
-        self.every, self.limit = config.validate_every_epochs, config.epochs
         self.warmup_steps, self.item_ids = config.warmup_steps, item_ids or range(len(id_rows))
         self.id_dropout = id_dropout if content is not None else 0.0
         events = timed(histories, timestamps) if tower.user.reads_times else histories
         self.source = RecentWindows(events, tower.user.max_history_items, config, seed)
         self.content = None if content is None else content.to(self.device)
         self.id_rows = torch.from_numpy(id_rows.astype(np.int64)).to(self.device)
-        self.ever_again = any(len(np.unique(h)) < len(h) for h in histories)
+        self.ever_again = _has_repeats(histories)
         self.warm = torch.from_numpy(np.flatnonzero(counts > 0)).to(self.device)
         self.nothing_known = self.id_rows < 0 if content is None else torch.zeros_like(self.id_rows, dtype=torch.bool)
-        self._batches, self._within = self.source.epoch(0), 0
+        self.batch = 0  # of the epoch, the next one
+        self.table = _rowwise_table(tower, config)
         named = {n: p for n, p in tower.named_parameters() if p.requires_grad}
-        group = {"params": list(named.values()), "lr": config.learning_rate}
-        self._optimise(named, [group], config.weight_decay, config.averaging)
+        self._optimise(named, self._groups(named), config.weight_decay, config.averaging)
+
+    def _groups(self, named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+        """What the optimiser is told of the compact tower."""
+        others = [parameter for parameter in named.values() if parameter is not self.table]
+        groups: list[dict[str, Any]] = [{"params": others, "lr": self.config.learning_rate}]
+        if self.table is not None:
+            groups.append({"params": [self.table], "lr": self.config.id_learning_rate, "rowwise": True})
+        return groups
 
     @property
     def total_steps(self) -> int:
         """That of epochs as long as this one."""
-        return self.config.epochs * len(self._batches)
+        steps = self.config.epochs * len(self.source.epoch(self.epoch))
+        return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
+
+    def _has_ended(self) -> bool:
+        most = self.config.max_steps
+        return self.epoch >= self.config.epochs or (most is not None and self.step >= most)
+
+    def _is_due(self) -> bool:
+        steps = self.config.validate_every_steps
+        return bool(steps and self.step % steps == 0) or (
+            not self.batch and self.epoch % self.config.validate_every_epochs == 0
+        )
 
     def train_step(self) -> dict[str, Any]:
         row = super().train_step()
-        self._within += 1
-        if self._within == len(self._batches):
-            self.epoch, self._within = self.epoch + 1, 0
+        self.batch += 1
+        if self.batch == len(self.source.epoch(self.epoch)):
+            self.epoch, self.batch = self.epoch + 1, 0
         return row
 
     def train_epoch(self, on_row: OnRow = lambda row: None) -> None:
@@ -89,9 +109,7 @@ class CompactTrainer(Trainer[CompactTower]):
             on_row(self.train_step())
 
     def _next(self) -> Sequence[np.ndarray]:
-        if not self._within:
-            self._batches = self.source.epoch(self.epoch)
-        return self._batches[self._within]
+        return self.source.epoch(self.epoch)[self.batch]
 
     def _backward(self, windows: Sequence[np.ndarray]) -> tuple[float, dict[str, float]]:
         reseed(seed_of([self.seed, 4, self.step]), self.device)
@@ -119,24 +137,22 @@ class CompactTrainer(Trainer[CompactTower]):
             items = torch.arange(len(self.id_rows), device=self.device)
         else:
             items = torch.unique(torch.cat([rows.flatten(), negatives.flatten()]))
-        place = torch.full((len(self.id_rows),), -1, device=self.device)
-        place[items] = torch.arange(len(items), device=self.device)
+            rows, negatives = torch.searchsorted(items, rows), torch.searchsorted(items, negatives)
         id_rows = self.id_rows[items].masked_fill(by_content_alone[items], -1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             table = self.tower.item_vectors(self._content_at(items), id_rows)
-            states = self.tower.user_vectors(nn.functional.embedding(place[rows[:, :-1]], table), given)
+            states = self.tower.user_vectors(nn.functional.embedding(rows[:, :-1], table), given)
         states, table = states.flatten(0, 1)[examples].float() / self.tower.temperature, table.float()
-        target = place[rows[:, 1:].flatten()[examples]]
+        target = rows[:, 1:].flatten()[examples]
         if self.config.loss == "full":
-            place = torch.full_like(place, -1)
-            place[self.warm] = torch.arange(len(self.warm), device=self.device)
-            return catalog_softmax(states, table[self.warm], place[target], bfloat16=self.config.precision == "bf16")
-        positives, others = nn.functional.embedding(target, table), nn.functional.embedding(place[negatives], table)
+            target = torch.searchsorted(self.warm, target)
+            return catalog_softmax(states, table[self.warm], target, bfloat16=self.config.precision == "bf16")
+        positives, others = nn.functional.embedding(target, table), nn.functional.embedding(negatives, table)
         rate = min(1.0, self.config.negatives / max(1, len(self.warm) - 1))
         if self.config.loss == "sampled":
-            same = place[negatives].unsqueeze(0) == target.unsqueeze(1)
+            same = negatives.unsqueeze(0) == target.unsqueeze(1)
             return sampled_softmax(states, positives, others, same, torch.full_like(others[:, 0], rate).log())
-        same = place[negatives][examples // has_next.shape[1]] == target.unsqueeze(1)
+        same = negatives[examples // has_next.shape[1]] == target.unsqueeze(1)
         by_history = states.new_zeros(has_next.size, states.shape[1]).index_copy(0, examples, states)
         against = by_history.unflatten(0, has_next.shape) @ others.transpose(1, 2)
         against = against.flatten(0, 1)[examples].masked_fill(same, float("-inf"))
@@ -148,7 +164,9 @@ class CompactTrainer(Trainer[CompactTower]):
 
     def _join_gradients(self) -> None:
         """Sum the gradients of all workers; each one's loss is already its share of the joined mean."""
-        sum_gradients(self.named.values())
+        sum_gradients(p for p in self.named.values() if p is not self.table)
+        if self.table is not None:
+            sum_sparse_gradient(self.table)
 
     def _padded(self, windows: Sequence[np.ndarray]) -> tuple[Tensor, np.ndarray, Tensor | None]:
         """Rows (B, L), padded on the right with row 0, which of them are items (B, L), and their timestamps (B, L).
@@ -166,7 +184,13 @@ class CompactTrainer(Trainer[CompactTower]):
     def item_vectors(self) -> Tensor:
         """Vectors (N, D) of the whole catalog."""
         self.tower.eval()
-        return self.tower.item_vectors(self.content, self.id_rows)
+        total = len(self.id_rows)
+        vectors = torch.empty(total, self.tower.user.width, device=self.device)
+        for start in range(0, total, ITEMS_PER_PASS):
+            rows = slice(start, start + ITEMS_PER_PASS)
+            content = None if self.content is None else self.content[rows]
+            vectors[rows] = self.tower.item_vectors(content, self.id_rows[rows])
+        return vectors
 
     @torch.no_grad()
     def user_vectors(
@@ -200,3 +224,24 @@ class CompactTrainer(Trainer[CompactTower]):
             ranks = np.append(ranks, target_ranks(scores, part.targets, seen))
         joined, _ = gather_with_gradient(torch.from_numpy(ranks).to(self.device))
         return {f"valid_{k}": v for k, v in rank_metrics(joined.cpu().numpy(), (1, 10), LOGGED).items()}
+
+
+def _rowwise_table(tower: CompactTower, config: SequenceConfig) -> Tensor | None:
+    """The learned id vectors where they move row by row; their gradient is sparse from here on."""
+    ids = tower.id_embedding
+    if ids is None or config.id_optimizer == "adamw":
+        return None
+    if config.id_optimizer == "auto" and ids.num_embeddings < ROWWISE_FROM:
+        return None
+    ids.sparse = True
+    return ids.weight
+
+
+def _has_repeats(histories: Sequence[np.ndarray]) -> bool:
+    """Whether some history has an item twice."""
+    for block in Histories.of(histories).blocks():
+        keys = np.repeat(np.arange(len(block), dtype=np.int64), block.lengths) << 32 | block.flat()
+        keys.sort()
+        if (keys[1:] == keys[:-1]).any():
+            return True
+    return False

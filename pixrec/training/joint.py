@@ -86,8 +86,7 @@ class JointTrainer(CompactTrainer):
         item = item_parameters(towers, config)
         self.item, self.gradient_clip = item, config.train.gradient_clip
         compact = {f"compact.{name}": parameter for name, parameter in self.named.items()}
-        rates = ((compact, settings.learning_rate), (item, settings.item_learning_rate))
-        groups = [{"params": list(named.values()), "lr": rate} for named, rate in rates]
+        groups = [*self._groups(compact), {"params": list(item.values()), "lr": settings.item_learning_rate}]
         self._optimise({**compact, **item}, groups, self.config.weight_decay)
         self._computed_at = torch.zeros(len(catalog), dtype=torch.int64, device=self.device)
         self._refreshed_at: int | None = None
@@ -191,11 +190,14 @@ def item_parameters(towers: DualTower, config: Config) -> dict[str, nn.Parameter
 
 def _as_sequence(config: Config) -> SequenceConfig:
     """train.compact with what train.joint says otherwise; the table follows the last weights, so no mean of them."""
-    joint = config.train.joint
+    joint, compact = config.train.joint, config.train.compact
     return dataclasses.replace(
-        config.train.compact,
+        compact,
         epochs=joint.epochs,
+        max_steps=None,
+        validate_every_steps=None,
         learning_rate=joint.learning_rate,
+        id_learning_rate=compact.id_learning_rate * joint.learning_rate / compact.learning_rate,
         warmup_steps=joint.warmup_steps,
         validate_every_epochs=joint.validate_every_epochs,
         patience=joint.patience,

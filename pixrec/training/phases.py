@@ -13,16 +13,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
-from pixrec.artifact import Model, load_model, untrained_model, with_compact
+from pixrec.artifact import Model, load_heads, load_model, untrained_model, with_compact
 from pixrec.config import Config
 from pixrec.data.ids import IdIndex, only
 from pixrec.data.joined import TrainingData, join_datasets
 from pixrec.data.sequences import Dataset, HeldOut, load_dataset, sample_users
 from pixrec.model.catalog import Catalog
+from pixrec.model.encoders import EncoderTower
 from pixrec.model.vision import find_tokens
 from pixrec.training.checkpoint import holds_shards, restore
 from pixrec.training.compact import CompactTrainer
+from pixrec.training.content import content_table
 from pixrec.training.interleaved import InterleavedTrainer
 from pixrec.training.joint import JointTrainer
 from pixrec.training.reading import Collator
@@ -30,6 +33,9 @@ from pixrec.training.stages import Phase
 from pixrec.training.trainer import Trainer
 from pixrec.training.validation import item_table
 from pixrec.training.windows import ShiftedWindows
+
+STATISTICS_ITEMS = 20_000
+"""Items that the statistics of encoders' vectors are taken from."""
 
 
 class Begun(NamedTuple):
@@ -52,12 +58,13 @@ def begin(
     checkpoint: str | None = None,
 ) -> Begun:
     """Begin a phase on the data sets at `data` with the weights of the model at `start`, or go on from the local folder
-    of a `checkpoint`. The compact and the joint phase take one data set, and need a `start`; without one, the
-    interleaved phase begins with an untrained model that has read the data sets of `vocabulary`."""
+    of a `checkpoint`. The compact and the joint phase take one data set, and a `start` except of encoders that stand
+    still; without one, a model is untrained, and has read the data sets of `vocabulary`."""
     datasets = [load_dataset(uri) for uri in data]
     joined = join_datasets(datasets)
-    # Shards are read once there is something to read them into.
-    source = start if checkpoint is None or holds_shards(checkpoint) else checkpoint
+    source = start
+    if checkpoint is not None and phase != "compact" and not holds_shards(checkpoint):
+        source = checkpoint
     model = untrained_model(config, vocabulary, device) if source is None else load_model(source, device)
     catalog = Catalog(joined.items, model.encoder, tokens=find_tokens(data, config, model.tower.backbone))
     trainer: Trainer[Any]
@@ -65,6 +72,8 @@ def begin(
         trainer = interleaved_trainer(model, catalog, joined, config)
     elif phase == "compact":
         trainer, model = compact_trainer(model, catalog, datasets[0], config)
+        if checkpoint is not None:  # the item tower stands still
+            load_heads(model, checkpoint)
     else:
         trainer = joint_trainer(model, catalog, datasets[0], config)
     if checkpoint is not None:
@@ -82,19 +91,17 @@ def interleaved_trainer(model: Model, catalog: Catalog, data: TrainingData, conf
 
 
 def compact_trainer(base: Model, catalog: Catalog, dataset: Dataset, config: Config) -> tuple[CompactTrainer, Model]:
-    """A compact tower on the item vectors of `base`, which stand still, and the model that it belongs to: that of
-    `base`, or a fresh one, whose projection of content begins as their whitening.
+    """A fresh compact tower on the item vectors of `base`, which stand still, and the model that it belongs to; its
+    projection of content begins as their whitening, which encoders have of their own.
 
     The workers, where torch.distributed is initialised, compute the vectors between them.
     """
-    begun, base.tower.compact = base.tower.compact, None
-    content = torch.from_numpy(item_table(base.tower, catalog, config))
-    base.tower.compact, model = begun, base
-    if begun is None:
-        model = with_compact(base, only(dataset.items.item_ids, np.flatnonzero(dataset.training_counts() > 0)))
-        assert model.tower.compact is not None
-        model.tower.compact.whiten(content.to(model.tower.log_temperature.device))
+    content = _content(base, catalog, config)
+    counts = dataset.training_counts()
+    model = with_compact(base, only(dataset.items.item_ids, np.flatnonzero(counts > 0)))
     assert model.tower.compact is not None
+    if not isinstance(base.tower, EncoderTower):
+        model.tower.compact.whiten(content)
     trainer = CompactTrainer(
         model.tower.compact,
         content=content,
@@ -105,6 +112,21 @@ def compact_trainer(base: Model, catalog: Catalog, dataset: Dataset, config: Con
         **_learned_from(model, dataset, config),
     )
     return trainer, model
+
+
+def _content(base: Model, catalog: Catalog, config: Config) -> Tensor:
+    """What the compact tower learns on, (N, C). Encoders that have seen no catalog take its statistics first, of a
+    sample where it is large."""
+    if isinstance(base.tower, EncoderTower) and not base.tower.fitted:
+        total = len(catalog)
+        rows = np.arange(total)
+        if total > STATISTICS_ITEMS:
+            rows = np.sort(np.random.default_rng(config.train.seed).choice(total, STATISTICS_ITEMS, replace=False))
+        raw = torch.from_numpy(item_table(base.tower, catalog, config, rows=rows))
+        standardised = base.tower.fit(raw.to(base.tower.log_temperature.device))
+        if len(rows) == total:
+            return standardised.cpu()
+    return content_table(base, catalog, config, config.model.content_width)
 
 
 def joint_trainer(model: Model, catalog: Catalog, dataset: Dataset, config: Config) -> JointTrainer:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pixrec import storage
 from pixrec.artifact import MODEL_MARKER
-from pixrec.config import Config, dump_config
+from pixrec.config import Config, TrainConfig, dump_config, load_config
 from pixrec.data.joined import TrainingData, count_leaks, join_datasets
 from pixrec.data.sequences import DATASET_MARKER, Dataset, load_dataset
 from pixrec.errors import ArtifactError, ConfigError, InputError
@@ -22,6 +22,18 @@ from pixrec.training.windows import ShiftedWindows
 Phase = Literal["interleaved", "compact", "joint"]
 
 _CONFIG, _DATA = "config.yaml", "data.json"
+_MACHINERY = (
+    "max_workers",
+    "cpus_per_worker",
+    "threads_per_worker",
+    "use_gpu",
+    "feed",
+    "cpus_per_reader",
+    "readers_per_worker",
+    "max_failures",
+    "trackers",
+)
+"""Settings of `train` that change nothing of what is learned."""
 
 
 class Stage(NamedTuple):
@@ -50,6 +62,11 @@ def plan(data: str, config: Config) -> list[Stage]:
     """All stages in their order: those of `train.stages`, the training on `data`, and what is set of the compact tower
     on its item vectors and of both towers together."""
     target = [storage.absolute(data)]
+    if config.model.text_encoder and (config.train.stages or config.train.joint.epochs):
+        raise ConfigError(
+            "model.text_encoder names encoders that stand still: train.stages and train.joint have nothing to train; "
+            "leave them out"
+        )
     stages = [
         Stage(
             stage.name,
@@ -60,7 +77,8 @@ def plan(data: str, config: Config) -> list[Stage]:
         )
         for stage in config.train.stages
     ]
-    stages.append(Stage("", "interleaved", target, config))
+    if not config.model.text_encoder:
+        stages.append(Stage("", "interleaved", target, config))
     if config.model.user_tower == "compact":
         stages.append(Stage("compact", "compact", target, config, "compact"))
     if config.train.joint.epochs:
@@ -133,7 +151,7 @@ def check_resumable(out: str, dataset: Dataset, config: Config) -> None:
     settings = storage.join(work, _CONFIG)
     if not storage.exists(settings):
         raise ArtifactError(f"--resume: no unfinished run of {out} lies at {work}; start without --resume")
-    if storage.read_text(settings) != dump_config(config):
+    if _compared(load_config(storage.read_text(settings))) != _compared(config):
         raise ConfigError(f"--resume: the configuration differs from the unfinished run's {settings}; use that one")
     begun_on, found = storage.read_json(storage.join(work, _DATA)), _data_facts(dataset, config)
     if begun_on["fingerprint"] != found["fingerprint"]:
@@ -143,6 +161,16 @@ def check_resumable(out: str, dataset: Dataset, config: Config) -> None:
             raise InputError(
                 f"--resume: the data sets of train.stages {now['name']} are not those of the unfinished run"
             )
+
+
+def _compared(config: Config) -> Config:
+    """The settings that an unfinished run must go on with: all but those that say on what it runs. The batches, and so
+    the losses, are the same on any number of workers, unless each has negatives of its own."""
+    usual, train = TrainConfig(), config.train
+    same: dict[str, Any] = {name: getattr(usual, name) for name in _MACHINERY}
+    if train.negatives == "global":
+        same["num_workers"] = 1
+    return dataclasses.replace(config, train=dataclasses.replace(train, **same))
 
 
 def _data_facts(dataset: Dataset, config: Config) -> dict[str, Any]:
@@ -162,9 +190,9 @@ def check_stages(stages: list[Stage], target: Dataset) -> None:
     """Raise where a data set is no prepared one, where a stage has nothing to learn from, or where a set other than
     `target` has held-out events of it among its training events (see `count_leaks` for what is not found)."""
     for stage in stages:
-        if stage.phase != "interleaved":
+        if stage.phase != "interleaved" and not stage.config.model.text_encoder:
             continue
-        if not stage.name:
+        if not stage.name or stage.phase == "compact":
             check_learnable(target.uri, join_datasets([target]), stage.config)
             continue
         where = f"train.stages {stage.name}"
@@ -181,7 +209,7 @@ def check_stages(stages: list[Stage], target: Dataset) -> None:
 
 def check_learnable(name: str, data: TrainingData, config: Config) -> None:
     """Raise InputError when the data offers the towers nothing to learn from."""
-    ShiftedWindows(data.histories, config.model.max_history_items, config.train)
+    ShiftedWindows(data.histories, config.model.max_history_items, config.train)  # raises where none has two events
     wanted = config.model.modalities
     text = wanted != "image" and any(data.items.text(row) for row in range(len(data.items)))
     if not text and (wanted == "text" or not data.items.with_image.any()):

@@ -21,6 +21,7 @@ from pixrec.errors import InputError
 from pixrec.model.averaging import WeightMean
 from pixrec.model.compact import CompactTower
 from pixrec.model.parallel import optimizer_tensors, rank_and_size, restore_optimizer
+from pixrec.model.rowwise import RowwiseAdamW
 from pixrec.model.towers import DualTower
 from pixrec.training.windows import rows_of
 
@@ -76,11 +77,13 @@ class Trainer(ABC, Generic[Tower]):
     section = "train"
     """Where the settings stand, for those who have to change them."""
     counters: tuple[str, ...] = ("step",)
-    """What tells the place in the data; the last of them is what `every` and `limit` count."""
+    """What tells the place in the data."""
+    shown: tuple[str, ...] = ()
+    """Which of them stand among the figures of a validation."""
     every: int
-    """Steps or epochs between validations."""
+    """Steps between validations."""
     limit: int
-    """Steps or epochs of the whole training."""
+    """Steps of the whole training."""
     in_shards = False
     """Whether checkpoints are of shards, a part from each worker."""
     validates_first = False
@@ -101,10 +104,13 @@ class Trainer(ABC, Generic[Tower]):
     def _optimise(
         self, named: dict[str, nn.Parameter], groups: Sequence[dict[str, Any]], decay: float, averaging: float = 0.0
     ) -> None:
-        """Move the parameters `named`, in `groups` with the `lr` each has once warmed up."""
+        """Move the parameters `named`, in `groups` with the `lr` each has once warmed up; those of a group that is
+        `rowwise` as `RowwiseAdamW` says, and without a mean."""
         peaks = [{**group, "peak": group["lr"]} for group in groups if group["params"]]
-        self.named, self.mean = named, WeightMean(named, averaging)
-        self.optimizer = torch.optim.AdamW(peaks, weight_decay=decay, betas=(0.9, 0.98))
+        rowwise = {p for group in peaks if group.get("rowwise") for p in group["params"]}
+        self.named = named
+        self.mean = WeightMean({name: p for name, p in named.items() if p not in rowwise}, averaging)
+        self.optimizer = RowwiseAdamW(peaks, weight_decay=decay, betas=(0.9, 0.98))
 
     @property
     def total_steps(self) -> int:
@@ -165,18 +171,21 @@ class Trainer(ABC, Generic[Tower]):
         the weights are those that were validated. `on_row` gets a row a step and a row a validation."""
         if self.validates_first and self.watch.best == -math.inf:
             yield self._validation(held_out, on_row)
-        while (at := self._at()) < self.limit and not self.watch.over:
+        while not self._has_ended() and not self.watch.over:
             on_row(self.train_step())
-            now = self._at()
-            if now > at and (now % self.every == 0 or now == self.limit):
+            if self._has_ended() or self._is_due():
                 with self.mean.applied():
                     yield self._validation(held_out, on_row)
 
-    def _at(self) -> int:
-        return int(getattr(self, self.counters[-1]))
+    def _has_ended(self) -> bool:
+        return self.step >= self.limit
+
+    def _is_due(self) -> bool:
+        """Whether a validation follows the last step."""
+        return self.step % self.every == 0
 
     def _validation(self, held_out: HeldOut, on_row: OnRow) -> dict[str, float]:
-        figures = {**self.validate(held_out), **{name: float(getattr(self, name)) for name in self.counters[1:]}}
+        figures = {**self.validate(held_out), **{name: float(getattr(self, name)) for name in self.shown}}
         on_row({**figures, **self.position(), "total_steps": self.total_steps})
         self.watch.is_best(self.score(figures), figures)
         return figures
@@ -212,6 +221,6 @@ class Trainer(ABC, Generic[Tower]):
     def restore(self, position: dict[str, int], tensors: dict[str, Tensor]) -> None:
         """Continue after `position` with what `training_tensors` gave."""
         for name in self.counters:
-            setattr(self, name, position[name])
+            setattr(self, name, position.get(name, 0))
         restore_optimizer(self.optimizer, self.named, tensors)
         self.mean.restore(tensors)

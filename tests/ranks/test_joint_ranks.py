@@ -1,5 +1,7 @@
 """Both towers trained together by two gloo processes and by one: gradients, figures, the table of item vectors."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,11 @@ from fakes import tiny_config, tiny_dataset, tiny_items, tiny_model
 from processes import run_ranks
 
 from pixrec.model.catalog import Catalog
+from pixrec.training import content
+from pixrec.training.content import content_table
 from pixrec.training.joint import JointTrainer
 
-LOSSES = ["full", "sampled"]
+LOSSES = ["full", "sampled", "sampled, row by row"]
 TOLERANCE = 1e-5
 # Five histories and five fresh items: the workers cannot share them evenly.
 TRAIN = {"gradient_clip": 1e9, "joint": {"epochs": 1, "fresh_items_per_step": 5, "micro_batch_items": 2}}
@@ -18,9 +22,11 @@ TRAIN = {"gradient_clip": 1e9, "joint": {"epochs": 1, "fresh_items_per_step": 5,
 
 def steps(loss: str) -> dict[str, np.ndarray]:
     """Gradients of a first step, and what an epoch makes of loss, table and figures; any number of processes."""
+    name, _, row_by_row = loss.partition(", ")
+    moved = {"id_optimizer": "rowwise_adagrad"} if row_by_row else {}
     config = tiny_config(
         model={"user_tower": "compact", "compact": {"dropout": 0.0}},
-        train={**TRAIN, "compact": {"loss": loss, "negatives": 6, "histories_per_step": 5}},
+        train={**TRAIN, "compact": {"loss": name, "negatives": 6, "histories_per_step": 5, **moved}},
     )
     dataset = tiny_dataset(tiny_items(with_pictures=[0, 1]), num_users=9, num_events=7)  # some share has no picture
     model = tiny_model(config, dataset.items)
@@ -34,13 +40,25 @@ def steps(loss: str) -> dict[str, np.ndarray]:
     logged: list[dict[str, float]] = []
     trainer.train_epoch(logged.append)
     found["table"] = trainer.content.clone()
+    found["ids"] = trainer.tower.id_embedding.weight.detach().clone()
     figures = trainer.validate(dataset.held_out("valid"))
     found |= {name: torch.tensor(value) for name, value in {**logged[-1], **figures}.items()}
     return {name: value.numpy() for name, value in found.items()}
 
 
+def mapped_content(folder: str) -> np.ndarray:
+    """The table that all processes write together, in blocks that do not fit their number."""
+    os.environ["PIXREC_CACHE"] = folder
+    content.MAPPED_FROM, content.ROWS_AT_A_TIME = 1, 3
+    config = tiny_config(model={"user_tower": "compact"})
+    dataset = tiny_dataset(tiny_items(10), num_users=4)
+    model = tiny_model(config, dataset.items)
+    return content_table(model, Catalog(dataset.items, model.encoder), config, config.model.embedding_width).numpy()
+
+
 def save_steps(folder: str) -> None:
     """The work of a rank."""
+    np.save(f"{folder}/content-{dist.get_rank()}.npy", mapped_content(f"{folder}/cache"))
     for loss in LOSSES:
         np.savez(f"{folder}/{loss}-{dist.get_rank()}.npz", **steps(loss))
 
@@ -68,3 +86,12 @@ def test_two_ranks_equal_one(joined: str, loss: str):
             limit = 1e-3 if later else TOLERANCE
             difference = float(np.linalg.norm(each[name] - expected))
             assert difference <= limit * max(float(np.linalg.norm(expected)), 1e-3), (name, difference)
+
+
+def test_two_ranks_write_and_map_one_table(joined: str, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("MAPPED_FROM", "ROWS_AT_A_TIME"):
+        monkeypatch.setattr(content, name, getattr(content, name))
+    monkeypatch.setenv("PIXREC_CACHE", "")
+    alone = mapped_content(str(tmp_path))
+    for rank in range(2):
+        np.testing.assert_allclose(np.load(f"{joined}/content-{rank}.npy"), alone, atol=1e-6)

@@ -300,6 +300,22 @@ def test_large_indexes_lie_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert parts == [f"part-{number:05d}.parquet" for number in range(4)]
 
 
+def test_vectors_of_a_large_index_are_mapped_in_the_order_of_the_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PIXREC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("pixrec.artifact.index.MAPPED_FROM", 1)
+    vectors = publish(tmp_path / "index", ids="abcd")
+    items, other = (ItemTable(pa.table({"item_id": list(ids)})) for ids in ("dbca", "abcx"))
+    index = load_index(str(tmp_path / "index"), items=items)
+    np.testing.assert_array_equal(index.vectors, vectors[[3, 1, 2, 0]])
+    assert index.item_ids == list("dbca")
+    assert isinstance(index.vectors.base, np.memmap)
+    again = load_index(str(tmp_path / "index"), items=items)
+    np.testing.assert_array_equal(again.vectors, index.vectors)
+    of_others = load_index(str(tmp_path / "index"), items=other)  # as it lies: what is missing is for the caller to say
+    assert of_others.item_ids == list("abcd")
+    np.testing.assert_array_equal(of_others.vectors, vectors)
+
+
 def test_the_newest_version_is_current_and_older_ones_stay(tmp_path: Path):
     publish(tmp_path)
     first = load_index(str(tmp_path))

@@ -319,3 +319,16 @@ def test_what_was_moved_already_is_not_gone_on_with(tmp_path: Path):
         assert not storage.exists(f"{work}/done")
         storage.write_bytes(f"{work}/data/{MARKER}", b"")
     assert storage.exists(f"{out}/{MARKER}")
+
+
+def test_the_cache_of_a_node_forgets_what_nobody_used_for_a_week(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PIXREC_CACHE", str(tmp_path))
+    used, unused = storage.node_place("used"), storage.node_place("unused")
+    for path in (used, unused):
+        os.makedirs(path)
+        os.utime(path, (0, 0))
+    assert storage.node_place("used") == used
+    made = storage.node_file("anything", "1", lambda path: Path(path).write_text("mapped"), lambda path: path)
+    assert Path(made).read_text() == "mapped"
+    assert os.path.exists(used)
+    assert not os.path.exists(unused)

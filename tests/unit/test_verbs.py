@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pyarrow as pa
 import pytest
-from fakes import write_index, write_model, write_prepared
+from fakes import tiny_config, write_index, write_model, write_prepared
 
 import pixrec
 from pixrec import cli, storage, verbs
@@ -180,3 +182,26 @@ def test_a_recommender_from_handles(made: Path):
     found = pixrec.load_recommender(model, index, pixrec.PreparedData.load(made / "data")).recommend(["i01"], k=3)
     assert found == pixrec.load_recommender(str(made / "model"), made / "index").recommend(["i01"], k=3)
     assert isinstance(pixrec.load_recommender(model, index), pixrec.Recommender)
+
+
+def test_pictures_that_are_enlarged_for_the_backbone_are_said(made: Path, monkeypatch: pytest.MonkeyPatch):
+    """By a warning, an error or not at all, before anything is trained."""
+    ran = []
+    monkeypatch.setitem(sys.modules, "pixrec.cluster.session", SimpleNamespace(connect=contextlib.nullcontext))
+    trained = {"fingerprint": "f" * 32}
+    monkeypatch.setitem(
+        sys.modules, "pixrec.cluster.train", SimpleNamespace(train=lambda *_, **__: ran.append(1) or trained)
+    )
+
+    def train(small: str, side_px: int) -> None:
+        config = tiny_config(model={"small_pictures": small, "tiny": {"image_size_px": side_px}})
+        verbs.train(str(made / "data"), str(made / f"model-{small}-{side_px}"), config=config)
+
+    train("error", 32)
+    with pytest.warns(UserWarning, match=r"takes pictures of 64 by 64 px, but \d+ of \d+ stored pictures"):
+        train("warn", 64)
+    train("allow", 64)
+    assert len(ran) == 3
+    with pytest.raises(InputError, match="64 by 64 px"):
+        train("error", 64)
+    assert len(ran) == 3

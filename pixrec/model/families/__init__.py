@@ -5,6 +5,8 @@ To add a family, subclass `Family` in a file of its own and list it in FAMILIES 
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from pixrec.errors import ConfigError
@@ -31,8 +33,9 @@ FAMILIES: dict[str, type[Family]] = {
 }
 
 
-def family_of(model: PreTrainedModel) -> Family:
-    """The adapter of a loaded model. Raises ConfigError where its family has none."""
+def family_of(model: PreTrainedModel | Any) -> Family:
+    """The adapter of a loaded model, or of whatever has the `config` of one. Raises ConfigError where its family has
+    none."""
     model_type = model.config.model_type
     if model_type not in FAMILIES:
         raise ConfigError(

@@ -1,7 +1,11 @@
 """The adapter that a family fills in: how a picture is written, how it is encoded, how a sequence is read.
 
-Shapes: B rows · T tokens · P pictures · K tokens a picture · W width of the language model · X numbers of a picture
-token: W, and what deeper layers are given of it · S side in pixels · V vocabulary.
+Shapes: B rows · T tokens · P pictures · K tokens a tile · W width of the language model · X numbers of a picture
+token: W, and what else the decoder is given of it · N tiles of all pictures · S side of a tile in pixels
+· V vocabulary.
+
+A picture is cut into square tiles: the pieces that the encoder takes. For most families the whole picture, made a
+square, is one tile of K tokens; where pictures keep their shape a tile is what becomes one token.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from pixrec.data.images import PictureSize
 
 
 class Family(ABC):
@@ -50,7 +56,27 @@ class Family(ABC):
     @property
     @abstractmethod
     def tokens_per_picture(self) -> int:
-        """K: how many tokens a picture becomes."""
+        """How many tokens a picture becomes; where pictures keep their shape, a square of `image_size_px`."""
+
+    @property
+    def picture_size(self) -> PictureSize:
+        """What pictures are decoded to."""
+        return self.image_size_px
+
+    @property
+    def tile_px(self) -> int:
+        """S, the side of a tile."""
+        return self.image_size_px
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """K: how many tokens a tile becomes."""
+        return self.tokens_per_picture
+
+    def limit_pixels(self, own: tuple[int, int] | None, least: int | None, most: int) -> None:
+        """Set how few and how many pixels a picture may have, where the family takes any shape: no more than `most` and
+        what the backbone's processor says (`own`), no fewer than `least`, or than it says."""
+        return
 
     @property
     def picture_width(self) -> int:
@@ -58,13 +84,18 @@ class Family(ABC):
         return int(self.config.text_config.hidden_size)
 
     @property
+    def unread_parts(self) -> tuple[str, ...]:
+        """Names in the encoder of what no picture token is made by."""
+        return ("head",)
+
+    @property
     def vision_settings(self) -> tuple[Any, ...]:
         """Settings of the vision part that its weights do not show, for its fingerprint."""
         return ()
 
     @abstractmethod
-    def encode_pictures(self, model: PreTrainedModel, pixels: Tensor) -> Tensor:
-        """Normalised pixels (P, 3, S, S) to picture tokens (P, K, X)."""
+    def encode_pictures(self, model: PreTrainedModel, pixels: Tensor, grid: Tensor) -> Tensor:
+        """Normalised tiles (N, 3, S, S) of pictures of `grid` (P, 2) rows and columns of them to tokens (N, K, X)."""
 
     def language_model(self, model: PreTrainedModel) -> nn.Module:
         """The module that takes `inputs_embeds` and returns `last_hidden_state`."""
@@ -73,6 +104,13 @@ class Family(ABC):
     def vision_parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
         """All parameters that only pictures use."""
         return [p for name, p in model.model.named_parameters() if name.split(".")[0] in self.vision_parts]
+
+    def token_parameters(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        """Of those the ones that picture tokens follow from. A SigLIP's pooling head, say, is drawn at random where
+        the checkpoint has none, and no token is made by it."""
+        unread = tuple(f"{self.vision_parts[0]}.{part}." for part in self.unread_parts)
+        named = model.model.named_parameters()
+        return [p for n, p in named if n.split(".")[0] in self.vision_parts and not n.startswith(unread)]
 
     def attention_layers(self, where: Literal["language", "vision", "all"]) -> str:
         """Pattern of the full names of the attention's projections, as peft reads one."""

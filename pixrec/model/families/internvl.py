@@ -24,5 +24,5 @@ class InternVL(Family):
     def vision_settings(self) -> tuple[Any, ...]:
         return (self.config.vision_feature_layer, self.config.vision_feature_select_strategy)
 
-    def encode_pictures(self, model: PreTrainedModel, pixels: Tensor) -> Tensor:
+    def encode_pictures(self, model: PreTrainedModel, pixels: Tensor, grid: Tensor) -> Tensor:
         return model.model.get_image_features(pixels).pooler_output

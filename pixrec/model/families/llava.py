@@ -30,10 +30,17 @@ class LlavaOnevision(Family):
         return patches - int(self.skips_first) + 1
 
     @property
+    def unread_parts(self) -> tuple[str, ...]:
+        """Layers behind the last one that is read, and the norm behind all of them."""
+        count = int(self.config.vision_config.num_hidden_layers)  # states: of the embedding, then of each layer
+        last = max(layer if layer >= 0 else count + 1 + layer for layer in self.feature_layers)
+        return ("head", "post_layernorm", *(f"encoder.layers.{layer}" for layer in range(last, count)))
+
+    @property
     def vision_settings(self) -> tuple[Any, ...]:
         return (*self.feature_layers, self.skips_first)
 
-    def encode_pictures(self, model: PreTrainedModel, pixels: Tensor) -> Tensor:
+    def encode_pictures(self, model: PreTrainedModel, pixels: Tensor, grid: Tensor) -> Tensor:
         layers = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
         features = torch.cat([layers[i] for i in self.feature_layers], dim=-1)[:, int(self.skips_first) :]
         tokens = model.model.multi_modal_projector(features)

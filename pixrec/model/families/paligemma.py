@@ -25,7 +25,7 @@ class PaliGemma(Family):
     def tokens_per_picture(self) -> int:
         return int((self.image_size_px // self.config.vision_config.patch_size) ** 2)
 
-    def encode_pictures(self, model: PreTrainedModel, pixels: Tensor) -> Tensor:
+    def encode_pictures(self, model: PreTrainedModel, pixels: Tensor, grid: Tensor) -> Tensor:
         return model.model.get_image_features(pixels).pooler_output
 
     def hidden_states(

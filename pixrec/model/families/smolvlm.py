@@ -20,7 +20,7 @@ class SmolVLM(Family):
         patches_per_side = self.image_size_px // int(self.config.vision_config.patch_size)
         return (patches_per_side // int(self.config.scale_factor)) ** 2
 
-    def encode_pictures(self, model: PreTrainedModel, pixels: Tensor) -> Tensor:
+    def encode_pictures(self, model: PreTrainedModel, pixels: Tensor, grid: Tensor) -> Tensor:
         features = model.model.get_image_features(pixels.unsqueeze(1)).pooler_output
         if isinstance(features, (list, tuple)):
             features = torch.stack(list(features))

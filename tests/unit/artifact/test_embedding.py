@@ -47,7 +47,7 @@ def file(tmp_path: Path, table: ItemTable) -> str:
 
 def decoded(file: str, rows: list[int] | None = None, modalities: str = "both", tokens: str | None = None) -> pa.Table:
     piece = {"file": file, "start": 0, "rows": None if rows is None else np.array(rows, np.int32).tobytes()}
-    parts = decode_items(pa.Table.from_pylist([piece]), image_size_px=32, modalities=modalities, tokens=tokens)
+    parts = decode_items(pa.Table.from_pylist([piece]), picture_size=32, modalities=modalities, tokens=tokens)
     return pa.concat_tables([DECODED.empty_table(), *parts])
 
 

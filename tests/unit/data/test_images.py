@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import struct
 import zlib
 from functools import cache
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import simplejpeg
 from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from pixrec.data.images import decode_image, shrink_image
+from pixrec.data.images import PixelBudget, decode_image, decode_picture, largest_side, shrink_image, stored_size
 from pixrec.errors import UnreadableImage
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -121,8 +123,43 @@ UNREADABLE = {
 }
 
 
+def test_a_budget_gives_the_sizes_that_the_library_gives():
+    for least, most, side in ((56 * 56, 28 * 28 * 1280, 28), (800, 4096, 8), (65_536, 65_536, 32), (64, 1024, 32)):
+        budget = PixelBudget(side, least, most)
+        for width, height in itertools.product((1, 7, 28, 41, 100, 131, 199, 640, 1333, 4000), repeat=2):
+            if max(width, height) <= 200 * min(width, height):
+                assert budget.fit(width, height)[::-1] == smart_resize(height, width, side, least, most)
+    assert PixelBudget(28, 56 * 56, 28 * 28 * 4).fit(28, 28000) == (28, 784), "longer than the library takes"
+    assert largest_side(PixelBudget(28, 56 * 56, 65_536)) == 252
+    assert largest_side(512) == 512
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_a_picture_keeps_its_aspect_and_stands_upright(form):
+    budget = PixelBudget(8, 64, 40 * 40)
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (9, 15, 3)).astype(np.uint8)).resize((120, 72), 3)
+    for turned in (False, True):
+        sink = io.BytesIO()
+        notes = Image.Exif()
+        notes[0x0112] = 6 if turned else 1
+        smooth.save(sink, form, exif=notes)
+        found = decode_picture(sink.getvalue(), budget)
+        expected = np.asarray(Image.open(io.BytesIO(sink.getvalue())).convert("RGB").resize((48, 24), 3))
+        if turned:
+            expected = np.rot90(expected, -1)
+        assert found.shape == expected.shape
+        assert np.abs(found.astype(int) - expected).mean() < 4
+    assert np.array_equal(decode_picture(sink.getvalue(), 16), decode_image(sink.getvalue(), 16))
+    assert stored_size(sink.getvalue()) == (120, 72)
+
+
+def keep_aspect(data: bytes, size: int) -> np.ndarray:
+    return decode_picture(data, PixelBudget(8, 64, size**2))
+
+
 @pytest.mark.parametrize("case", UNREADABLE)
-@pytest.mark.parametrize("read", [decode_image, shrink_image])
+@pytest.mark.parametrize("read", [decode_image, shrink_image, keep_aspect])
 def test_unreadable_bytes_say_why(case: str, read):
     data, reason = UNREADABLE[case]
     with pytest.raises(UnreadableImage) as raised:
@@ -145,7 +182,9 @@ def test_the_camera_orientation_is_undone(kind: str):
         stored = shrink_image(data, 30)
         width, height = Image.open(io.BytesIO(stored)).size
         assert (width > height) == (orientation in (6, 8))
-        for square in (decode_image(data, 8), decode_image(stored, 8)):
+        kept = decode_picture(data, PixelBudget(8, 64, 2048))
+        assert kept.shape[:2] == ((32, 64) if orientation in (6, 8) else (64, 32))
+        for square in (decode_image(data, 8), decode_image(stored, 8), kept):
             assert square[edges[red]][:, 1].max() < 60, f"{orientation}: {red} edge must be red"
             opposite = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}[red]
             assert square[edges[opposite]][:, 1].min() > 200

@@ -106,10 +106,12 @@ def test_an_event_is_known_by_user_item_and_time():
 
 def test_texts_are_read_without_the_pictures(tmp_path, monkeypatch):
     dataset = write_prepared(tmp_path / "data", tiny_dataset(other_items(), num_users=4))
-    asked, read_table = [], storage.read_table
-    monkeypatch.setattr(storage, "read_table", lambda uri, columns: asked.append(columns) or read_table(uri, columns))
-    assert load_texts(dataset.uri) == [dataset.items.text(row) for row in range(8)]
-    assert asked == [["item_id", "title", "brand", "category", "description"]]
+    asked, stream = [], storage.stream_table
+    monkeypatch.setattr(storage, "stream_table", lambda u, columns, n: asked.append(columns) or stream(u, columns, n))
+    texts = [dataset.items.text(row) for row in range(8)]
+    assert load_texts(dataset.uri) == texts
+    assert load_texts(dataset.uri, 3) == [texts[0], texts[2], texts[5]]
+    assert asked == [["item_id", "title", "brand", "category", "price", "description"]] * 2
 
 
 def test_marks_of_targets_are_joined_too():

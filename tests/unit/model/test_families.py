@@ -1,6 +1,8 @@
 """Every family from its own classes, small: saved as the hub lays it out, loaded, and read as our method needs it."""
 
 import copy
+import dataclasses
+import io
 import json
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 import transformers
 from fakes import Seen, tiny_config, tiny_items, tiny_model, write_tokens
 from packaging.version import Version
+from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
     Gemma2Config,
@@ -23,6 +26,7 @@ from transformers import (
     PaliGemmaConfig,
     Qwen2_5_VLConfig,
     Qwen2Config,
+    Qwen2VLConfig,
     Qwen3VLConfig,
     SiglipVisionConfig,
     SmolVLMConfig,
@@ -34,15 +38,24 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from pixrec.artifact import load_model, new_model, save_model
 from pixrec.config import LoraConfig
+from pixrec.data.pictures import picture_hash
 from pixrec.errors import ConfigError
 from pixrec.model.backbone import Backbone, add_lora, use_attention
 from pixrec.model.catalog import Catalog
-from pixrec.model.encoding import Content, ItemEncoder, train_tokenizer
+from pixrec.model.encoding import Content, ItemEncoder, cut_into_tiles, train_tokenizer
 from pixrec.model.families import FAMILIES, family_of
-from pixrec.model.vision import open_store, vision_fingerprint
+from pixrec.model.vision import (
+    complete_store,
+    encode_pictures,
+    open_store,
+    store_folder,
+    vision_fingerprint,
+    write_part,
+)
 
 FAMILY_NAMES = (
-    "smolvlm", "idefics3", "paligemma", "paligemma2", "gemma3", "internvl", "llava_onevision", "qwen2_5_vl", "qwen3_vl",
+    "smolvlm", "idefics3", "paligemma", "paligemma2", "gemma3", "internvl", "llava_onevision", "qwen2_vl", "qwen2_5_vl",
+    "qwen3_vl",
 )  # fmt: skip
 QWEN_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 OTHER_TOKENS = ["<img>", "</img>", "<IMG_CONTEXT>", "\n\n", "<start_of_image>", "<end_of_image>", "<image_soft_token>"]
@@ -110,7 +123,9 @@ def small(family, tokenizer):
             vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
         else:
             vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
-        kind = Qwen3VLConfig if family == "qwen3_vl" else Qwen2_5_VLConfig
+        if family == "qwen2_vl":  # whose encoder is as wide inside as `embed_dim`
+            vision |= {"embed_dim": 64, "hidden_size": 96, "mlp_ratio": 2}
+        kind = {"qwen3_vl": Qwen3VLConfig, "qwen2_vl": Qwen2VLConfig}.get(family, Qwen2_5_VLConfig)
         config = kind(
             text_config={**text, "num_key_value_heads": 2, "rope_parameters": rope}, vision_config=vision,
             image_token_id=known["<|image_pad|>"], vision_start_token_id=known["<|vision_start|>"],
@@ -139,7 +154,7 @@ def model(request, tmp_path_factory, items):
     tokenizer.save_pretrained(folder)
     statistics = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
     (folder / "preprocessor_config.json").write_text(json.dumps(statistics))
-    settings = {"backbone": str(folder), "user_tower": "interleaved", "freeze_vision": True}
+    settings = {"backbone": str(folder), "user_tower": "interleaved", "freeze_vision": True, "max_pixels": 64**2}
     model = new_model(tiny_config(model=settings), texts)
     model.tower.eval()
     return model
@@ -312,6 +327,46 @@ def test_it_learns_is_saved_and_loaded(model, catalog, tmp_path):
     )
 
 
+def test_the_key_of_stored_tokens_follows_what_they_are_made_by_and_nothing_else(model):
+    """An equal vision part finds its tokens, whatever a seed drew for adapters and for weights that no token is made
+    by: those of the language model, and in the vision part those that get no gradient from the tokens."""
+    tower = copy.deepcopy(model.tower)
+    backbone, base = tower.backbone, tower.backbone.model
+    before = vision_fingerprint(backbone)
+    backbone.picture_tokens(*cut_into_tiles([picture(model, 1)], backbone.family.tile_px)).square().sum().backward()
+    vision = {id(p) for p in backbone.family.vision_parameters(base)}
+    made_by = {id(p) for p in tower.parameters() if p.grad is not None and id(p) in vision}
+    assert {id(p) for p in backbone.family.token_parameters(base)} == made_by
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            if id(parameter) not in made_by:
+                parameter.add_(0.1)
+    assert vision_fingerprint(backbone) == before
+    for seed in (1, 2):
+        adapted = copy.deepcopy(model.tower.backbone)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            add_lora(adapted.model, LoraConfig(enabled=True), vision=False)
+        assert vision_fingerprint(adapted) == before
+    with torch.no_grad():
+        next(p for p in tower.parameters() if id(p) in made_by).view(-1)[0] += 0.1
+    assert vision_fingerprint(backbone) != before
+
+
+def test_of_a_llava_the_layers_behind_the_one_that_is_read_make_no_token():
+    tokenizer = train_tokenizer(["Square Tile"], 300)
+    tokenizer.add_special_tokens({"extra_special_tokens": [*tokenizer.extra_special_tokens, *QWEN_TOKENS]})
+    base = small("llava_onevision", tokenizer)
+    base.config.vision_feature_layer = -2
+    backbone = Backbone(base, [0.5] * 3, [0.5] * 3)
+    before = vision_fingerprint(backbone)
+    last = base.model.vision_tower.encoder.layers[-1]
+    torch.nn.init.normal_(last.mlp.fc1.weight)
+    assert vision_fingerprint(backbone) == before
+    torch.nn.init.normal_(base.model.vision_tower.encoder.layers[0].mlp.fc1.weight)
+    assert vision_fingerprint(backbone) != before
+
+
 def test_stored_picture_tokens_do_for_the_pictures(model, catalog, tmp_path, monkeypatch):
     backbone, embedder = model.tower.backbone, model.embedder()
     rows, histories = np.arange(12), [HISTORY, np.array([3, 5])]
@@ -334,14 +389,14 @@ def test_what_deeper_layers_see_of_a_picture_belongs_to_its_tokens():
     """Qwen3-VL's; a store without it would give other states, and another choice of it is another fingerprint."""
     base = qwen("qwen3_vl").eval()
     backbone = Backbone(base, [0.5] * 3, [0.5] * 3)
-    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3)).astype(np.uint8))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3)).astype(np.uint8)
     slots = torch.cat([torch.full((2, 3), -1), torch.arange(128).view(2, 64)], dim=1)
     ids, is_token = torch.ones_like(slots), torch.ones_like(slots, dtype=torch.bool)
     with torch.no_grad():
-        pictures = backbone.picture_tokens(pixels).flatten(0, 1)
-        assert pictures.shape == (128, 2 * backbone.width)
+        pictures = backbone.picture_tokens(*cut_into_tiles(pixels, 8)).flatten(0, 1)
+        assert pictures.shape == (128, 2 * backbone.width + 2)
         cut = pictures.clone()
-        cut[:, backbone.width :] = 0
+        cut[:, backbone.width : -2] = 0
         states, without = (backbone.hidden_states(ids, is_token, slots, tokens) for tokens in (pictures, cut))
         assert (states - without).abs().max() > 1e-2
         turned = backbone.hidden_states(ids[[1, 0]], is_token, slots[[1, 0]], pictures)
@@ -365,9 +420,103 @@ def test_patches_are_laid_out_as_the_library_lays_them_out(family, statistics):
     )
     theirs = processor(images=[pixels], return_tensors="pt")
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (processor.image_mean, processor.image_std))
-    scaled = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).float() / 255
+    scaled = cut_into_tiles([pixels], adapter.tile_px)[0].permute(0, 3, 1, 2).float() / 255
     assert theirs["image_grid_thw"].tolist() == [[1, 16, 16]]
     assert torch.allclose(adapter.patches((scaled - mean) / std), theirs["pixel_values"], atol=1e-5)
+
+
+SHAPES = ((40, 96), (64, 64), (130, 50), (20, 30))  # width, height; the last is enlarged
+
+
+def png(seed, width, height):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3)).astype(np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def any_shape(family):
+    """A backbone of a Qwen family that takes 12 to 64 tokens a picture, its encoder and the library's processor."""
+    tokenizer = train_tokenizer(["Square Tile"], 300)
+    tokenizer.add_special_tokens({"extra_special_tokens": QWEN_TOKENS})
+    backbone = Backbone(small(family, tokenizer).eval(), [0.5] * 3, [0.5] * 3)
+    backbone.family.limit_pixels((800, 10**6), None, 64**2)
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, size={"shortest_edge": 800, "longest_edge": 64**2}, image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )  # fmt: skip
+    return backbone, ItemEncoder(tokenizer, backbone.family, 8), processor
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_pictures_of_any_shape_are_read_as_the_library_reads_them(family):
+    """Token ids, grid, pixel values and hidden states of a history, with the library's own processor and forward."""
+    backbone, encoder, processor = any_shape(family)
+    data = [png(seed, *shape) for seed, shape in enumerate(SHAPES)]
+    items = encoder.items([Content("Square", encoder.decode(picture)) for picture in data])
+    history = encoder.histories(items, [np.arange(len(data))])
+    theirs = processor(images=[Image.open(io.BytesIO(picture)) for picture in data], return_tensors="pt")
+    grid = theirs["image_grid_thw"]
+    assert (2 * items.grid).tolist() == grid[:, 1:].tolist()
+    assert len({tuple(shape) for shape in grid.tolist()}) == len(SHAPES)
+    known = encoder.tokenizer.get_vocab()
+    expected = []
+    for count in (grid.prod(1) // 4).tolist():
+        expected += [*encoder.tokenize(["Square"])[0], known["<|vision_start|>"], *[known["<|image_pad|>"]] * count]
+        expected += [known["<|vision_end|>"], encoder.separator_id]
+    assert history.token_ids[0].tolist() == expected
+    patches = backbone.family.patches((items.pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5)
+    assert float((patches - theirs["pixel_values"]).abs().max()) < 2.5 * 2 / 255  # of Pillow's rounding
+
+    with torch.no_grad():
+        encoded = backbone.picture_tokens(items.pixels, items.grid).flatten(0, 1)
+        ours = backbone.hidden_states(history.token_ids, history.is_token, history.picture_slot, encoded)
+        output = backbone.model.model(
+            input_ids=history.token_ids,
+            attention_mask=torch.ones_like(history.token_ids),
+            pixel_values=patches,
+            image_grid_thw=grid,
+            mm_token_type_ids=(history.picture_slot >= 0).long(),
+        )
+    assert torch.allclose(ours, output.last_hidden_state, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_items_of_pictures_of_several_shapes_are_chosen_and_stored(family, tmp_path):
+    backbone, encoder, _ = any_shape(family)
+    data = [png(seed, *shape) for seed, shape in enumerate(SHAPES)]
+    texts = ["Square", "Tile", "", "Square Tile", "Tile"]
+    contents = [Content(t, None if p is None else encoder.decode(p)) for t, p in zip(texts, [*data, None], strict=True)]
+    rows = encode_pictures(backbone, data)
+    stored = [
+        Content(text, np.array(tokens, np.float16).reshape(-1, backbone.family.picture_width))
+        for text, tokens in zip(texts, rows.column("tokens").to_pylist(), strict=False)
+    ]
+
+    def states(items):
+        with torch.no_grad():
+            made = backbone.picture_tokens(items.pixels, items.grid) if len(items.pixels) else items.ready[:0]
+            pictures = torch.cat([made, items.ready]).flatten(0, 1) if len(items.ready) else made.flatten(0, 1)
+            return backbone.hidden_states(items.token_ids, items.is_token, items.picture_slot, pictures)
+
+    mixed = [contents[0], stored[1], contents[4], stored[3], contents[2]]
+    items = encoder.items(mixed)
+    together = states(items)
+    for chosen in ([4, 0], [1], [3, 2, 0], [2], [0, 1, 2, 3, 4]):
+        part, alone = encoder.select(items, np.array(chosen)), encoder.items([mixed[i] for i in chosen])
+        for field in dataclasses.fields(part):
+            assert torch.equal(getattr(part, field.name), getattr(alone, field.name)), field.name
+        for row, found in zip(chosen, states(alone), strict=True):
+            count = int(items.is_token[row].sum())
+            assert torch.allclose(found[:count], together[row, :count], atol=1e-5)
+    folder = store_folder(str(tmp_path), vision_fingerprint(backbone))
+    write_part(folder, rows)
+    complete_store(folder, rows.schema)
+    for tokens, content in zip(open_store(str(tmp_path), backbone).of_hashes(list(map(picture_hash, data))), stored,
+                               strict=True):  # fmt: skip
+        np.testing.assert_array_equal(tokens, content.pixels)
+    backbone.family.limit_pixels(None, None, 48**2)
+    assert open_store(str(tmp_path), backbone) is None, "another budget makes other tokens"
 
 
 def test_an_unknown_family_is_said_with_what_is_known():
@@ -409,6 +558,6 @@ def test_pixel_values_equal_those_of_the_library(processor, more):
     theirs = torch.as_tensor(np.array(made(images=[list(pixels)])["pixel_values"]))
     backbone = Backbone(tiny_model().tower.backbone.model, list(made.image_mean), list(made.image_std))
     seen = []
-    backbone.family.encode_pictures = lambda model, pixels: seen.append(pixels)
-    backbone.picture_tokens(torch.from_numpy(pixels))
+    backbone.family.encode_pictures = lambda model, pixels, grid: seen.append(pixels)
+    backbone.picture_tokens(*cut_into_tiles(pixels, 32))
     assert torch.allclose(seen[0], theirs.reshape(-1, *seen[0].shape[1:])[:2], atol=1e-5)

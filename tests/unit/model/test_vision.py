@@ -68,7 +68,7 @@ def test_vectors_and_gradients_equal_those_of_the_uncached_path(tmp_path):
 def test_a_picture_is_not_decoded_again(tmp_path, monkeypatch):
     model = frozen_model()
     catalog = Catalog(ITEMS, model.encoder, tokens=stored(tmp_path, model))
-    monkeypatch.setattr("pixrec.model.catalog.decode_image", None)
+    monkeypatch.setattr("pixrec.model.encoding.decode_picture", None)
     monkeypatch.setattr(model.tower.backbone, "picture_tokens", None)
     assert model.embedder().items(catalog, np.arange(12)).shape == (12, 16)
 

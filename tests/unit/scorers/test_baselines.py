@@ -45,19 +45,19 @@ def test_repeat_last_leaves_no_trace_between_users():
 
 def test_recent_popularity_counts_the_last_stretch_first():
     rows, times = np.array([0, 0, 0, 1, 2, 1]), np.array([1, 2, 3, 4, 9, 10])
-    scores = RecentPopularity(rows, times, 4, recent_share=0.4).scores(users_of([np.array([0])]))
+    scores = RecentPopularity([rows], [times], 4, recent_share=0.4).scores(users_of([np.array([0])]))
     assert scores[0].argsort(descending=True, stable=True).tolist() == [1, 2, 0, 3]  # of late: 1 once or twice, 2 once
-    ever = RecentPopularity(rows, times, 4, recent_share=1.0).scores(users_of([np.array([0])]))
+    ever = RecentPopularity([rows], [times], 4, recent_share=1.0).scores(users_of([np.array([0])]))
     assert ever[0].argsort(descending=True, stable=True).tolist() == [0, 1, 2, 3]
 
 
 def test_recent_popularity_takes_all_of_one_moment():
-    scores = RecentPopularity(np.array([0, 1, 2]), np.array([5, 5, 5]), 3, recent_share=0.01).scores(
+    scores = RecentPopularity([np.array([0, 1, 2])], [np.array([5, 5, 5])], 3, recent_share=0.01).scores(
         users_of([np.array([0])])
     )
     assert len(scores[0].unique()) == 1
     empty = np.array([], dtype=np.int64)
-    assert RecentPopularity(empty, empty, 3, recent_share=0.5).scores(users_of([np.array([0])])).shape == (1, 3)
+    assert RecentPopularity([empty], [empty], 3, recent_share=0.5).scores(users_of([np.array([0])])).shape == (1, 3)
 
 
 def dense_transitions(histories, n, steps, damping, backoff):

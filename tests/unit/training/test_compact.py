@@ -80,6 +80,57 @@ def test_the_vector_of_a_user_reads_the_newest_items_only_and_never_the_padding(
     torch.testing.assert_close(beside[1:], alone)
 
 
+@pytest.mark.parametrize("loss", ["sampled", "full"])
+def test_vectors_that_move_row_by_row_learn_the_next_item_too(loss):
+    config = dataclasses.replace(FAST, loss=loss, negatives=6, id_optimizer="rowwise_adagrad", id_learning_rate=0.3)
+    training, dataset = trainer(config, content=False)
+    assert training.fit(dataset.held_out("valid"))["valid_recall@1"] > 0.9
+    assert not any("id_embedding" in name and "row_sum" not in name for name in training.training_tensors())
+
+
+def test_only_the_rows_that_a_step_reads_move_and_cost_memory():
+    config = dataclasses.replace(FAST, loss="sampled", negatives=2, id_optimizer="rowwise_adagrad", averaging=0.5)
+    training, _ = trainer(config, content=False)
+    training.warm = torch.tensor([4])
+    before = training.tower.id_embedding.weight.detach().clone()
+    training._step([np.array([7, 1, 2])])
+    moved = (training.tower.id_embedding.weight.detach() - before).abs().sum(1) > 0
+    assert np.flatnonzero(moved).tolist() == [1, 2, 4, 7]
+    state = training.training_tensors()
+    assert [(name, tuple(t.shape)) for name, t in state.items() if "id_embedding" in name] == [
+        ("id_embedding.weight/row_sum", (ITEMS,))
+    ]
+
+
+def test_small_tables_move_as_all_weights_do():
+    assert trainer()[0].table is None
+
+
+def test_a_run_stops_and_validates_within_an_epoch_where_it_is_told_to():
+    config = dataclasses.replace(FAST, max_steps=5, validate_every_steps=2)
+    training, dataset = trainer(config)
+    assert len(training.source.epoch(0)) == 3
+    rows = []
+    at = [training.step for _ in training.validations(dataset.held_out("valid"), rows.append)]
+    assert at == [2, 4, 5]
+    assert {row["total_steps"] for row in rows} == {5}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"id_optimizer": "rowwise_adagrad", "loss": "sampled"}], ids=["adamw", "rows"]
+)
+def test_a_run_that_stopped_within_an_epoch_goes_on_there(settings):
+    config = dataclasses.replace(FAST, **settings)
+    whole, _ = trainer(config)
+    expected = [whole.train_step()["loss"] for _ in range(8)]
+    first, _ = trainer(config)
+    begun = [first.train_step()["loss"] for _ in range(4)]
+    second, _ = trainer(config)
+    second.tower.load_state_dict(first.tower.state_dict())
+    second.restore(first.position(), first.training_tensors())
+    assert begun + [second.train_step()["loss"] for _ in range(4)] == expected
+
+
 def test_a_resumed_run_goes_on_as_the_undisturbed_one():
     def losses(training, epochs):
         rows = []

