@@ -24,7 +24,7 @@ import torch
 import transformers.utils.logging
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
 
 import pixrec
 from pixrec import storage
@@ -34,12 +34,14 @@ from pixrec.data.images import PixelBudget
 from pixrec.data.items import load_texts
 from pixrec.errors import ArtifactError, ConfigError
 from pixrec.model.backbone import (
+    ADAPTER,
     DTYPES,
     TINY,
     Backbone,
     add_lora,
     build_tiny,
     cannot_load,
+    give_adapters,
     keep_adapters_whole,
     load_pretrained,
     pretrained_facts,
@@ -57,6 +59,8 @@ from pixrec.model.towers import DualTower
 MODEL_MARKER = "model.json"
 _KNOCKOUTS = "knockouts"
 _EMBEDDED_IDS = "embedded_ids.json"
+_HEADS = "heads.safetensors"
+DESCRIPTION = "description.json"
 
 # What reading damaged files raises. RuntimeError: a tensor of another shape; KeyError: a file that lacks a key;
 # TypeError: a tokenizer without its settings.
@@ -165,6 +169,63 @@ def with_compact(model: Model, trained_items: Sequence[str]) -> Model:
 
 def save_model(folder: str, model: Model, info: dict[str, Any]) -> dict[str, Any]:
     """Write all of a model into a local `folder`, model.json last; returns what model.json says."""
+    path = _describe(folder, model)
+    backbone = model.tower.backbone
+    if not isinstance(backbone, DualEncoder):
+        backbone.model.save_pretrained(path / ("adapter" if model.config.model.lora.enabled else "backbone"))
+    safetensors.torch.save_file(_heads(model.tower), path / _HEADS)
+    facts = {"fingerprint": fingerprint(model), "pixrec": pixrec.__version__, **info}
+    if model.pretrained:
+        facts["pretrained"] = model.pretrained
+    (path / MODEL_MARKER).write_text(json.dumps(facts, indent=2) + "\n")
+    return facts
+
+
+def describe_model(folder: str, model: Model, info: dict[str, Any]) -> None:
+    """Write all of a model but its weights into a local `folder`, for `described_model`. Asks no weight for its
+    values, so that they may be spread over workers."""
+    path = _describe(folder, model)
+    if not model.config.model.lora.enabled:
+        model.tower.backbone.model.config.save_pretrained(path / "backbone")
+    (path / DESCRIPTION).write_text(json.dumps({**info, "pretrained": model.pretrained}))
+
+
+def described_model(folder: str) -> Model:
+    """The model of `describe_model`, which is still to be given the weights of `own_names`: under adapters the base is
+    there, else no weight takes memory."""
+    path = Path(folder)
+    info = json.loads((path / DESCRIPTION).read_text())
+    config = load_config((path / "config.yaml").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(path / "processor", trust_remote_code=False)
+    if config.model.lora.enabled:
+        base, _ = _base(config, tokenizer, info["pretrained"].get("revision"))
+        add_lora(base, config.model.lora, config.model.learns_vision)
+    else:
+        with torch.device("meta"):
+            base = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path / "backbone"))
+    pretrained = info.pop("pretrained")
+    return _assembled(path, base, tokenizer, config, info, pretrained)
+
+
+def own_names(model: Model) -> list[str]:
+    """Names of the tensors that a model's folder holds: heads, and adapters or the backbone; tied ones once."""
+    tower = model.tower
+    tied = {name for name, _ in tower.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in tower.named_parameters()}
+    adapters = model.config.model.lora.enabled
+    return [n for n in tower.state_dict() if n not in tied and (not adapters or ADAPTER in n or _is_head(n))]
+
+
+def give_weights(model: Model, weights: dict[str, Tensor]) -> None:
+    """Give a `described_model` its weights, which become its own: no copy is made."""
+    lacking = set(own_names(model)) - set(weights)
+    if lacking:
+        raise ArtifactError(f"the checkpoint lacks {min(lacking)}; train again")
+    model.tower.load_state_dict(weights, strict=False, assign=True)
+    model.tower.backbone.model.tie_weights()
+
+
+def _describe(folder: str, model: Model) -> Path:
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.yaml").write_text(dump_config(model.config))
@@ -177,16 +238,9 @@ def save_model(folder: str, model: Model, info: dict[str, Any]) -> dict[str, Any
         **size_settings(model.encoder.picture_size),
     }
     (processor / "preprocessor_config.json").write_text(json.dumps(statistics, indent=2))
-    if not isinstance(backbone, DualEncoder):
-        backbone.model.save_pretrained(path / ("adapter" if model.config.model.lora.enabled else "backbone"))
-    safetensors.torch.save_file(_heads(model.tower), path / "heads.safetensors")
     if model.embedded_ids:
         (path / _EMBEDDED_IDS).write_text(json.dumps(list(model.embedded_ids)))
-    facts = {"fingerprint": fingerprint(model), "pixrec": pixrec.__version__, **info}
-    if model.pretrained:
-        facts["pretrained"] = model.pretrained
-    (path / MODEL_MARKER).write_text(json.dumps(facts, indent=2) + "\n")
-    return facts
+    return path
 
 
 def load_model(uri: str, device: str = "cpu") -> Model:
@@ -260,13 +314,11 @@ def _read_model(path: Path) -> Model:
         _check_unchanged(f"model.backbone {config.model.backbone!r}", pretrained, recorded)
         base.load_adapter(str(path / "adapter"))
         keep_adapters_whole(base)
+        give_adapters(base, safetensors.torch.load_file(path / "adapter" / "adapter_model.safetensors"))
     else:
         base = load_pretrained(str(path / "backbone"), dtype=DTYPES[config.model.dtype])
         use_attention(base, config.model.attn_implementation)
-    backbone = _backbone(base, picture_facts(str(path / "processor")), config, tokenizer)
-    tower = DualTower(backbone, config.model, config.train.temperature)
-    encoder = ItemEncoder(tokenizer, backbone.family, config.model.max_text_tokens)
-    return _with_heads(path, Model(tower, encoder, config, info, pretrained=recorded))
+    return _with_heads(path, _assembled(path, base, tokenizer, config, info, recorded))
 
 
 def _check_unchanged(name: str, pretrained: dict[str, Any], recorded: dict[str, Any]) -> None:
@@ -278,14 +330,36 @@ def _check_unchanged(name: str, pretrained: dict[str, Any], recorded: dict[str, 
 
 def _with_heads(path: Path, model: Model) -> Model:
     """The model with all that is not its backbone, as it was saved."""
-    heads = safetensors.torch.load_file(path / "heads.safetensors")
-    if any(name.startswith("compact.") for name in heads):
+    with safetensors.safe_open(path / _HEADS, "pt") as file:
+        has_compact = any(name.startswith("compact.") for name in file.keys())  # noqa: SIM118, no dictionary
+    if has_compact:
         listed = path / _EMBEDDED_IDS
         model = with_compact(model, json.loads(listed.read_text()) if listed.exists() else [])
-    missing, unexpected = model.tower.load_state_dict(heads, strict=False)
-    if unexpected or [name for name in missing if not name.startswith("backbone.")]:
-        raise ValueError("heads.safetensors does not fit config.yaml")
+    load_heads(model, str(path))
     return model
+
+
+def load_heads(model: Model, folder: str) -> None:
+    """Give a model all that is not its backbone, as it lies in a local folder. Raises ValueError where that is of
+    another model."""
+    missing, unexpected = model.tower.load_state_dict(safetensors.torch.load_file(Path(folder) / _HEADS), strict=False)
+    if unexpected or any(map(_is_head, missing)):
+        raise ValueError("heads.safetensors does not fit config.yaml")
+
+
+def _assembled(
+    path: Path,
+    base: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    info: dict[str, Any],
+    pretrained: dict[str, Any],
+) -> Model:
+    """A backbone and what lies beside it in the folder, with fresh heads."""
+    backbone = _backbone(base, picture_facts(str(path / "processor")), config, tokenizer)
+    tower = DualTower(backbone, config.model, config.train.temperature)
+    encoder = ItemEncoder(tokenizer, backbone.family, config.model.max_text_tokens)
+    return Model(tower, encoder, config, info, pretrained=pretrained)
 
 
 def _base(config: Config, tokenizer: PreTrainedTokenizerBase, revision: str | None) -> tuple[Any, dict[str, Any]]:
@@ -332,4 +406,8 @@ def _instruction(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[int
 
 def _heads(tower: DualTower) -> dict[str, Tensor]:
     """Everything that is not the backbone."""
-    return {n: t.detach().cpu().contiguous() for n, t in tower.state_dict().items() if not n.startswith("backbone.")}
+    return {n: t.detach().cpu().contiguous() for n, t in tower.state_dict().items() if _is_head(n)}
+
+
+def _is_head(name: str) -> bool:
+    return not name.startswith("backbone.")

@@ -7,19 +7,17 @@ import contextlib
 import dataclasses
 from typing import Any
 
-import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 
 from pixrec import storage
 from pixrec.artifact import MODEL_MARKER, knockout_uri
 from pixrec.cluster.feed import feed_by_ray_data, uses_ray_data
 from pixrec.cluster.vision import vision_once
-from pixrec.cluster.workers import NewsLog, OnRow, end_diverged, run_workers
+from pixrec.cluster.workers import Checkpoints, NewsLog, OnRow, end_diverged, run_workers
 from pixrec.config import Config, Modalities, dump_config, load_config
 from pixrec.data.sequences import load_dataset
-from pixrec.training.checkpoint import publish, save_checkpoint
+from pixrec.training.checkpoint import make_whole, publish, save_checkpoint
 from pixrec.training.interleaved import InterleavedTrainer
 from pixrec.training.phases import begin
 from pixrec.training.stages import begin_work, check_resumable, model_facts, plan, vocabulary, work_folder
@@ -71,6 +69,7 @@ def _fit(part: str, data: str, work: str, config: Config, on_row: OnRow) -> str:
         job: dict[str, Any] = {"phase": stage.phase, "data": stage.data, "start": best, "vocabulary": texts}
         job["config"] = dump_config(stage.config)
         best = run_workers(_worker, job, stage.folder(work), stage.config.train, log_row)
+        make_whole(best)
     assert best is not None
     return best
 
@@ -80,8 +79,8 @@ def _worker(job: dict[str, Any]) -> None:
     after each validation."""
     config = load_config(job["config"])
     torch.set_num_threads(config.train.threads_per_worker)
-    checkpoint = ray.train.get_checkpoint()
-    with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
+    checkpoints = Checkpoints(job["work"], config.train.num_workers)
+    with checkpoints.latest() as folder:
         trainer, model, held_out = begin(
             job["phase"],
             job["data"],
@@ -93,17 +92,9 @@ def _worker(job: dict[str, Any]) -> None:
         )
     if isinstance(trainer, InterleavedTrainer) and uses_ray_data(config.train):
         feed_by_ray_data(trainer, job["data"], config)
-    log, reported = NewsLog(job["mailbox"]), False
+    log = NewsLog(job["mailbox"])
     try:
         for figures in trainer.validations(held_out, log.add):
-            saved = save_checkpoint(trainer, model, figures)
-            if reported:  # at most one upload at a time: a worker that dies loses no more than an interval and it
-                ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
-            ray.train.report(
-                {"score": trainer.score(figures), "step": trainer.step},
-                checkpoint=None if saved is None else Checkpoint.from_directory(saved),
-                checkpoint_upload_mode=CheckpointUploadMode.ASYNC,  # which removes the folder afterwards
-            )
-            reported = True
+            checkpoints.add(save_checkpoint(trainer, model, figures), trainer.score(figures), trainer.step)
     except DivergedError as error:  # on all workers at once; an exception would be retried, to the same end
         end_diverged(job["work"], trainer.rank, str(error), error.batch)

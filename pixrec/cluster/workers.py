@@ -1,23 +1,40 @@
-"""Training processes under Ray Train: starting them, their news to the driver, the checkpoint that was best."""
+"""Training processes under Ray Train: starting them, their news to the driver, their checkpoints.
+
+With `train.num_workers` 0 the driver itself trains (Ray Train's local mode), which keeps no checkpoint of its own: the
+work folder then has the latest and the best one in `here/`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import ray
+import ray.autoscaler.sdk
 import ray.train
 import ray.train.torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointConsistencyMode,
+    CheckpointUploadMode,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+)
 
 from pixrec import storage
 from pixrec.cluster.progress import listening
 from pixrec.config import TrainConfig
 from pixrec.errors import InputError
 
-_DONE, _DIVERGED = "done.json", "diverged.json"
+_DONE, _DIVERGED, _HERE, _KEPT = "done.json", "diverged.json", "here", "kept.json"
 _MAIL_SECONDS = 1.0
+_LOOK_SECONDS = 5.0
 
 OnRow = Callable[[dict[str, Any]], None]
 
@@ -35,6 +52,7 @@ def run_workers(
         return str(storage.read_json(done)["best"])
     diverged = storage.join(work, _DIVERGED)
     storage.remove(diverged)
+    await_gpus(settings)
     filesystem, path = storage.arrow_location(work)
     remote = storage.is_remote(work)
     with listening(on_row) as mailbox:
@@ -58,12 +76,119 @@ def run_workers(
         result = trainer.fit()
         if storage.exists(diverged):
             raise InputError(str(storage.read_json(diverged)["message"]))
-        best = result.get_best_checkpoint("score", "max")
-        if best is None:
-            raise RuntimeError("training ended without a checkpoint")
-        best_uri = f"s3://{best.path}" if remote else best.path
+        if settings.num_workers == 0:
+            best_uri = _kept_here(work)["best"]
+        else:
+            best = result.get_best_checkpoint("score", "max")
+            if best is None:
+                raise RuntimeError("training ended without a checkpoint")
+            best_uri = f"s3://{best.path}" if remote else best.path
         storage.write_json(done, {"best": best_uri})  # also where `on_row` fails: that is raised behind this block
     return best_uri
+
+
+def _nodes() -> int:
+    return sum(node["Alive"] for node in ray.nodes())
+
+
+class Cluster(NamedTuple):
+    """What waiting for GPUs asks of a cluster and of a clock."""
+
+    resources: Callable[[], dict[str, float]] = lambda: ray.cluster_resources()
+    nodes: Callable[[], int] = _nodes
+    request: Callable[[list[dict[str, float]]], None] = lambda bundles: ray.autoscaler.sdk.request_resources(
+        bundles=bundles
+    )
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
+    sleep: Callable[[float], None] = time.sleep
+    now: Callable[[], float] = time.monotonic
+
+
+def await_gpus(settings: TrainConfig, cluster: Cluster | None = None) -> None:
+    """Return when the cluster has as many GPUs as the workers need. Where it has too few, says so at once, asks an
+    autoscaler for them, and raises InputError after `train.gpu_wait_seconds`."""
+    cluster, wanted = cluster or Cluster(), settings.num_workers if settings.use_gpu else 0
+    began = cluster.now()
+
+    def lacks() -> str:
+        found = cluster.resources()
+        if found.get("GPU", 0) >= wanted:
+            return ""
+        nodes, cpus = cluster.nodes(), found.get("CPU", 0)
+        return (
+            f"train.num_workers {settings.num_workers} with train.use_gpu needs {wanted} GPUs, and the cluster has "
+            f"{found.get('GPU', 0):g} ({nodes} nodes, {cpus:g} CPUs)"
+        )
+
+    if not (lack := lacks()):
+        return
+    cluster.say(
+        f"{lack}; waiting up to {settings.gpu_wait_seconds:g} s (train.gpu_wait_seconds), as an autoscaler may still "
+        "be adding nodes"
+    )
+    try:
+        cluster.request([{"CPU": settings.cpus_per_worker, "GPU": 1.0}] * wanted)
+        while lack:
+            if cluster.now() - began >= settings.gpu_wait_seconds:
+                raise InputError(f"{lack}; add GPU nodes, lower train.num_workers, or set train.use_gpu to false")
+            cluster.sleep(min(_LOOK_SECONDS, settings.gpu_wait_seconds))
+            lack = lacks()
+    finally:
+        cluster.request([])
+
+
+class Checkpoints:
+    """A worker's checkpoints on their way to the work folder, at most one at a time: a worker that dies loses no more
+    than what came after the last but one."""
+
+    def __init__(self, work: str, num_workers: int) -> None:
+        self._work, self._here = work, num_workers == 0
+        self._reported = False
+
+    @contextlib.contextmanager
+    def latest(self) -> Iterator[str | None]:
+        """A local folder with what to go on from."""
+        if self._here:
+            kept = _kept_here(self._work)
+            with storage.local_folder(kept["latest"]) if kept else contextlib.nullcontext() as folder:
+                yield folder
+            return
+        checkpoint = ray.train.get_checkpoint()
+        with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
+            yield folder
+
+    def add(self, folder: str | None, score: float, step: int) -> None:
+        """Hand on a local folder, which is removed then. All workers call it, also those that wrote none."""
+        if self._here:
+            assert folder is not None
+            _keep_here(self._work, folder, score, step)
+            return
+        if self._reported:
+            ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
+        ray.train.report(
+            {"score": score, "step": step},
+            checkpoint=None if folder is None else Checkpoint.from_directory(folder),
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,  # which removes the folder afterwards
+        )
+        self._reported = True
+
+
+def _kept_here(work: str) -> dict[str, Any]:
+    """`latest`, `best` and its `score`; nothing where there is no checkpoint yet."""
+    kept = storage.join(work, _HERE, _KEPT)
+    return storage.read_json(kept) if storage.exists(kept) else {}
+
+
+def _keep_here(work: str, folder: str, score: float, step: int) -> None:
+    kept, target = _kept_here(work), storage.join(work, _HERE, f"step-{step}")
+    storage.remove(target)
+    storage.copy_folder(folder, target)
+    shutil.rmtree(folder)
+    is_best = not kept or score > kept["score"]
+    now = {"latest": target, "best": target if is_best else kept["best"], "score": score if is_best else kept["score"]}
+    storage.write_json(storage.join(work, _HERE, _KEPT), now)
+    for old in {kept.get("latest"), kept.get("best")} - {None, now["latest"], now["best"]}:
+        storage.remove(str(old))
 
 
 def _fetched(config: dict[str, Any]) -> None:

@@ -185,6 +185,8 @@ class TrainConfig:
     """Torch threads in each worker."""
     use_gpu: bool = False
     """One GPU a worker, NCCL instead of gloo."""
+    gpu_wait_seconds: float = 600.0
+    """How long a run waits for an autoscaler to add nodes where the cluster has too few GPUs for `num_workers`."""
     feed: Literal["auto", "local", "ray_data"] = "auto"
     """Who looks up, decodes and tokenises what the interleaved towers read: each worker itself (`local`), or CPU tasks
     of Ray Data on any node of the cluster. The batches are the same. `auto`: Ray Data, except on a single machine
@@ -246,7 +248,7 @@ class TrainConfig:
         at_least(self, 1, "epochs", "max_steps", "histories_per_step", "validate_every_steps", "max_validation_users")
         at_least(self, 1, "readers_per_worker", "validation_candidates")
         at_least(self, 1, "threads_per_worker", "micro_batch_histories", "gradient_accumulation", "bucket_steps")
-        at_least(self, 0, "extra_negatives")
+        at_least(self, 0, "extra_negatives", "gpu_wait_seconds")
         at_least(self, 0, "num_workers", "cpus_per_worker", "max_failures", "weight_decay", "seed")
         above_zero(self, "learning_rate", "gradient_clip", "temperature", "cpus_per_reader")
         between(self, 0, 1, "warmup_fraction")

@@ -1,21 +1,25 @@
-"""Weights and gradients spread over workers: sharding by FSDP2, averaging, clipping, whole copies for checkpoints.
+"""Weights and gradients spread over workers: sharding by FSDP2, averaging, clipping, the optimiser's state.
 
 Plain torch.distributed; in one process everything here is what it would be without. Knows towers, not training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from pixrec.model.losses import gather_with_gradient
 from pixrec.model.objective import TrainingTask
 from pixrec.model.rowwise import ROW_SUM
+
+_STEP = "step"
+_STATE = (_STEP, "exp_avg", "exp_avg_sq", ROW_SUM)
+"""What the optimiser keeps of a parameter: AdamW the first three."""
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -38,13 +42,6 @@ def shard(task: TrainingTask) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of a shard, which is a collective operation; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor, spread as `other` is."""
-    if not isinstance(other, DTensor) or tensor.ndim != other.ndim:
-        return tensor.to(other.device)
-    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
@@ -109,10 +106,10 @@ def _squares(tensors: list[Tensor], of: list[Tensor]) -> Tensor:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimiser's state as `parameter/key`, whole, for safetensors."""
+    """The optimiser's state as `parameter/key`, for safetensors; of a sharded parameter this worker's shard."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in named.items()}
     return {
-        f"{names[parameter]}/{key}": whole(value.detach()).contiguous()
+        f"{names[parameter]}/{key}": value.detach().contiguous()
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
@@ -121,10 +118,24 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, named: dict[str, nn.Para
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], tensors: dict[str, Tensor]
 ) -> None:
-    """Give AdamW back the state that `optimizer_tensors` took; a parameter without any stays as it is."""
+    """Give AdamW back the state that `optimizer_tensors` took; a parameter without any stays as it is.
+
+    A counter of steps that lies on a GPU makes the processor wait for it at every step, so only optimisers that count
+    there get it there.
+    """
+    counts_there = {p for g in optimizer.param_groups if g["fused"] or g["capturable"] for p in g["params"]}
     for name, parameter in named.items():
-        keys = [key for key in ("exp_avg", "exp_avg_sq", "step", ROW_SUM) if f"{name}/{key}" in tensors]
-        if keys:
-            state = {key: tensors[f"{name}/{key}"] for key in keys}
-            spread = {key: like(value, parameter) for key, value in state.items() if key not in ("step", ROW_SUM)}
-            optimizer.state[parameter] = {**state, **spread}
+        state = {key: tensors[f"{name}/{key}"] for key in _STATE if f"{name}/{key}" in tensors}
+        if state:
+            counts = parameter.device if parameter in counts_there else "cpu"
+            moved = {key: value.to(counts if key == _STEP else parameter.device) for key, value in state.items()}
+            optimizer.state[parameter] = moved
+
+
+def empty_state(named: dict[str, nn.Parameter], keys: Collection[str]) -> dict[str, Tensor]:
+    """What those of `keys` that are the optimiser's (`parameter/key`) can be read into."""
+    wanted = [(name, key) for name in named for key in _STATE if f"{name}/{key}" in keys]
+    return {
+        f"{name}/{key}": torch.zeros(()) if key == _STEP else torch.zeros_like(named[name], requires_grad=False)
+        for name, key in wanted
+    }

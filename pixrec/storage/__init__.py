@@ -5,6 +5,7 @@ A folder that is published here is complete or invisible: it is written beside i
 """
 
 from pixrec.storage.files import (
+    copy_file,
     copy_folder,
     exists,
     is_folder,
@@ -60,6 +61,7 @@ __all__ = [
     "absolute",
     "arrow_location",
     "check_writable",
+    "copy_file",
     "copy_folder",
     "exists",
     "is_folder",

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
@@ -190,11 +191,17 @@ def remove_empty(uri: str) -> None:
 
 
 def copy_folder(source: str, target: str) -> None:
-    """Copy all files below one folder to another place, across file systems, one file in memory at a time."""
+    """Copy all files below one folder to another place, as `copy_file` does."""
     fs, path = locate(source)
     scheme = "s3://" if is_remote(source) else ""
     for file in fs.find(path):  # also those in folders that begin with `_`, which belong to data sets
-        write_bytes(target.rstrip("/") + file[len(path) :], read_bytes(f"{scheme}{file}"))
+        copy_file(f"{scheme}{file}", target.rstrip("/") + file[len(path) :])
+
+
+def copy_file(source: str, target: str) -> None:
+    """Copy one file to another place, across file systems, a few MiB in memory at a time."""
+    with open_stream(source) as stream, new_file(target) as file:
+        shutil.copyfileobj(stream, file, STREAM_BYTES)
 
 
 @contextlib.contextmanager

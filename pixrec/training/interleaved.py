@@ -17,9 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from pixrec.config import Config
 from pixrec.data.sequences import HeldOut
 from pixrec.model import gradcache
+from pixrec.model.backbone import ADAPTER
 from pixrec.model.losses import all_reduced_rows
 from pixrec.model.objective import PARTS, Extra, TrainingTask
-from pixrec.model.parallel import average_gradients, clip_gradients, shard, whole
+from pixrec.model.parallel import average_gradients, clip_gradients, shard
 from pixrec.model.seeding import reseed, seed_of
 from pixrec.model.towers import DualTower
 from pixrec.model.usage import usage
@@ -47,7 +48,8 @@ class InterleavedTrainer(Trainer[DualTower]):
         choose_trainable(tower, config)
         self.core = TrainingTask(tower, train)
         self.task: nn.Module = self.core
-        self.sharded = train.parallel == "fsdp2" and self.world_size > 1
+        self.in_shards = train.parallel == "fsdp2"
+        self.sharded = self.in_shards and self.world_size > 1
         prepare_backbone(tower, config)
         if self.sharded:
             shard(self.core)
@@ -72,9 +74,9 @@ class InterleavedTrainer(Trainer[DualTower]):
             self.table = torch.from_numpy(vectors)
         return dict(figures)
 
-    def whole_state(self) -> dict[str, Tensor]:
-        """All weights, whole and on the CPU; a collective where they are sharded."""
-        return {n: whole(t.detach()).to("cpu").contiguous() for n, t in self.tower.state_dict().items()}
+    def state(self) -> dict[str, Tensor]:
+        """All tensors of the tower by name, where they are sharded this worker's shards; the parameters themselves."""
+        return {n.removeprefix("tower."): t for n, t in self.core.state_dict().items()}
 
     def _backward(self, windows: Sequence[np.ndarray]) -> tuple[float, list[float]]:
         """And of all workers the totals and counts of PARTS, histories, tokens, tokens and padding, seconds waited."""
@@ -171,8 +173,14 @@ def _groups(named: dict[str, nn.Parameter], rate: float) -> list[dict[str, Any]]
 
 
 def choose_trainable(tower: DualTower, config: Config) -> None:
-    """Freeze what the configuration leaves without a gradient, in place."""
+    """Freeze what the configuration leaves without a gradient, in place.
+
+    A model that was read from its folder comes with all of it, or with frozen adapters.
+    """
     family = tower.backbone.family
+    for name, parameter in tower.backbone.named_parameters():
+        if parameter.is_floating_point():  # those in 4 bits are not
+            parameter.requires_grad_(not config.model.lora.enabled or ADAPTER in name)
     if config.model.modalities == "text" or config.model.freeze_vision:
         for parameter in family.vision_parameters(tower.backbone.model):
             parameter.requires_grad_(False)

@@ -81,7 +81,6 @@ class JointTrainer(CompactTrainer):
             catalog.table.item_ids,
         )
         self.towers, self.catalog, self.settings = towers, catalog, settings
-        self.trained = towers
         self.modalities, self.item_precision = model.modalities, config.train.precision
         prepare_backbone(towers, config)
         item = item_parameters(towers, config)
@@ -183,14 +182,7 @@ class JointTrainer(CompactTrainer):
 
 
 def item_parameters(towers: DualTower, config: Config) -> dict[str, nn.Parameter]:
-    """What the item tower learns with, by name: its head and the backbone, or adapters, but for a frozen vision part.
-
-    A model that was read from its folder comes with all of it, or with frozen adapters; this sets what has a gradient.
-    """
-    adapters = config.model.lora.enabled
-    for name, parameter in towers.backbone.named_parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(not adapters or "lora_" in name)
+    """What the item tower learns with, by name: its head and the backbone, or adapters, but for frozen vision."""
     choose_trainable(towers, config)
     own = ("backbone.", "item_proj.")
     return {n: p for n, p in towers.named_parameters() if p.requires_grad and n.startswith(own)}

@@ -6,7 +6,6 @@ Shapes: N items of the catalog.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,16 +15,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pixrec.artifact import Model, load_model, untrained_model, with_compact
+from pixrec.artifact import Model, load_heads, load_model, untrained_model, with_compact
 from pixrec.config import Config
 from pixrec.data.ids import IdIndex, only
 from pixrec.data.joined import TrainingData, join_datasets
 from pixrec.data.sequences import Dataset, HeldOut, load_dataset, sample_users
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoders import EncoderTower
-from pixrec.model.parallel import rank_and_size
 from pixrec.model.vision import find_tokens
-from pixrec.training.checkpoint import restore
+from pixrec.training.checkpoint import holds_shards, restore
 from pixrec.training.compact import CompactTrainer
 from pixrec.training.content import content_table
 from pixrec.training.interleaved import InterleavedTrainer
@@ -45,7 +43,7 @@ class Begun(NamedTuple):
 
     trainer: Trainer[Any]
     model: Model
-    """what checkpoints are written from: the model under training, or a whole copy of one that is sharded"""
+    """what checkpoints are written from: the model under training"""
     held_out: HeldOut
 
 
@@ -64,37 +62,25 @@ def begin(
     still; without one, a model is untrained, and has read the data sets of `vocabulary`."""
     datasets = [load_dataset(uri) for uri in data]
     joined = join_datasets(datasets)
-    if phase == "interleaved":  # has its weights before they are sharded
-        model = untrained_model(config, vocabulary, device)
-        _load_weights(model, checkpoint or start)
-    elif start is None:
-        model = untrained_model(config, vocabulary, device)
-    else:
-        model = load_model(start, device)
+    source = start
+    if checkpoint is not None and phase != "compact" and not holds_shards(checkpoint):
+        source = checkpoint
+    model = untrained_model(config, vocabulary, device) if source is None else load_model(source, device)
     catalog = Catalog(joined.items, model.encoder, tokens=find_tokens(data, config, model.tower.backbone))
     trainer: Trainer[Any]
     if phase == "interleaved":
-        sharded = config.train.parallel == "fsdp2" and rank_and_size()[1] > 1
-        whole = copy.deepcopy(model.tower).to("cpu") if sharded else model.tower
         trainer = interleaved_trainer(model, catalog, joined, config)
-        model = dataclasses.replace(model, tower=whole)
     elif phase == "compact":
         trainer, model = compact_trainer(model, catalog, datasets[0], config)
-        _load_weights(model, checkpoint)
+        if checkpoint is not None:  # the item tower stands still
+            load_heads(model, checkpoint)
     else:
         trainer = joint_trainer(model, catalog, datasets[0], config)
-        _load_weights(model, checkpoint)
     if checkpoint is not None:
-        restore(trainer, checkpoint)
+        restore(trainer, model, checkpoint)
     users = (config.train if phase == "interleaved" else config.train.compact).max_validation_users
     held_out = sample_users(joined.valid, users, config.train.seed)
     return Begun(trainer, dataclasses.replace(model, config=config), held_out)
-
-
-def _load_weights(model: Model, uri: str | None) -> None:
-    if uri is not None:
-        weights = load_model(uri, str(model.tower.log_temperature.device)).tower.state_dict()
-        model.tower.load_state_dict(weights)
 
 
 def interleaved_trainer(model: Model, catalog: Catalog, data: TrainingData, config: Config) -> InterleavedTrainer:

@@ -7,13 +7,13 @@ Workers split each batch between them and are joined by torch.distributed where 
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from pixrec.data.sequences import HeldOut
@@ -84,6 +84,8 @@ class Trainer(ABC, Generic[Tower]):
     """Steps between validations."""
     limit: int
     """Steps of the whole training."""
+    in_shards = False
+    """Whether checkpoints are of shards, a part from each worker."""
     validates_first = False
     """Whether the weights before the first step may be the best."""
     warmup_steps: int
@@ -94,7 +96,6 @@ class Trainer(ABC, Generic[Tower]):
 
     def __init__(self, tower: Tower, seed: int, patience: float = math.inf) -> None:
         self.tower: Tower = tower
-        self.trained: nn.Module = tower  # all that the optimiser moves
         self.device, self.seed = tower.log_temperature.device, seed
         self.rank, self.world_size = rank_and_size()
         self.watch = EarlyStopping(patience)
@@ -201,8 +202,10 @@ class Trainer(ABC, Generic[Tower]):
         best = dict[str, Tensor]()
         for figures in self.validations(held_out, on_row):
             if self.watch.figures is figures:
-                best = copy.deepcopy(self.trained.state_dict())
-        self.trained.load_state_dict(best)
+                best = {name: parameter.detach().clone() for name, parameter in self.named.items()}
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                parameter.copy_(best[name])
         return self.watch.figures
 
     def position(self) -> dict[str, int]:
@@ -210,8 +213,9 @@ class Trainer(ABC, Generic[Tower]):
         return {name: getattr(self, name) for name in self.counters}
 
     def training_tensors(self) -> dict[str, Tensor]:
-        """What training goes on from beside the model, whole, for safetensors: the optimiser's state by parameter name
-        and, where a mean of the weights is kept, that and the last weights. A collective where weights are sharded."""
+        """What training goes on from beside the model, for safetensors: the optimiser's state by parameter name, this
+        worker's share of it where weights are sharded, and, where a mean of the weights is kept, that and the last
+        weights."""
         return optimizer_tensors(self.optimizer, self.named) | self.mean.tensors()
 
     def restore(self, position: dict[str, int], tensors: dict[str, Tensor]) -> None:

@@ -289,3 +289,14 @@ def test_another_set_in_a_stage_is_no_resumption(tmp_path: Path, two_sets: tuple
     write_prepared(tmp_path / "circles", tiny_dataset(num_users=7))
     with pytest.raises(InputError, match=r"the data sets of train\.stages joint are not those of the unfinished run"):
         check_ready(target.uri, out, config, resume=True)
+
+
+def test_without_workers_the_driver_trains_and_publishes(ray_session: None, tmp_path: Path):
+    """Ray Train's local mode (train.num_workers 0): the model of one worker."""
+    data = write_prepared(tmp_path / "data", tiny_dataset(num_users=8)).uri
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, num_workers=0, max_steps=4))
+    rows: list[dict[str, Any]] = []
+    info = train(data, str(tmp_path / "model"), config, resume=False, on_row=rows.append)
+    assert load_model(str(tmp_path / "model")).fingerprint == info["fingerprint"]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    assert sorted(os.listdir(tmp_path)) == ["data", "model"]

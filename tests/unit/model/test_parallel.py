@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pixrec.model.parallel import average_gradients, clip_gradients, like, whole
+from pixrec.model.parallel import average_gradients, clip_gradients, restore_optimizer, whole
 
 
 def weights():
@@ -34,4 +34,27 @@ def test_alone_there_is_nothing_to_average_or_to_gather():
     average_gradients(tensors)
     assert torch.equal(tensors[0].grad, before)
     assert whole(tensors[0]) is tensors[0]
-    assert torch.equal(like(before, tensors[0]), before)
+
+
+@pytest.mark.parametrize("kind", ["plain", "capturable", "fused"])
+def test_a_restored_counter_of_steps_lies_where_the_optimiser_counts(kind):
+    """The parameter's device stands for a GPU, on which a plain optimiser would have to look at every step."""
+    parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.param_groups[0][kind] = True
+    device = "meta" if kind == "plain" else "cpu"  # where the tensors come from
+    saved = {f"weight/{key}": torch.ones(3, device=device) for key in ("exp_avg", "exp_avg_sq")}
+    saved["weight/step"] = torch.tensor(7.0, device="cpu")
+    restore_optimizer(optimizer, {"weight": parameter}, saved)
+    state = optimizer.state[parameter]
+    assert state["step"].device.type == ("cpu" if kind == "plain" else "meta")
+    assert state["exp_avg"].device.type == state["exp_avg_sq"].device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_counter_of_steps_that_was_read_to_a_gpu_comes_back():
+    parameter = torch.nn.Parameter(torch.zeros(3, device="cuda"))
+    optimizer = torch.optim.AdamW([parameter])
+    saved = {f"weight/{key}": torch.ones((), device="cuda") for key in ("exp_avg", "exp_avg_sq", "step")}
+    restore_optimizer(optimizer, {"weight": parameter}, saved)
+    assert optimizer.state[parameter]["step"].device.type == "cpu"

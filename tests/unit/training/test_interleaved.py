@@ -153,7 +153,8 @@ def test_a_resumed_run_draws_the_extra_negatives_of_the_undisturbed_one():
     whole, dataset = trainer(**option)
     for _ in range(2):
         whole.train_step()
-    state, tensors = whole.whole_state(), {n: t.clone() for n, t in whole.training_tensors().items()}
+    state = {name: tensor.clone() for name, tensor in whole.state().items()}
+    tensors = {name: tensor.clone() for name, tensor in whole.training_tensors().items()}
     whole.validate(dataset.held_out("valid"))
     resumed, _ = trainer(**option)
     resumed.tower.load_state_dict(state)
