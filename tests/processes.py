@@ -1,4 +1,4 @@
-"""Processes that tests start or disturb: gloo ranks, workers that die on the way, those that must have ended."""
+"""Processes that tests start or disturb: ranks, workers that die on the way, those that must have ended."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -26,21 +27,33 @@ LIBRARY = [
 Ranked = tuple[int, Callable[[str], None]]
 
 
-def run_ranks(folder: str, *jobs: Ranked) -> None:
-    """Every `(size, work)` in its turn: `work(folder)` on as many gloo ranks; the processes are the same.
+def run_ranks(folder: str, *jobs: Ranked, backend: str = "gloo") -> None:
+    """Every `(size, work)` in its turn: `work(folder)` on as many ranks; the processes are the same. With nccl each has
+    a GPU of its own; a test is skipped where there are too few.
 
     They are forked from one that has imported the library: a process that imports it takes 6 s of CPU time.
     """
+    most = max(size for size, _ in jobs)
+    if backend == "nccl" and torch.cuda.device_count() < most:
+        pytest.skip(f"nccl on {most} ranks needs {most} GPUs, and there are {torch.cuda.device_count()}")
     mp.set_forkserver_preload(LIBRARY)
-    mp.start_processes(_rank, (folder, jobs), max(size for size, _ in jobs), start_method="forkserver")
+    mp.start_processes(_rank, (folder, jobs, backend), most, start_method="forkserver")
 
 
-def _rank(rank: int, folder: str, jobs: Sequence[Ranked]) -> None:
+def rank_device() -> str:
+    """Where a rank computes: on its GPU under nccl, else on the CPU, as a process without others."""
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    return f"cuda:{dist.get_rank()}" if on_gpu else "cpu"
+
+
+def _rank(rank: int, folder: str, jobs: Sequence[Ranked], backend: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     for number, (size, work) in enumerate(jobs):
         if rank < size:
-            dist.init_process_group("gloo", f"file://{folder}/meeting-{number}", rank=rank, world_size=size)
+            dist.init_process_group(backend, f"file://{folder}/meeting-{number}", rank=rank, world_size=size)
             try:
                 work(folder)
             finally:

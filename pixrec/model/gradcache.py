@@ -1,12 +1,15 @@
 """The objective's loss and gradients with few histories in memory at a time (GradCache, Gao et al., RepL4NLP 2021).
 
 The vectors of the whole batch are computed in parts without a graph. The loss is taken on them, which gives the
-gradient of each vector. Then every part is computed again, with a graph, and sent that gradient. What the whole batch
-needs are its vectors; all else grows with the part.
+gradient of each vector. Then every part is computed again, with a graph, and sent that gradient. Picture tokens are
+computed in the same way and before: each picture once without a graph, for all that reads it, and where the vision part
+learns once more, to be sent the gradient that all of these have left. What the whole batch needs are its vectors and
+picture tokens; all else grows with the part.
 
 Each part draws its dropout from a seed of its own, so both passes see the same.
 
-Shapes: U distinct items of one worker · P examples · D width of the shared space · L items in a history.
+Shapes: U distinct items of one worker · P examples · D width of the shared space · L items in a history
+· M pictures · K tokens a picture · X numbers of a picture token.
 """
 
 from __future__ import annotations
@@ -25,30 +28,24 @@ from pixrec.model.seeding import reseed
 from pixrec.model.towers import HistoryOutputs, tokens_of
 
 _ANCHORS_AT_A_TIME = 1024
+_PICTURE_SEEDS = 2**40
+"""Where the seeds of picture parts begin, above those of items and histories."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A batch of one worker in parts, each encoded when it is asked for."""
+    """A batch of one worker in parts. Picture tokens are numbered over all of them."""
 
     item_rows: Tensor
     """(U,) catalog rows of the distinct items"""
     log_inclusion: Tensor
     """(U,) log chance of each item to be in the step's batch"""
-    items: Sequence[Callable[[], Items]]
-    """Together the U items, in order."""
-    histories: Sequence[Callable[[], HistoryPart]]
-    """Together all histories."""
-
-
-@dataclass(frozen=True)
-class HistoryPart:
-    items: Items
-    """The distinct items of these histories."""
-    histories: Histories
-    """Over those items."""
-    of_batch: Tensor
-    """(u,) where each of those items stands among the U"""
+    pictures: Sequence[Callable[[], Items]]
+    """Together the U items with their pictures, in order, each copied when it is asked for."""
+    items: Sequence[Items]
+    """The same without pictures."""
+    histories: Sequence[Histories]
+    """Together all histories, over the U items."""
 
 
 class GradCache:
@@ -72,7 +69,8 @@ class GradCache:
         for i, counts in self.parts:
             made = self.make(i, False)
             rows = slice(start, start + (len(made) if counts else 0))
-            _sent(made, gradient, rows).backward()
+            if made.requires_grad:
+                _sent(made, gradient, rows).backward()
             start = rows.stop
 
 
@@ -108,6 +106,7 @@ def backward(
     _contrast(task, vectors, parts, extra, {n: share * s for n, s in scale.items()}, totals)
     totals[0, 0] = cache.send_to_histories(vectors, share * scale["nig"])
     cache.items.send(vectors.item.grad)
+    cache.send_to_pictures()
     loss = sum((scale[n] * totals[i, 0] for i, n in enumerate(PARTS)), totals.new_zeros(()))
     return loss, totals, (cache.real, cache.slots)
 
@@ -160,24 +159,29 @@ class _Cache:
         self.device = task.tower.log_temperature.device
         self.real = self.slots = 0.0
         # Under FSDP every pass is a collective: workers with fewer parts go through their first one again, for nothing.
+        self.pictures = GradCache(self._pictures, _as_many_everywhere(len(parts.pictures)))
+        self.table = torch.zeros(0)
         self.items = GradCache(self._items, _as_many_everywhere(len(parts.items)))
         self.history_parts = _as_many_everywhere(len(parts.histories))
 
     @torch.no_grad()
     def vectors(self) -> _Vectors:
+        backbone = self.tower.backbone
+        learns = any(p.requires_grad for p in backbone.family.vision_parameters(backbone.model))
+        self.table = torch.cat(self.pictures.vectors()).requires_grad_(learns)  # (M·K, X)
         item = torch.cat(self.items.vectors())
         user, conditioned, target, seen, tokens = [], [], [], [], 0
         for i, counts in self.history_parts:
-            part, out = self._histories(i, generate=False)
+            histories, out = self._histories(i, generate=False)
             if not counts:
                 continue
-            self._count(part.histories.length)
+            self._count(histories.length)
             user.append(out.user.float())
             conditioned.append(out.target_given_user.float())
-            target.append(part.of_batch[part.histories.target])
-            tokens += int(part.histories.target_text.sum()) if self.task.generates else 0
+            target.append(histories.target)
+            tokens += len(histories.text) if self.task.generates else 0
             if self.task.config.mask_history:
-                seen.append(history_rows(part.histories, self.parts.item_rows[part.of_batch]))
+                seen.append(history_rows(histories, self.parts.item_rows))
         return _Vectors(
             item.requires_grad_(),
             torch.cat(user).requires_grad_(),
@@ -207,26 +211,38 @@ class _Cache:
         read, computed = tokens_of(length)
         self.real, self.slots = self.real + read, self.slots + computed
 
+    def send_to_pictures(self) -> None:
+        """Second pass over the pictures, where what encodes them learns."""
+        if self.table.requires_grad:
+            self.pictures.send(torch.zeros_like(self.table) if self.table.grad is None else self.table.grad)
+
+    def _pictures(self, i: int, count: bool) -> Tensor:
+        reseed(self.seed + _PICTURE_SEEDS + i, self.device)
+        with self.task.autocast():
+            return self.task.run(self._read_pictures, self.parts.pictures[i]().to(self.device)).float()
+
     def _items(self, i: int, count: bool) -> Tensor:
         reseed(self.seed + 2 * i, self.device)
         with self.task.autocast():
-            items = self.parts.items[i]().to(self.device)
+            items = self.parts.items[i].to(self.device)
             if count:
                 self._count(items.length)
             return self.task.run(self._read_items, items).float()
 
-    def _histories(self, i: int, generate: bool) -> tuple[HistoryPart, HistoryOutputs]:
+    def _histories(self, i: int, generate: bool) -> tuple[Histories, HistoryOutputs]:
         reseed(self.seed + 2 * i + 1, self.device)
-        part = self.parts.histories[i]()
-        part = HistoryPart(part.items.to(self.device), part.histories.to(self.device), part.of_batch.to(self.device))
+        histories = self.parts.histories[i].to(self.device)
         with self.task.autocast():
-            return part, self.task.run(self._read, part, generate)
+            return histories, self.task.run(self._read, histories, generate)
+
+    def _read_pictures(self, items: Items) -> Tensor:
+        return self.task.keep_in_graph(self.tower.pictures(items))
 
     def _read_items(self, items: Items) -> Tensor:
-        return self.task.keep_in_graph(self.tower.item_vectors(items))
+        return self.task.keep_in_graph(self.tower.item_vectors(items, self.table))
 
-    def _read(self, part: HistoryPart, generate: bool) -> HistoryOutputs:
-        out = self.tower.read_histories(part.histories, self.tower.pictures(part.items), generate)
+    def _read(self, histories: Histories, generate: bool) -> HistoryOutputs:
+        out = self.tower.read_histories(histories, self.table, generate)
         return out._replace(user=self.task.keep_in_graph(out.user))
 
 

@@ -89,7 +89,9 @@ class InterleavedTrainer(Trainer[DualTower]):
             extra = self._extra(i)
             if config.micro_batch_histories is not None:
                 encoder, longest = self.collate.catalog.encoder, self.config.model.max_history_items
+                began = time.perf_counter()
                 parts = one_pass.parts(encoder, config.micro_batch_histories, longest)
+                self._waited += time.perf_counter() - began
                 one, sums, used = gradcache.backward(self.core, parts, extra, seed, 1 / passes)
             else:
                 reseed(seed, self.device)

@@ -14,7 +14,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch import Tensor
 from pixrec.config import Config, Modalities
 from pixrec.model.catalog import Catalog, ahead, distinct_rows
 from pixrec.model.encoding import Histories, ItemEncoder, Items
-from pixrec.model.gradcache import HistoryPart, Parts
+from pixrec.model.gradcache import Parts
 from pixrec.model.objective import Batch
 from pixrec.training.windows import ShiftedWindows, targets_of
 
@@ -75,19 +75,23 @@ class Pass:
         order = sorted(range(len(local)), key=lambda i: len(local[i]))
         chunks = [order[i : i + histories_at_a_time] for i in range(0, len(order), histories_at_a_time)]
         slices = [np.arange(count)[i : i + items_at_a_time] for i in range(0, count, items_at_a_time)]
-
-        def histories(chosen: list[int]) -> HistoryPart:
-            of_batch, within = distinct_rows([local[i] for i in chosen])
-            items = encoder.select(self.items, of_batch)
-            written = encoder.histories(items, within, [self.is_target[i] for i in chosen])
-            return HistoryPart(items, written, torch.from_numpy(of_batch))
-
-        return Parts(
-            self.item_rows,
-            self.log_inclusion,
-            [functools.partial(encoder.select, self.items, chosen) for chosen in slices],
-            [functools.partial(histories, chosen) for chosen in chunks],
-        )
+        slots, items, first = self.items.picture_slot.clone(), [], 0
+        for chosen in slices:  # every picture's tokens stand behind those of the parts before
+            part = encoder.select(self.items, chosen)
+            shown = part.picture_slot >= 0
+            moved = torch.where(shown, part.picture_slot + first, -1)
+            slots[torch.from_numpy(chosen), : moved.shape[1]] = moved
+            items.append(
+                replace(part, picture_slot=moved, pixels=part.pixels[:0], grid=part.grid[:0], ready=part.ready[:0])
+            )
+            first += int(shown.sum())
+        everything = replace(self.items, picture_slot=slots)
+        histories = [
+            encoder.histories(everything, [local[i] for i in chosen], [self.is_target[i] for i in chosen])
+            for chosen in chunks
+        ]
+        pictures = [functools.partial(encoder.select, self.items, chosen) for chosen in slices]
+        return Parts(self.item_rows, self.log_inclusion, pictures, items, histories)
 
 
 class Read(NamedTuple):

@@ -8,16 +8,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from fakes import tiny_config, tiny_dataset, tiny_items, write_prepared
-from processes import run_ranks
+from processes import rank_device, run_ranks
 
 from pixrec import storage
 from pixrec.artifact import load_model
+from pixrec.data.sequences import load_dataset
 from pixrec.training.checkpoint import make_whole, publish, save_checkpoint
 from pixrec.training.phases import begin
 
 MODELS = {"full": {}, "lora": {"lora": {"enabled": True, "rank": 2}}}
 BEFORE, AFTER = 2, 3
-TRAIN = {"parallel": "fsdp2", "histories_per_step": 6, "modality_dropout": 0.0, "learning_rate": 1e-3}
+TRAIN = {"parallel": "fsdp2", "epochs": 4, "histories_per_step": 6, "modality_dropout": 0.0, "learning_rate": 1e-3}
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -29,20 +30,14 @@ def goes_on(folder: str, name: str, checkpoint: str | None, steps: int) -> None:
     rank, size = rank_and_size()
     data = str(Path(folder) / "data")
     config = tiny_config(model=MODELS[name], train=TRAIN)
-    trainer, model, _ = begin("interleaved", [data], config, "cpu", vocabulary=[data], checkpoint=checkpoint)
+    trainer, model, _ = begin("interleaved", [data], config, rank_device(), vocabulary=[data], checkpoint=checkpoint)
     losses = [trainer.train_step()["loss"] for _ in range(steps)]
-    trainer.validate(trainer_users(data))  # a forward pass, after which FSDP keeps weights whole
+    trainer.validate(load_dataset(data).held_out("valid"))  # a forward pass, after which FSDP keeps weights whole
     made = save_checkpoint(trainer, model, {"valid_ndcg@10": 0.5})
     assert made is not None, "every rank has a part"
     kind = f"{name}-{size}" if checkpoint is None else f"{Path(checkpoint).name}-to-{size}"
     storage.copy_folder(made, str(Path(folder) / kind))  # as Ray Train puts them together
     np.save(f"{folder}/{kind}-losses-{rank}.npy", losses)
-
-
-def trainer_users(data: str):
-    from pixrec.data.sequences import load_dataset
-
-    return load_dataset(data).held_out("valid")
 
 
 def begin_all(folder: str) -> None:
@@ -61,13 +56,13 @@ def undisturbed(folder: str) -> None:
         goes_on(folder, name, None, BEFORE + AFTER)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture(scope="module", params=["gloo", "nccl"])
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("checkpoints"))
     write_prepared(Path(folder) / "data", tiny_dataset(tiny_items(with_pictures=[0, 1]), num_users=12, num_events=7))
     torch.set_num_threads(1)
     begin_all(folder)  # alone
-    run_ranks(folder, (2, begin_all), (2, go_on_all))
+    run_ranks(folder, (2, begin_all), (2, go_on_all), backend=request.param)
     go_on_all(folder)
     os.makedirs(f"{folder}/whole")
     os.symlink(f"{folder}/data", f"{folder}/whole/data")

@@ -1,4 +1,5 @@
-"""Two and four gloo processes against one on the joined batch: each part of the loss and every gradient.
+"""Two and four processes (gloo, and nccl where there are GPUs) against one on the joined batch: each part of the loss
+and every gradient.
 
 Under DDP and FSDP2, with and without GradCache, on a batch that the workers cannot share evenly.
 """
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fakes import tiny_config, tiny_dataset, tiny_items, tiny_model
-from processes import run_ranks
+from processes import rank_device, run_ranks
 
 from pixrec.model.catalog import Catalog
 from pixrec.model.parallel import whole
@@ -49,6 +50,7 @@ def gradients(way: str, case: str) -> dict[str, np.ndarray]:
     )
     dataset = tiny_dataset(tiny_items(with_pictures=[0, 1]), num_users=9, num_events=7)  # some workers see no picture
     model = tiny_model(config, dataset.items)
+    model.tower.to(rank_device())
     source = ShiftedWindows(dataset.training_histories(), config.model.max_history_items, config.train)
     catalog = Catalog(dataset.items, model.encoder)
     collator = Collator(catalog, dataset.training_counts(), config, source.examples_per_step)
@@ -60,7 +62,7 @@ def gradients(way: str, case: str) -> dict[str, np.ndarray]:
     found |= {f"{k}": torch.tensor(v) for k, v in figures.items() if "loss" in k}
     trainer.train_step()  # the state that a step leaves behind takes another one
     assert set(trainer.training_tensors()) >= {f"{n}/exp_avg" for n in trainer.named if n in found}
-    return {name: value.numpy() for name, value in found.items()}
+    return {name: value.cpu().numpy() for name, value in found.items()}
 
 
 def save_gradients(folder: str) -> None:
@@ -76,10 +78,10 @@ def alone(case: str) -> dict[str, np.ndarray]:
     return gradients("ddp", case)
 
 
-@pytest.fixture(scope="module")
-def joined(tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture(scope="module", params=["gloo", "nccl"])
+def joined(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("ranks"))
-    run_ranks(folder, *((size, save_gradients) for size in RUNS))
+    run_ranks(folder, *((size, save_gradients) for size in RUNS), backend=request.param)
     return folder
 
 
@@ -107,6 +109,7 @@ def losses() -> np.ndarray:
     )
     dataset = tiny_dataset(tiny_items(with_pictures=range(8)), num_users=9, num_events=7)
     model = tiny_model(config, dataset.items)
+    model.tower.to(rank_device())
     source = ShiftedWindows(dataset.training_histories(), config.model.max_history_items, config.train)
     collator = Collator(
         Catalog(dataset.items, model.encoder), dataset.training_counts(), config, source.examples_per_step
@@ -120,10 +123,11 @@ def save_losses(folder: str) -> None:
     np.save(f"{folder}/losses-{dist.get_world_size()}-{dist.get_rank()}.npy", losses())
 
 
-def test_two_ranks_drop_the_modalities_that_one_does(tmp_path_factory: pytest.TempPathFactory):
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_two_ranks_drop_the_modalities_that_one_does(backend: str, tmp_path_factory: pytest.TempPathFactory):
     """What is left is the order in which floats are summed."""
     folder = str(tmp_path_factory.mktemp("losses"))
-    run_ranks(folder, (2, save_losses))
+    run_ranks(folder, (2, save_losses), backend=backend)
     torch.set_num_threads(1)
     single = losses()
     for rank in range(2):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fakes import tiny_config, tiny_dataset, tiny_items, tiny_model
-from processes import run_ranks
+from processes import rank_device, run_ranks
 
 from pixrec.model.catalog import Catalog
 from pixrec.training import content
@@ -30,6 +30,7 @@ def steps(loss: str) -> dict[str, np.ndarray]:
     )
     dataset = tiny_dataset(tiny_items(with_pictures=[0, 1]), num_users=9, num_events=7)  # some share has no picture
     model = tiny_model(config, dataset.items)
+    model.tower.to(rank_device())
     rows = np.arange(len(dataset.items))
     id_rows = np.where(rows < len(model.embedded_ids), rows, -1)
     catalog = Catalog(dataset.items, model.encoder)
@@ -43,7 +44,7 @@ def steps(loss: str) -> dict[str, np.ndarray]:
     found["ids"] = trainer.tower.id_embedding.weight.detach().clone()
     figures = trainer.validate(dataset.held_out("valid"))
     found |= {name: torch.tensor(value) for name, value in {**logged[-1], **figures}.items()}
-    return {name: value.numpy() for name, value in found.items()}
+    return {name: value.cpu().numpy() for name, value in found.items()}
 
 
 def mapped_content(folder: str) -> np.ndarray:
@@ -63,10 +64,10 @@ def save_steps(folder: str) -> None:
         np.savez(f"{folder}/{loss}-{dist.get_rank()}.npz", **steps(loss))
 
 
-@pytest.fixture(scope="module")
-def joined(tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture(scope="module", params=["gloo", "nccl"])
+def joined(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("ranks"))
-    run_ranks(folder, (2, save_steps))
+    run_ranks(folder, (2, save_steps), backend=request.param)
     return folder
 
 

@@ -100,6 +100,26 @@ def test_both_passes_draw_the_same_dropout():
     assert not torch.allclose(vectors.user, other.user)
 
 
+@pytest.mark.parametrize(("frozen", "times"), [(False, 2), (True, 1)], ids=["vision learns", "vision stands still"])
+def test_a_picture_is_encoded_once_for_each_pass_that_needs_it(monkeypatch, frozen, times):
+    """Whatever reads it: its own item and any number of histories, in as many parts as there are."""
+    task, collator, plan = setting()
+    backbone = task.tower.backbone
+    for parameter in backbone.family.vision_parameters(backbone.model):
+        parameter.requires_grad_(not frozen)
+    pictures = sum(kept != "text" and row < 8 for row, kept in zip(plan.rows, plan.modalities, strict=True))
+    task(collator.encoded(plan).batch())[0].backward()
+    plain = gradients(task)
+    shown = []
+    encode = backbone.picture_tokens
+    monkeypatch.setattr(
+        backbone, "picture_tokens", lambda pixels, grid: shown.append(len(grid)) or encode(pixels, grid)
+    )
+    gradcache.backward(task, parts_of(collator, plan, 1), None, seed=0)
+    same(gradients(task), plain)
+    assert sum(shown) == times * pictures > 0
+
+
 def test_a_share_scales_the_gradient():
     task, collator, plan = setting()
     gradcache.backward(task, parts_of(collator, plan, 3), None, seed=0)

@@ -124,16 +124,12 @@ def test_targets_alone_are_foretold(parts):
     one = Read.from_bytes(made.to_bytes()).passes[0]
     windows = source.step(1)
     expected = [int(row) for window, mark in zip(windows, windows.marks, strict=True) for row in window[1:][mark[1:]]]
-    written = [(one.histories, np.arange(len(one.items)))]
+    written = [one.histories]
     if parts:
-        written = [
-            (p.histories, p.of_batch.numpy())
-            for make in one.parts(catalog.encoder, parts, 4).histories
-            for p in [make()]
-        ]
-    found = [int(one.item_rows[place]) for h, of_batch in written for place in of_batch[h.target]]
+        written = one.parts(catalog.encoder, parts, 4).histories
+    found = [int(one.item_rows[place]) for h in written for place in h.target]
     assert sorted(found) == sorted(expected)
-    for h, _ in written:
+    for h in written:
         foretold = h.is_target.gather(1, h.position) & h.is_text
         assert torch.equal(h.target_text, foretold)
         assert (h.target_text & (h.position == 0)).sum() == 0
