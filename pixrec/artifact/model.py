@@ -41,6 +41,7 @@ from pixrec.model.backbone import (
     add_lora,
     build_tiny,
     cannot_load,
+    fill_adapters,
     keep_adapters_whole,
     load_pretrained,
     pretrained_facts,
@@ -306,7 +307,7 @@ def _read_model(path: Path) -> Model:
         _check_unchanged(f"model.backbone {config.model.backbone!r}", pretrained, recorded)
         base.load_adapter(str(path / "adapter"))
         keep_adapters_whole(base)
-        _fill_adapters(base, path / "adapter" / "adapter_model.safetensors")
+        fill_adapters(base, safetensors.torch.load_file(path / "adapter" / "adapter_model.safetensors"))
     else:
         base = load_pretrained(str(path / "backbone"), dtype=DTYPES[config.model.dtype])
         use_attention(base, config.model.attn_implementation)
@@ -337,14 +338,6 @@ def load_heads(model: Model, folder: str) -> None:
     missing, unexpected = model.tower.load_state_dict(safetensors.torch.load_file(Path(folder) / _HEADS), strict=False)
     if unexpected or any(map(_is_head, missing)):
         raise ValueError("heads.safetensors does not fit config.yaml")
-
-
-def _fill_adapters(base: Any, file: Path) -> None:
-    """Give the adapters, held in float32, their stored values: `load_adapter` rounded them to the type of the base."""
-    from peft import set_peft_model_state_dict
-
-    stored = safetensors.torch.load_file(file)
-    set_peft_model_state_dict(base, {name.removeprefix("base_model.model."): t for name, t in stored.items()})
 
 
 def _assembled(

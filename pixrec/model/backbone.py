@@ -294,3 +294,11 @@ def keep_adapters_whole(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if ADAPTER in name:
             parameter.data = parameter.data.float()
+
+
+def fill_adapters(model: PreTrainedModel, stored: dict[str, Tensor]) -> None:
+    """Give adapters that are held whole their stored values: `load_adapter` rounds them to the type of the weights
+    below them."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, {name.removeprefix("base_model.model."): t for name, t in stored.items()})

@@ -18,7 +18,7 @@ from pixrec.training.phases import begin
 
 MODELS = {"full": {}, "lora": {"lora": {"enabled": True, "rank": 2}}}
 BEFORE, AFTER = 2, 3
-TRAIN = {"parallel": "fsdp2", "histories_per_step": 6, "modality_dropout": 0.0, "learning_rate": 1e-3}
+TRAIN = {"parallel": "fsdp2", "histories_per_step": 6, "modality_dropout": 0.0, "epochs": 9}
 
 
 def rank_and_size() -> tuple[int, int]:
