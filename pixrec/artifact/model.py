@@ -41,7 +41,7 @@ from pixrec.model.backbone import (
     add_lora,
     build_tiny,
     cannot_load,
-    give_adapters,
+    fill_adapters,
     keep_adapters_whole,
     load_pretrained,
     pretrained_facts,
@@ -314,7 +314,7 @@ def _read_model(path: Path) -> Model:
         _check_unchanged(f"model.backbone {config.model.backbone!r}", pretrained, recorded)
         base.load_adapter(str(path / "adapter"))
         keep_adapters_whole(base)
-        give_adapters(base, safetensors.torch.load_file(path / "adapter" / "adapter_model.safetensors"))
+        fill_adapters(base, safetensors.torch.load_file(path / "adapter" / "adapter_model.safetensors"))
     else:
         base = load_pretrained(str(path / "backbone"), dtype=DTYPES[config.model.dtype])
         use_attention(base, config.model.attn_implementation)

@@ -140,11 +140,30 @@ class JointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RatesConfig:
+    """Peak rates of the parts of a backbone. A part that is left out has `train.learning_rate` in `pixrec-tiny`, whose
+    weights begin at random, and in a pretrained backbone what such models are usually fine-tuned with."""
+
+    backbone: float | None = None
+    """Language model, where it is trained whole; pretrained 1e-5."""
+    adapters: float | None = None
+    """Adapters of `model.lora`; on a pretrained backbone 2e-4."""
+    vision: float | None = None
+    """Vision part, where it is trained whole; pretrained 2e-6."""
+    connector: float | None = None
+    """What makes the vision part's output picture tokens; pretrained 1e-5."""
+
+    def __post_init__(self) -> None:
+        above_zero(self, *(f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     learning_rate: float = 1e-3
-    """Peak rate of AdamW; linear warm-up, cosine decay to a tenth."""
+    """Peak rate of AdamW for the heads and all of `pixrec-tiny`; linear warm-up, cosine decay to a tenth."""
+    rates: RatesConfig = field(default_factory=RatesConfig)
     weight_decay: float = 0.01
-    """AdamW's decoupled decay."""
+    """AdamW's decoupled decay of matrices; norms, biases, the temperature and pretrained embeddings have none."""
     warmup_fraction: float = 0.1
     """Share of all steps spent warming up."""
     gradient_clip: float = 1.0

@@ -299,16 +299,16 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, vision: bool = True) ->
     keep_adapters_whole(model)
 
 
-def give_adapters(model: PreTrainedModel, stored: dict[str, Tensor]) -> None:
-    """Give the adapters, held in float32, their values as peft stored them: `load_adapter` rounds them to the type of
-    the weights below."""
-    from peft import set_peft_model_state_dict
-
-    set_peft_model_state_dict(model, {name.removeprefix("base_model.model."): t for name, t in stored.items()})
-
-
 def keep_adapters_whole(model: PreTrainedModel) -> None:
     """Hold the adapters in float32, whatever the type of the weights below them."""
     for name, parameter in model.named_parameters():
         if ADAPTER in name:
             parameter.data = parameter.data.float()
+
+
+def fill_adapters(model: PreTrainedModel, stored: dict[str, Tensor]) -> None:
+    """Give adapters that are held whole their stored values: `load_adapter` rounds them to the type of the weights
+    below them."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, {name.removeprefix("base_model.model."): t for name, t in stored.items()})

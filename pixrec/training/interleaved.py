@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from pixrec.model.parallel import average_gradients, clip_gradients, shard
 from pixrec.model.seeding import reseed, seed_of
 from pixrec.model.towers import DualTower
 from pixrec.model.usage import usage
+from pixrec.training.groups import groups
 from pixrec.training.reading import Collator, Feed, Read, Reader
 from pixrec.training.trainer import Trainer
 from pixrec.training.validation import item_table, validate
@@ -56,7 +56,7 @@ class InterleavedTrainer(Trainer[DualTower]):
         elif self.world_size > 1 and train.micro_batch_histories is None:
             self.task = DistributedDataParallel(self.core, find_unused_parameters=True)
         named = {n: p for n, p in tower.named_parameters() if p.requires_grad}
-        self._optimise(named, _groups(named, train.learning_rate), train.weight_decay)
+        self._optimise(named, groups(tower, named, config), train.weight_decay)
         self.table: Tensor | None = None
         self.feed = feed or Reader(source, collator).feed(self.rank, self.world_size, self.device.type == "cuda")
         self._reads: Iterator[Read] = iter(())
@@ -165,13 +165,6 @@ class InterleavedTrainer(Trainer[DualTower]):
         rows = torch.from_numpy(rng.choice(total, min(count, total), replace=False))
         inclusion = torch.from_numpy(self.collate.log_inclusion)[rows].to(self.device)
         return Extra(self.table[rows].to(self.device), rows.to(self.device), inclusion, len(rows) / total)
-
-
-def _groups(named: dict[str, nn.Parameter], rate: float) -> list[dict[str, Any]]:
-    """Parameter groups: weight decay on matrices only; scalars apart, which are never sharded."""
-    matrices = {"params": [p for p in named.values() if p.ndim >= 2], "lr": rate}
-    others = [[p for p in named.values() if p.ndim == ndim] for ndim in (1, 0)]
-    return [matrices, *({"params": params, "lr": rate, "weight_decay": 0.0} for params in others)]
 
 
 def choose_trainable(tower: DualTower, config: Config) -> None:

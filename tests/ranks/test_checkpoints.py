@@ -18,7 +18,7 @@ from pixrec.training.phases import begin
 
 MODELS = {"full": {}, "lora": {"lora": {"enabled": True, "rank": 2}}}
 BEFORE, AFTER = 2, 3
-TRAIN = {"parallel": "fsdp2", "epochs": 4, "histories_per_step": 6, "modality_dropout": 0.0, "learning_rate": 1e-3}
+TRAIN = {"parallel": "fsdp2", "histories_per_step": 6, "modality_dropout": 0.0, "epochs": 9}
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -92,7 +92,7 @@ def test_no_rank_writes_what_another_has(runs: str, name: str):
         assert [file.name.split("-model")[0] for file in shards] == [f"shard-{i + 1:05}" for i in range(size)]
         assert {file.suffix for file in files if file.is_file()} <= {".safetensors", ".json", ".yaml", ".jinja"}
         sizes[size] = [file.stat().st_size for file in shards]
-    assert sum(sizes[2]) < 1.2 * sizes[1][0]
+    assert sum(sizes[2]) < 1.5 * sizes[1][0]  # each has a header, which counts where there is little else
     assert max(sizes[2]) < 0.75 * sizes[1][0]
 
 
