@@ -60,7 +60,8 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
                 data = verbs.prepare(a.items, a.interactions, a.out, source=a.source, config=config, progress=console)
                 return _summary(data, "items", "images", "interactions", "cold", "users", "split")
             case "train":
-                return _summary(verbs.train(a.data, a.out, config=config, resume=a.resume, progress=console))
+                options = {"overrides": a.set, "resume": a.resume, "progress": console}
+                return _summary(verbs.train(a.data, a.out, config=a.config or None, **options))
             case "embed":
                 return _embed(a, config, console)
             case "evaluate":

@@ -112,11 +112,13 @@ def compact_trainer(base: Model, catalog: Catalog, dataset: Dataset, config: Con
     counts = dataset.training_counts()
     model = with_compact(base, only(dataset.items.item_ids, np.flatnonzero(counts > 0)))
     assert model.tower.compact is not None
-    if not isinstance(base.tower, EncoderTower):
+    if isinstance(base.tower, EncoderTower):
+        model.tower.compact.scale_content()
+    else:
         model.tower.compact.whiten(content.to(model.tower.log_temperature.device))
     trainer = CompactTrainer(
         model.tower.compact,
-        content=content,
+        content=content if content.shape[1] else None,
         config=config.train.compact,
         id_dropout=config.model.compact.id_dropout,
         seed=config.train.seed,
