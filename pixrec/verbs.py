@@ -100,9 +100,11 @@ def train(
     (also where training diverges), OutputError, ConfigError.
     """
     data, out = place(data), place(out)
-    choice = None if _says_model(config, overrides) else choose(load_dataset(data))
-    base = change_config(Config(), choice.settings) if choice else None
-    settings = load_config(overrides=overrides, base=read_settings(config, base))
+    settings, choice = load_config(overrides=overrides, base=read_settings(config)), None
+    if not _says_model(config, overrides):
+        choice = choose(load_dataset(data))
+        base = change_config(Config(), choice.settings)
+        settings = load_config(overrides=overrides, base=read_settings(config, base))
     from pixrec.cluster.session import connect
     from pixrec.cluster.train import train as run
     from pixrec.training.stages import check_ready
