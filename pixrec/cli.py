@@ -63,7 +63,8 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
                 rate = a.tokens_per_second
                 return verbs.plan_training(a.data, config=config, tokens_per_second=rate, progress=console)
             case "train":
-                return _summary(verbs.train(a.data, a.out, config=config, resume=a.resume, progress=console))
+                options = {"overrides": a.set, "resume": a.resume, "progress": console}
+                return _summary(verbs.train(a.data, a.out, config=a.config or None, **options))
             case "embed":
                 return _embed(a, config, console)
             case "evaluate":

@@ -14,10 +14,12 @@ from pixrec.errors import InputError
 Filters = Mapping[str, Sequence[Any]]
 """Values by field: an item passes when it holds, in every field named, one of the values given for it."""
 
-ScoreKind = Literal["cosine", "purchase_share"]
-"""What a score is: the cosine of two vectors, or the item's share of all training events; both are at most 1."""
+ScoreKind = Literal["cosine", "purchase_share", "probability"]
+"""What a score is: the cosine of two vectors, the item's share of all training events, or its chance to be next where
+the ranking is a blend; each is at most 1."""
 COSINE: ScoreKind = "cosine"
 PURCHASE_SHARE: ScoreKind = "purchase_share"
+PROBABILITY: ScoreKind = "probability"
 
 MAX_TIMESTAMP = 4 * 10**14
 """Milliseconds since the epoch: further away lies nobody's purchase, and differences stay far from overflowing."""

@@ -11,20 +11,24 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from pixrec import storage
 from pixrec.artifact import Index, Model, index_manifest, load_index, load_model
 from pixrec.config import Config
 from pixrec.data.arrays import open_arrays
 from pixrec.data.items import DATASET_MARKER, ItemTable, open_items, read_info
+from pixrec.data.sequences import Dataset, load_dataset
 from pixrec.data.text import item_text
 from pixrec.errors import ArtifactError, InputError, UnreadableImage
-from pixrec.index import in_order, top_k
+from pixrec.index import in_order, shared_tensor, top_k
 from pixrec.model.catalog import Catalog
 from pixrec.model.compact import UNKNOWN_TIME
 from pixrec.model.encoding import Content
 from pixrec.model.vision import PictureTokens, find_tokens
-from pixrec.query import COSINE, PURCHASE_SHARE, Answer, Filters, NewItem, Query, ScoreKind
+from pixrec.query import COSINE, PROBABILITY, PURCHASE_SHARE, Answer, Filters, NewItem, Query, ScoreKind
+from pixrec.scorers.blend import Mixture, fitted_mixture
+from pixrec.scorers.towers import TowerScorer
 
 NEW_ITEMS_KEPT = 10_000
 """Vectors of new items that are kept; the one not asked for the longest goes first."""
@@ -75,14 +79,23 @@ class Recommender:
         new = np.flatnonzero(~self._indexed)  # items that came after the index: in histories, not among the answers
         if len(new):
             self._vectors[new] = self._embedder.items(self._catalog, new)
+        self._mixture: Mixture | None = None
+        self._temperature = model.temperature
         self._new_vectors: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._popularity = (training_counts / max(1, int(training_counts.sum()))).astype(np.float32)
         self._most_bought_first = np.argsort(-self._popularity, kind="stable").astype(np.int32)
 
+    def blend_with(self, dataset: Dataset) -> None:
+        """Rank recommendations by the mixture of the model with what the data set behind the index counts, from now on;
+        its weights are taken from the validation events."""
+        scorer = TowerScorer("pixrec", self._embedder, self._catalog, self._vectors)
+        self._mixture = fitted_mixture(dataset, self._temperature, scorer.scores)
+
     def recommend(
         self, history: Sequence[str], k: int = 10, *, exclude: Sequence[str] = (), exclude_history: bool = True
     ) -> list[tuple[str, float]]:
-        """The `k` items nearest to the user, as (item_id, cosine), best first. Raises InputError on k < 1.
+        """The `k` items nearest to the user, as (item_id, cosine), or by chance where the ranking is a blend, best
+        first. Raises InputError on k < 1.
 
         Where nothing of the history is known: the most bought items, and their share of all purchases.
         """
@@ -100,12 +113,13 @@ class Recommender:
             vectors = self._user_vectors([asked[i] for i in with_history])
             for filters, members in _by_filters(queries, with_history):
                 chosen = [asked[with_history[m]] for m in members]
-                found = self._nearest(vectors[members], chosen, filters)
+                found = (self._blended if self._mixture else self._nearest)(vectors[members], chosen, filters)
                 ranked |= dict(zip((with_history[m] for m in members), found, strict=True))
         answers = []
         for i, one in enumerate(asked):
             unknown = [i for i in one.query.history if i not in one.rows and i not in one.new_vectors]
-            items, kind = (ranked[i], COSINE) if i in ranked else (self._most_bought(one), PURCHASE_SHARE)
+            by_history = PROBABILITY if self._mixture else COSINE
+            items, kind = (ranked[i], by_history) if i in ranked else (self._most_bought(one), PURCHASE_SHARE)
             answers.append(self._answer(items, kind, list(dict.fromkeys(unknown))))
         return answers
 
@@ -197,6 +211,21 @@ class Recommender:
             ranked.append(pairs[: one.query.k])
         return ranked
 
+    def _blended(self, vectors: np.ndarray, asked: Sequence[_Asked], filters: Filters) -> list[list[tuple[str, float]]]:
+        """As `_nearest`, by the chance of each item to be next."""
+        assert self._mixture is not None
+        allowed, ranked = self._allowed(filters), []
+        cosines = torch.from_numpy(vectors) @ shared_tensor(self._vectors).float().T
+        histories = [
+            np.array([one.rows[i] for i in one.query.history if i in one.rows], dtype=np.int64) for one in asked
+        ]
+        for one, chances in zip(asked, self._mixture.probabilities(cosines, histories).numpy(), strict=True):
+            chances[~allowed] = -1
+            chances[list(one.excluded)] = -1
+            found = np.argsort(-chances, kind="stable")[: one.query.k]
+            ranked.append([(self.items.item_ids[row], float(chances[row])) for row in found if chances[row] >= 0])
+        return ranked
+
     def _most_bought(self, asked: _Asked) -> list[tuple[str, float]]:
         """What to give somebody of whom nothing is known: (item_id, share of all training events)."""
         allowed = self._allowed(asked.query.filters)
@@ -224,7 +253,7 @@ def _by_filters(queries: Sequence[Query], which: Sequence[int]) -> list[tuple[Fi
     return list(groups.values())
 
 
-def load_recommender(model: str, index: str, data: str | None = None) -> Recommender:
+def load_recommender(model: str, index: str, data: str | None = None, blend: bool | None = None) -> Recommender:
     """As `pixrec.load_recommender`."""
     loaded = load_model(model)
     uri = data or _data_of(index)
@@ -232,7 +261,10 @@ def load_recommender(model: str, index: str, data: str | None = None) -> Recomme
     items = open_items(uri, arrays)
     found = load_index(index, loaded.fingerprint, items)
     tokens = find_tokens(uri, loaded.config, loaded.tower.backbone)
-    return Recommender(loaded, found, items, arrays["training_count"], tokens)
+    recommender = Recommender(loaded, found, items, arrays["training_count"], tokens)
+    if loaded.config.serve.blend if blend is None else blend:
+        recommender.blend_with(load_dataset(uri))
+    return recommender
 
 
 def _data_of(index: str) -> str:

@@ -37,6 +37,7 @@ from pixrec.evaluation.ceiling import ceilings, verdict
 from pixrec.handles import METRICS, Place, PreparedData, PublishedIndex, Report, TrainedModel, place
 from pixrec.report import choose_examples, choose_grids, format_table, notes, write_report
 from pixrec.scorers import KNOCKOUTS, Inputs, Scorer, build_scorers, load_predictions
+from pixrec.training.choice import choose
 from pixrec.training.tracking import read_log
 
 if TYPE_CHECKING:
@@ -85,14 +86,27 @@ def prepare(
 
 @surfaced()
 def train(
-    data: Place, out: Place, *, config: Settings = None, resume: bool = False, progress: Progress = False
+    data: Place,
+    out: Place,
+    *,
+    config: Settings = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    progress: Progress = False,
 ) -> TrainedModel:
     """Fine-tune the towers, and the knockouts of `train.knockouts`, on a prepared data set.
 
+    Without a `config`, or with a mapping that says nothing of the model, what is trained is chosen by what the data set
+    is (`training.choice`) and told in a line. `overrides`, each `section.key=value`, come on top.
     `resume` continues the unfinished run for the same `out`, with the same `config`. Raises ArtifactError, InputError
     (also where training diverges), OutputError, ConfigError.
     """
-    settings, data, out = read_settings(config), place(data), place(out)
+    data, out = place(data), place(out)
+    settings, choice = load_config(overrides=overrides, base=read_settings(config)), None
+    if not _says_model(config, overrides):
+        choice = choose(load_dataset(data))
+        base = change_config(Config(), choice.settings)
+        settings = load_config(overrides=overrides, base=read_settings(config, base))
     from pixrec.cluster.session import connect
     from pixrec.cluster.train import train as run
     from pixrec.model.backbone import picture_size_of
@@ -100,6 +114,8 @@ def train(
 
     check_ready(data, out, settings, resume)
     with _console(progress) as console:
+        if choice:
+            console.say(choice.why)
         size = picture_size_of(settings.model)
         for uri in dict.fromkeys(uri for stage in plan(data, settings) for uri in stage.data):
             _look_at_pictures(uri, settings.model, size, settings.model.small_pictures, console)
@@ -218,6 +234,8 @@ def _evaluate(
         if not len(held_out.targets):
             raise InputError(f"{data}: no user has a test event with a history before it; choose another prepare.split")
         settings = loaded.config if loaded else config
+        if loaded and loaded.config.serve.blend and "blend" not in config.evaluate.scorers:
+            config = change_config(config, {"evaluate.scorers": [*config.evaluate.scorers, "blend"]})
         audited = audit_dataset(dataset, settings, config) | {
             "elsewhere": audit_elsewhere(dataset, loaded) if loaded else []
         }
@@ -312,15 +330,15 @@ def _device(wanted: str) -> str:
 
 
 @surfaced()
-def load_recommender(model: Place, index: Place, data: Place | None = None) -> Recommender:
-    """Load a model and an index for ranking.
+def load_recommender(model: Place, index: Place, data: Place | None = None, blend: bool | None = None) -> Recommender:
+    """Load a model and an index for ranking; `blend` as `serve.blend`.
 
     `data` is the prepared data set behind the index; by default the place the index remembers.
     Raises ArtifactError when a part is absent, incomplete, or the index was made by another model.
     """
     from pixrec.recommender import load_recommender as load
 
-    return load(place(model), place(index), None if data is None else place(data))
+    return load(place(model), place(index), None if data is None else place(data), blend)
 
 
 @surfaced()
@@ -408,6 +426,13 @@ def _timed(console: Console, stage: str) -> Iterator[None]:
     console.say(f"== {stage}")
     yield
     console.say(f"== {stage}: {time.monotonic() - started:.0f} s")
+
+
+def _says_model(config: Settings, overrides: Sequence[str]) -> bool:
+    """Whether the caller decides what model is trained: by a whole configuration, or by a setting of the model."""
+    if config is not None and not isinstance(config, Mapping):
+        return True
+    return any(key.strip().partition(".")[0] == "model" for key in [*(config or ()), *overrides])
 
 
 def read_settings(config: Settings, base: Config | None = None) -> Config:

@@ -93,7 +93,7 @@ class Model:
     @property
     def writes_text(self) -> bool:
         """Whether there is a language model that generates."""
-        return not isinstance(self.tower.backbone, DualEncoder)
+        return self.config.model.trains_backbone
 
     def embedder(self) -> Embedder:
         model = self.config.model
@@ -107,7 +107,7 @@ def planned_model(config: Config, texts: list[str]) -> Model:
 
 def new_model(config: Config, texts: list[str], device: str = "cpu") -> Model:
     """A model before its first training step. `texts` (the catalog's) train the tokenizer of `pixrec-tiny`."""
-    if config.model.text_encoder:
+    if not config.model.trains_backbone:
         return _encoder_model(config, device)
     place = model_place(config.model.backbone)
     if config.model.backbone == TINY:
@@ -129,15 +129,19 @@ def new_model(config: Config, texts: list[str], device: str = "cpu") -> Model:
 
 
 def _encoder_model(config: Config, device: str = "cpu") -> Model:
-    """A model of two pretrained encoders, which has not seen a catalog yet."""
-    settings = config.model
-    text, image = (model_place(str(name)) for name in (settings.text_encoder, settings.image_encoder))
-    tokenizer = _pretrained_tokenizer(text, None)
-    try:
-        backbone = load_encoders(text, image, tokenizer, picture_facts(image)[:2])
-        pretrained = {"text": pretrained_facts(text, None), "image": pretrained_facts(image, None)}
-    except (OSError, ValueError) as error:
-        raise cannot_load(f"{settings.text_encoder} or {settings.image_encoder}", None, error) from None
+    """A model of two pretrained encoders, or of none, which has not seen a catalog yet."""
+    settings, pretrained = config.model, dict[str, Any]()
+    if settings.text_encoder is None:
+        tokenizer: PreTrainedTokenizerBase = train_tokenizer([], settings.tiny.vocabulary_tokens)
+        backbone = DualEncoder(None, None, 1, [0.5] * 3, [0.5] * 3, tokenizer.pad_token_id)
+    else:
+        text, image = (model_place(str(name)) for name in (settings.text_encoder, settings.image_encoder))
+        tokenizer = _pretrained_tokenizer(text, None)
+        try:
+            backbone = load_encoders(text, image, tokenizer, picture_facts(image)[:2])
+            pretrained = {"text": pretrained_facts(text, None), "image": pretrained_facts(image, None)}
+        except (OSError, ValueError) as error:
+            raise cannot_load(f"{settings.text_encoder} or {settings.image_encoder}", None, error) from None
     tower = EncoderTower(backbone, settings, config.train.temperature).to(device)
     longest = min(settings.max_text_tokens, backbone.max_text_tokens)
     encoder = ItemEncoder(tokenizer, backbone.family, longest, special_tokens=True)
@@ -162,7 +166,7 @@ def with_compact(model: Model, trained_items: Sequence[str]) -> Model:
     config = model.config.model
     known = Ids(pa.array(trained_items if config.compact.id_embedding else [], pa.large_string()))
     with seeded(model.config.train.seed):
-        tower = CompactTower(config.compact_width, config.compact, config.content_width, len(known))
+        tower = CompactTower(config.compact_width, config.compact, config.content_width or None, len(known))
     model.tower.compact = tower.to(model.tower.log_temperature.device)
     return dataclasses.replace(model, embedded_ids=known)
 
@@ -171,7 +175,7 @@ def save_model(folder: str, model: Model, info: dict[str, Any]) -> dict[str, Any
     """Write all of a model into a local `folder`, model.json last; returns what model.json says."""
     path = _describe(folder, model)
     backbone = model.tower.backbone
-    if not isinstance(backbone, DualEncoder):
+    if model.config.model.trains_backbone:
         backbone.model.save_pretrained(path / ("adapter" if model.config.model.lora.enabled else "backbone"))
     safetensors.torch.save_file(_heads(model.tower), path / _HEADS)
     facts = {"fingerprint": fingerprint(model), "pixrec": pixrec.__version__, **info}
@@ -304,7 +308,7 @@ def _read_model(path: Path) -> Model:
     info = dict(json.loads((path / MODEL_MARKER).read_text()))
     config = load_config((path / "config.yaml").read_text())
     recorded = info.get("pretrained", {})
-    if config.model.text_encoder:
+    if not config.model.trains_backbone:
         model = _encoder_model(config)
         _check_unchanged(f"{config.model.text_encoder} or {config.model.image_encoder}", model.pretrained, recorded)
         return _with_heads(path, dataclasses.replace(model, info=info))

@@ -111,7 +111,7 @@ class CompactConfig:
 class ModelConfig:
     backbone: str = "pixrec-tiny"
     """`pixrec-tiny`, or a name or folder for `from_pretrained`, or `package:NAME` of an installed package that ships
-    weights."""
+    weights; `none`: the compact tower learns a vector for each item and reads no content."""
     # The next three are left out of `repr`, so that models from before them keep their fingerprint; `pretrained` in
     # model.json, which a fingerprint holds, tells encoders apart.
     text_encoder: str | None = field(default=None, repr=False)
@@ -175,12 +175,20 @@ class ModelConfig:
     @property
     def learns_vision(self) -> bool:
         """Whether training may alter the vision part."""
-        return not self.freeze_vision and not self.text_encoder and self.modalities != "text"
+        return not self.freeze_vision and self.trains_backbone and self.modalities != "text"
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether there is a backbone, which the interleaved phase trains; not where encoders stand still, nor where no
+        content is read."""
+        return self.text_encoder is None and self.backbone != "none"
 
     @property
     def content_width(self) -> int:
-        """Width of what the item tower gives the compact tower of an item."""
-        return 2 * self.encoder_components if self.text_encoder else self.embedding_width
+        """Width of what the item tower gives the compact tower of an item; 0 where no content is read."""
+        if self.text_encoder:
+            return 2 * self.encoder_components
+        return self.embedding_width if self.trains_backbone else 0
 
     def __post_init__(self) -> None:
         at_least(self, 1, "embedding_width", "max_history_items", "max_text_tokens", "max_pixels", "min_pixels")
@@ -207,11 +215,17 @@ class ModelConfig:
                 "model.text_encoder and model.image_encoder go together; name both, and set model.modalities where the "
                 "towers are to see one"
             )
-        if self.text_encoder is None:
+        if self.trains_backbone:
             return
+        what = f"model.backbone {self.backbone}" if self.text_encoder is None else "model.text_encoder"
         if self.user_tower != "compact":
-            raise ConfigError("model.text_encoder needs the compact user tower; set model.user_tower to compact")
+            raise ConfigError(f"{what} needs the compact user tower; set model.user_tower to compact")
+        if self.text_encoder is None and (self.modalities != "text" or not self.compact.id_embedding):
+            raise ConfigError(
+                f"{what} shows the towers no content: set model.modalities to text, and leave "
+                "model.compact.id_embedding at true"
+            )
         if self.lora.enabled or self.dtype != "float32" or self.revision is not None:
             raise ConfigError(
-                "model.text_encoder stands still, in float32; leave model.lora, model.dtype and model.revision out"
+                f"{what} leaves nothing to fine-tune or to pin; leave model.lora, model.dtype and model.revision out"
             )

@@ -34,6 +34,10 @@ class ServeConfig:
     """Requests waiting beyond that; more are answered 503 with Retry-After."""
     retry_after_seconds: int = 1
     """Value of the Retry-After header."""
+    blend: bool | None = None
+    """Rank recommendations by the mixture of the model with what followed an item, what sells best and what the shopper
+    had before, as the scorer `blend` of evaluation does. Its weights are taken when a replica starts, from the
+    validation events of --data. None: where the model was trained by settings that say so."""
     request_timeout_seconds: float = 30.0
     """A request the model has not answered by then is answered 503."""
     max_k: int = 200

@@ -242,6 +242,12 @@ class CompactTower(nn.Module):
         self.content.weight.copy_(weight)
         self.content.bias.copy_(-weight @ mean)
 
+    @torch.no_grad()
+    def scale_content(self) -> None:
+        """Start the projection of content that is standardised already as small as the learned vectors start."""
+        if self.content is not None:
+            self.content.weight.mul_(ID_EMBEDDING_STD)
+
     @property
     def temperature(self) -> Tensor:
         """What scores are divided by; 1 where vectors are not normalised."""

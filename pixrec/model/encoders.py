@@ -35,7 +35,7 @@ from pixrec.model.seeding import seeded
 from pixrec.model.towers import DualTower
 
 EFFICIENTNET_LITE = "efficientnet-lite"
-WHITENING = 0.5
+WHITENING = 0.25
 """Power of the inverse variance that a principal component is scaled by: 0 leaves it, 1 whitens."""
 RIDGE = 1e-3
 """Added to each component's variance before, as a share of the largest."""
@@ -61,10 +61,11 @@ class EncoderFamily(Family):
 
     tokens_per_picture = 1
 
-    def __init__(self, image: nn.Module, image_size_px: int, pad_id: int) -> None:
+    def __init__(self, image: nn.Module | None, image_size_px: int, pad_id: int) -> None:
         self._image_size_px, self._pad_id = image_size_px, pad_id
+        blank = torch.zeros(1, 3, image_size_px, image_size_px)
         with torch.no_grad():
-            self._width = self.encode_pictures(image, torch.zeros(1, 3, image_size_px, image_size_px)).shape[-1]
+            self._width = 0 if image is None else self.encode_pictures(image, blank).shape[-1]
 
     @property
     def image_token_id(self) -> int:
@@ -97,7 +98,11 @@ class EncoderFamily(Family):
 
 
 class DualEncoder(Backbone):
-    """A text encoder and an image encoder, frozen; one module where both are one model. Has no language model."""
+    """A text encoder and an image encoder, frozen; one module where both are one model. Has no language model.
+
+    Without both of them nothing is read of an item, and its vector has no numbers: the compact tower then knows items
+    by their learned vectors alone, as SASRec does.
+    """
 
     def __init__(
         self, text: Any, image: Any, image_size_px: int, mean: list[float], std: list[float], pad_id: int
@@ -108,9 +113,10 @@ class DualEncoder(Backbone):
         self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
         self.family = EncoderFamily(image, image_size_px, pad_id)
-        with torch.no_grad():
-            one = self.texts(torch.full((1, 2), pad_id), torch.ones(1, 2, dtype=torch.bool))
-        self.text_width = int(one.shape[-1])
+        self.text_width = 0
+        if text is not None:
+            with torch.no_grad():
+                self.text_width = self.texts(torch.full((1, 2), pad_id), torch.ones(1, 2, dtype=torch.bool)).shape[-1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,6 +125,8 @@ class DualEncoder(Backbone):
     @property
     def max_text_tokens(self) -> int:
         """The longest text that the text encoder was made for."""
+        if self.text is None:
+            return 1
         config = self.text.config
         return int(getattr(config, "text_config", config).max_position_embeddings)
 
@@ -188,7 +196,7 @@ class EncoderTower(DualTower):
         nn.Module.__init__(self)
         self.backbone, self.compact = backbone, None
         self.widths = (backbone.text_width, backbone.family.picture_width)
-        self.standardised = nn.ModuleList(Standardised(width, config.encoder_components) for width in self.widths)
+        self.standardised = nn.ModuleList(Standardised(width, config.content_width // 2) for width in self.widths)
         self.register_buffer("fitted", torch.tensor(False))
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=False)
 
@@ -213,13 +221,13 @@ class EncoderTower(DualTower):
         device = items.token_ids.device
         found = [torch.zeros(len(items), width, device=device) for width in self.widths]
         with_text = items.is_text.any(1)
-        if with_text.any():
+        if self.widths[0] and with_text.any():
             is_text = items.is_text[with_text]
             longest = int(is_text.sum(1).max())
             vectors = self.backbone.texts(items.token_ids[with_text, :longest], is_text[:, :longest])
             found[0][with_text] = F.normalize(vectors.float(), dim=-1)
         slot = items.picture_slot.max(1).values
-        if (slot >= 0).any():
+        if self.widths[1] and (slot >= 0).any():
             made = self.backbone.picture_tokens(items.pixels, items.grid) if len(items.pixels) else None
             parts = [part.to(device).float() for part in (made, items.ready) if part is not None and len(part)]
             pictures = torch.cat(parts)[:, 0]

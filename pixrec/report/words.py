@@ -18,6 +18,7 @@ SCORER_MEANINGS = {
     "recent_popularity": "the best-sellers of late",
     "repeat_last": "the user's own items again, latest first",
     "item_transition": "what most often followed the user's last item",
+    "blend": "the model, what followed, best-sellers and the user's own items, mixed",
     "content_linear": "a linear map of the history's item vectors",
     "sasrec": "learned item ids, no content",
     "sasrec_sampled": "learned item ids, softmax over sampled items",

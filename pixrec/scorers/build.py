@@ -15,6 +15,7 @@ from pixrec.data.sequences import Dataset
 from pixrec.errors import ConfigError, InputError
 from pixrec.model.vision import find_tokens
 from pixrec.scorers.baselines import ContentLinear, ItemTransition, Popularity, RecentPopularity, RepeatLast
+from pixrec.scorers.blend import Blend, fitted_mixture
 from pixrec.scorers.fusion import ReciprocalRankFusion, RoundRobin
 from pixrec.scorers.generative import GenerativeBM25
 from pixrec.scorers.predictions import Predictions
@@ -84,6 +85,7 @@ class ScorerFactory:
             ),
             "generative_bm25": Maker(GenerativeBM25, self._generative_bm25),
             **{name: Maker(Sasrec, partial(self._sasrec, name)) for name in LOSS_OF},
+            "blend": Maker(Blend, self._blend),
             "rrf": Maker(ReciprocalRankFusion, lambda: ReciprocalRankFusion("rrf", self._fused())),
             "round_robin": Maker(RoundRobin, lambda: RoundRobin("round_robin", self._fused())),
         }
@@ -138,8 +140,15 @@ class ScorerFactory:
 
         return train_sasrec(name, self.dataset, self.config.sasrec, tell)
 
+    def _blend(self) -> Scorer:
+        model, scorer = self.inputs.model, self.make("pixrec")
+        assert model is not None, "check_names has seen to it"
+        return Blend(scorer, fitted_mixture(self.dataset, model.temperature, scorer.scores))
+
     def _generative_bm25(self) -> Scorer:
         model = self.inputs.model
         assert model is not None, "check_names has seen to it"
+        if not model.writes_text:
+            raise InputError("evaluate.scorers names generative_bm25, but the model has no language model that writes")
         tokens = find_tokens(self.dataset.uri, model.config, model.tower.backbone)
         return GenerativeBM25(model, self.dataset.items, self.config.evaluate, tokens)

@@ -41,7 +41,8 @@ def build_app(model: str, index: str, data: str | None, config: Config) -> serve
     """
     model, index = storage.absolute(model), storage.absolute(index)  # a replica's working directory is another one
     data = None if data is None else storage.absolute(data)
-    return bind(functools.partial(pixrec.load_recommender, model, index, data), with_key(config).serve)
+    blend = {} if config.serve.blend is None else {"blend": config.serve.blend}  # as the model says
+    return bind(functools.partial(pixrec.load_recommender, model, index, data, **blend), with_key(config).serve)
 
 
 def builder(args: dict[str, Any]) -> serve.Application:

@@ -102,7 +102,7 @@ class RankedItem(BaseModel):
 
 class AnswerBody(BaseModel):
     items: list[RankedItem]
-    score_kind: ScoreKind = Field(description="What a score is: a cosine, or an item's share of all purchases.")
+    score_kind: ScoreKind = Field(description="What a score is: a cosine, a share of all purchases or a chance.")
     model_version: str
     index_version: str
     unknown_items: list[str]

@@ -100,11 +100,13 @@ def compact_trainer(base: Model, catalog: Catalog, dataset: Dataset, config: Con
     counts = dataset.training_counts()
     model = with_compact(base, only(dataset.items.item_ids, np.flatnonzero(counts > 0)))
     assert model.tower.compact is not None
-    if not isinstance(base.tower, EncoderTower):
+    if isinstance(base.tower, EncoderTower):
+        model.tower.compact.scale_content()
+    else:
         model.tower.compact.whiten(content)
     trainer = CompactTrainer(
         model.tower.compact,
-        content=content,
+        content=content if content.shape[1] else None,
         config=config.train.compact,
         id_dropout=config.model.compact.id_dropout,
         seed=config.train.seed,
@@ -117,8 +119,10 @@ def compact_trainer(base: Model, catalog: Catalog, dataset: Dataset, config: Con
 def _content(base: Model, catalog: Catalog, config: Config) -> Tensor:
     """What the compact tower learns on, (N, C). Encoders that have seen no catalog take its statistics first, of a
     sample where it is large."""
+    total = len(catalog)
+    if not config.model.content_width:
+        return torch.zeros(total, 0)
     if isinstance(base.tower, EncoderTower) and not base.tower.fitted:
-        total = len(catalog)
         rows = np.arange(total)
         if total > STATISTICS_ITEMS:
             rows = np.sort(np.random.default_rng(config.train.seed).choice(total, STATISTICS_ITEMS, replace=False))

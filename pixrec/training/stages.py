@@ -62,10 +62,10 @@ def plan(data: str, config: Config) -> list[Stage]:
     """All stages in their order: those of `train.stages`, the training on `data`, and what is set of the compact tower
     on its item vectors and of both towers together."""
     target = [storage.absolute(data)]
-    if config.model.text_encoder and (config.train.stages or config.train.joint.epochs):
+    if not config.model.trains_backbone and (config.train.stages or config.train.joint.epochs):
         raise ConfigError(
-            "model.text_encoder names encoders that stand still: train.stages and train.joint have nothing to train; "
-            "leave them out"
+            "the item tower stands still with model.text_encoder, and without a model.backbone: train.stages and "
+            "train.joint have nothing to train; leave them out"
         )
     stages = [
         Stage(
@@ -77,7 +77,7 @@ def plan(data: str, config: Config) -> list[Stage]:
         )
         for stage in config.train.stages
     ]
-    if not config.model.text_encoder:
+    if config.model.trains_backbone:
         stages.append(Stage("", "interleaved", target, config))
     if config.model.user_tower == "compact":
         stages.append(Stage("compact", "compact", target, config, "compact"))
@@ -190,7 +190,7 @@ def check_stages(stages: list[Stage], target: Dataset) -> None:
     """Raise where a data set is no prepared one, where a stage has nothing to learn from, or where a set other than
     `target` has held-out events of it among its training events (see `count_leaks` for what is not found)."""
     for stage in stages:
-        if stage.phase != "interleaved" and not stage.config.model.text_encoder:
+        if stage.phase != "interleaved" and stage.config.model.trains_backbone:
             continue
         if not stage.name or stage.phase == "compact":
             check_learnable(target.uri, join_datasets([target]), stage.config)
@@ -210,6 +210,8 @@ def check_stages(stages: list[Stage], target: Dataset) -> None:
 def check_learnable(name: str, data: TrainingData, config: Config) -> None:
     """Raise InputError when the data offers the towers nothing to learn from."""
     ShiftedWindows(data.histories, config.model.max_history_items, config.train)  # raises where none has two events
+    if not config.model.content_width:
+        return
     wanted = config.model.modalities
     text = wanted != "image" and any(data.items.text(row) for row in range(len(data.items)))
     if not text and (wanted == "text" or not data.items.with_image.any()):

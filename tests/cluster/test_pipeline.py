@@ -268,7 +268,10 @@ def parts(tmp_path: Path) -> Path:
 TRAIN_FAULTS = {
     "no data": ("--data nowhere --out out", "nowhere holds no dataset.json.*pixrec prepare"),
     "data that is a model": ("--data model --out out", "model holds no dataset.json.*pixrec prepare"),
-    "ids only": ("--data ids --out out", "ids: no item has a text or a picture.*items table"),
+    "ids only": (
+        "--data ids --out out --set model.user_tower=compact",
+        "ids: no item has a text or a picture.*items table",
+    ),
     "ids only, pictures wanted": ("--data ids --out out --set model.modalities=image", "no item has a picture"),
     "taken": ("--data data --out letters", "letters is not empty and holds no model; choose another --out"),
     "a file": ("--data data --out letters/letter.txt", "letter.txt is a file"),

@@ -25,7 +25,7 @@ from fakes import (
 import pixrec
 from pixrec.artifact import Index, Model, load_index
 from pixrec.data.items import ItemTable
-from pixrec.data.sequences import Dataset
+from pixrec.data.sequences import Dataset, Users
 from pixrec.errors import ArtifactError, InputError, UnreadableImage
 from pixrec.index import top_k
 from pixrec.model.catalog import Catalog
@@ -33,6 +33,8 @@ from pixrec.model.encoding import Content
 from pixrec.query import Answer, NewItem, Query
 from pixrec.recommender import Recommender
 from pixrec.schema import TEXT_FIELDS
+from pixrec.scorers.blend import Blend, fitted_mixture
+from pixrec.scorers.towers import TowerScorer
 
 
 def index_of(model: Model, items: ItemTable, rows: np.ndarray | None = None) -> Index:
@@ -308,6 +310,22 @@ def test_load_recommender(made: Path, recommender: Recommender):
     assert ids(loaded.recommend(["i01", "i02"], 5)) == ids(recommender.recommend(["i01", "i02"], 5))
     assert loaded.model_version == recommender.model_version
     assert loaded.index_version == load_index(str(made / "index")).version
+
+
+def test_a_blend_ranks_as_the_scorer_of_evaluation_does(made: Path, model: Model, items: ItemTable, dataset: Dataset):
+    places = (str(made / name) for name in ("model", "index", "data"))
+    blended = pixrec.load_recommender(*places, blend=True)
+    answer = blended.answer([Query(["i00", "i01"], k=12, exclude_history=False), Query(["i03"], exclude=["i04"])])
+    catalog = Catalog(items, model.encoder)
+    scorer = TowerScorer("pixrec", model.embedder(), catalog, index_of(model, items).vectors)
+    wanted = Blend(scorer, fitted_mixture(dataset, model.temperature, scorer.scores))
+    scores = wanted.scores(Users(["u"], [np.array([0, 1])]))[0]
+    assert ids(answer[0])[:3] == [items.item_ids[row] for row in scores.topk(3).indices]
+    assert answer[0].score_kind == "probability"
+    assert sum(score for _, score in answer[0].items) == pytest.approx(1.0, abs=1e-4)
+    assert not {"i03", "i04"} & set(ids(answer[1])), "the history and what is excluded stay out"
+    assert ids(blended.answer([Query(["i01"], filters={"year": [2005]})])[0]) == ["i05"]
+    assert blended.answer([Query(["nobody knows"])])[0].score_kind == "purchase_share"
 
 
 @pytest.mark.parametrize("stored", [[0, 1], []])

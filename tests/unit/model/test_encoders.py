@@ -192,12 +192,32 @@ def test_only_the_compact_phase_is_planned(pair, tmp_path):
         plan(dataset.uri, config_of(pair, joint={"epochs": 1}))
 
 
+def test_without_content_items_are_their_learned_vectors(tmp_path):
+    model = {"backbone": "none", "modalities": "text", "user_tower": "compact"}
+    config = tiny_config(model=model, train={"compact": {"epochs": 2}})
+    dataset = write_prepared(tmp_path / "data")
+    check_ready(dataset.uri, str(tmp_path / "model"), config, False)
+    begun = begin("compact", [dataset.uri], config, "cpu")
+    begun.trainer.fit(begun.held_out)
+    save_model(str(tmp_path / "model"), begun.model, {})
+    again = load_model(str(tmp_path / "model"))
+    vectors = write_index(tmp_path / "index", again, dataset)
+    wanted = begun.trainer.item_vectors().numpy()
+    assert np.allclose(vectors, wanted, atol=1e-6)
+    counts = dataset.training_counts()
+    assert not vectors[counts == 0].any(), "nothing is known of an item that was never bought"
+    assert vectors[counts > 0].any(1).all()
+    assert load_recommender(str(tmp_path / "model"), str(tmp_path / "index")).recommend(["i00"], k=2)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"text_encoder": "a"}, "go together"),
         ({"text_encoder": "a", "image_encoder": "b", "user_tower": "interleaved"}, "needs the compact user tower"),
-        ({"text_encoder": "a", "image_encoder": "b", "user_tower": "compact", "dtype": "bf16"}, "stands still"),
+        ({"text_encoder": "a", "image_encoder": "b", "user_tower": "compact", "dtype": "bf16"}, "nothing to fine-tune"),
+        ({"backbone": "none", "user_tower": "compact"}, "set model.modalities to text"),
+        ({"backbone": "none"}, "model.backbone none needs the compact user tower"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, said):

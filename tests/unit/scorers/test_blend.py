@@ -1,0 +1,80 @@
+"""The mixture of a model's scores with counts, worked out by hand, and its weights where one part alone explains."""
+
+import numpy as np
+import pytest
+import torch
+from fakes import FixedScorer, tiny_dataset, users_of
+
+from pixrec.data.sequences import HeldOut
+from pixrec.scorers.blend import PARTS, Blend, Mixture, fit_weights, fitted_mixture
+
+HISTORIES = [np.array([0, 1, 2]), np.array([0, 1, 3]), np.array([4, 4, 4])]
+COUNTS = np.bincount(np.concatenate(HISTORIES), minlength=6)
+
+
+@pytest.fixture
+def mixture() -> Mixture:
+    return Mixture(HISTORIES, COUNTS, temperature=0.5)
+
+
+def held_out(histories: list[list[int]], targets: list[int]) -> HeldOut:
+    users = users_of([np.array(h) for h in histories])
+    return HeldOut(users.user_ids, users.histories, np.array(targets))
+
+
+def weights_of(mixture: Mixture, **weights: float) -> None:
+    mixture.weights = torch.tensor([weights.get(name.replace(" ", "_"), 0.0) for name in PARTS])
+
+
+def test_each_part_is_a_distribution_over_what_it_may_give(mixture):
+    scores = torch.tensor([[0.5, 0.0, 0.0, 0.0, 0.0, 1.0], [0.1] * 6])
+    parts = mixture._parts(scores, [np.array([0, 1, 0]), np.array([], dtype=np.int64)])
+    for name, part in zip(PARTS, parts, strict=True):
+        again = name.endswith("again")
+        assert part[0].sum() == pytest.approx(1.0, abs=1e-5)
+        assert not part[0][[2, 3, 4, 5] if again else [0, 1]].any()
+        assert part[1].sum() == pytest.approx(0.0 if again else 1.0, abs=1e-5)
+    wanted = (torch.tensor([0.5, 0, 0, 0, 0, 1.0]) / 0.5).exp() * torch.tensor([0, 0, 1.0, 1, 1, 1])
+    torch.testing.assert_close(parts[0][0], wanted / wanted.sum())
+    assert parts[5][0].tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0, 0, 0]), "item 0 was the last, item 1 before it"
+
+
+def test_weights_are_those_of_the_part_that_explains_the_targets():
+    rng = np.random.default_rng(0)
+    likelihoods = torch.from_numpy(np.stack([rng.uniform(0.2, 0.4, 500), np.full(500, 0.01)], axis=1))
+    weights = fit_weights(likelihoods)
+    assert weights.sum() == pytest.approx(1.0)
+    assert weights[0] > 0.98
+    assert weights[1] > 0
+    assert fit_weights(torch.zeros(0, 3)).tolist() == pytest.approx([1 / 3] * 3), "nobody to learn from"
+
+
+def test_the_share_of_repeats_is_learned(mixture):
+    flat = FixedScorer("flat", [0.0] * 6)
+    repeats = held_out([[0, 4]] * 20 + [[0, 1]] * 20, [4] * 20 + [2] * 20)
+    weights = mixture.fit(repeats, flat.scores)
+    again = sum(weight for name, weight in weights.items() if name.endswith("again"))
+    assert again == pytest.approx(0.5, abs=0.05)
+    never = mixture.fit(held_out([[0, 1]] * 40, [2] * 40), flat.scores)
+    assert sum(weight for name, weight in never.items() if name.endswith("again")) < 0.02
+    assert never["transition"] > never["popularity"]
+
+
+def test_a_blend_ranks_by_the_sum_of_what_its_parts_say(mixture):
+    scorer = FixedScorer("model", [0.0, 0.0, 0.0, 0.0, 0.0, 2.0])
+    users = users_of([np.array([0, 1])])
+    weights_of(mixture, model=1.0)
+    assert Blend(scorer, mixture).scores(users)[0].argmax() == 5
+    weights_of(mixture, transition=1.0)
+    found = Blend(scorer, mixture).scores(users)[0]
+    assert found[2] == found[3] > found[5], "what followed item 1, not what nobody took"
+    weights_of(mixture, most_recent_again=1.0)
+    assert Blend(scorer, mixture).scores(users)[0].argmax() == 1
+    assert Blend(scorer, mixture).scores(users).isfinite().all()
+
+
+def test_fitted_on_the_validation_events_of_a_data_set():
+    dataset = tiny_dataset()  # everybody goes on to the next row
+    mixture = fitted_mixture(dataset, 1.0, FixedScorer("flat", [0.0] * len(dataset.items)).scores)
+    weights = dict(zip(PARTS, mixture.weights.tolist(), strict=True))
+    assert weights["transition"] > 10 * weights["popularity"]
