@@ -187,8 +187,8 @@ class Embedder:
             return self.users_of_vectors([vectors[h] for h in local], timestamps)
         _, items, sequences = catalog.histories(recent, self.modalities)
         with torch.no_grad(), self._autocast():
-            vectors = self.tower.user_vectors(items.to(self.device), sequences.to(self.device))
-        return self._whole(vectors).cpu().numpy()
+            users = self.tower.user_vectors(items.to(self.device), sequences.to(self.device))
+        return self._whole(users).cpu().numpy()
 
     def users_of_vectors(
         self, histories: Sequence[np.ndarray], timestamps: Sequence[np.ndarray] | None = None
