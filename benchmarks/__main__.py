@@ -1,4 +1,5 @@
-"""`python -m benchmarks [name ...]`: runs all benchmarks, or those named, and prints one table. Writes nothing."""
+"""`python -m benchmarks [name ...]`: runs all benchmarks, or those named, and prints one table. Writes nothing.
+`python -m benchmarks gpu` (see `benchmarks.gpu`) measures the shapes of real backbones on a GPU."""
 
 from __future__ import annotations
 
@@ -15,6 +16,10 @@ NAMES = ("decode", "fetch", "retrieval", "batching", "positions", "towers", "eva
 
 
 def main(wanted: list[str]) -> int:
+    if wanted[:1] == ["gpu"]:
+        from benchmarks.gpu import main as measure_gpu
+
+        return measure_gpu(wanted[1:])
     unknown = [name for name in wanted if name not in NAMES]
     if unknown:
         print(f"no benchmark {unknown[0]!r}; there are {', '.join(NAMES)}", file=sys.stderr)

@@ -204,4 +204,6 @@ class ItemEmbedder:
         """Loaded at the first block and not before: from there an error of ours reaches the driver."""
         torch.set_num_threads(self._config.threads_per_actor)
         device = "cuda" if self._config.gpus_per_actor and torch.cuda.is_available() else "cpu"
-        return load_model(self._model, device).embedder()
+        embedder = load_model(self._model, device).embedder()
+        embedder.precision = self._config.precision
+        return embedder

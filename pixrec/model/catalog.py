@@ -11,11 +11,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 
 from pixrec.config import Modalities
 from pixrec.data.ids import IdIndex
@@ -123,7 +124,10 @@ class Embedder:
         modalities: Modalities,
         max_history_items: int,
         embedded_ids: Sequence[str] = (),
+        precision: Literal["float32", "bf16"] = "float32",
     ) -> None:
+        """precision: `bf16` runs the item tower and an interleaved user tower under autocast."""
+        self.precision = precision
         self.tower = tower.eval()
         self.encoder = encoder
         self.modalities = modalities
@@ -182,8 +186,9 @@ class Embedder:
             vectors = self.items(catalog, distinct)
             return self.users_of_vectors([vectors[h] for h in local], timestamps)
         _, items, sequences = catalog.histories(recent, self.modalities)
-        with torch.no_grad():
-            return self.tower.user_vectors(items.to(self.device), sequences.to(self.device)).float().cpu().numpy()
+        with torch.no_grad(), self._autocast():
+            users = self.tower.user_vectors(items.to(self.device), sequences.to(self.device))
+        return self._whole(users).cpu().numpy()
 
     def users_of_vectors(
         self, histories: Sequence[np.ndarray], timestamps: Sequence[np.ndarray] | None = None
@@ -207,9 +212,18 @@ class Embedder:
             last = (lengths - 1).to(self.device)
             return self.compact.user_vectors_at(vectors.to(self.device), last, padded).float().cpu().numpy()
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def _whole(self, vectors: torch.Tensor) -> torch.Tensor:
+        """In float32, and of length 1 in that too."""
+        return F.normalize(vectors.float(), dim=-1) if self.precision == "bf16" else vectors.float()
+
     def _items(self, items: Items, item_ids: Sequence[str] | None) -> np.ndarray:
         with torch.no_grad():
-            vectors = self.tower.item_vectors(items.to(self.device))
+            with self._autocast():
+                vectors = self.tower.item_vectors(items.to(self.device))
+            vectors = self._whole(vectors)
             if self.compact is not None:
                 known = np.full(len(vectors), -1)
                 if item_ids:

@@ -1,7 +1,8 @@
 """What a training of the interleaved towers would need, without training: parameters, tokens, memory, steps, time.
 
 A step is taken on torch's `meta` device, where tensors have shapes and no content, so nothing is computed and no weight
-is read. Every tensor that is made is followed for as long as it lives; that gives the memory that activations and
+is read. (The encoder of a Qwen-VL looks at the content of the grid of its pictures; what it keeps is put down by a
+formula.) Every tensor that is made is followed for as long as it lives; that gives the memory that activations and
 gradients need at their most. Weights and the state of AdamW are added by their number. Not counted: what a GPU keeps
 beside tensors (0.5 to 1 GB for CUDA itself, fragments of its allocator) and, on several, the buffers of NCCL.
 """
@@ -12,7 +13,7 @@ import contextlib
 import dataclasses
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from pixrec.data.sequences import load_dataset
 from pixrec.model.backbone import TINY
 from pixrec.model.catalog import Catalog, distinct_rows
 from pixrec.model.families import Family
+from pixrec.model.families.qwen import QwenVL
 from pixrec.model.objective import Batch, TrainingTask
 from pixrec.model.towers import DualTower
 from pixrec.training.interleaved import choose_trainable, prepare_backbone
@@ -92,6 +94,43 @@ class _Attention(torch.autograd.Function):
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
+class _Kept(torch.autograd.Function):
+    """Tokens (N, 1, X) of an encoder that keeps so many numbers until its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, trained: Tensor, numbers: int) -> Tensor:
+        ctx.save_for_backward(tokens.new_empty(numbers))
+        return tokens.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        return None, None, None
+
+
+def _encode_by_formula(family: QwenVL, config: Config) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    """In place of `encode_pictures`. A block keeps of every patch, where it is not computed again: in and out of both
+    norms (4 widths), the joined projections, queries and keys turned, the output of attention (6), both residual sums
+    (2), and four vectors of the feed-forward layers."""
+
+    def encode(model: Any, pixels: Tensor, grid: Tensor) -> Tensor:
+        tokens = pixels.new_empty(len(pixels), 1, family.picture_width)
+        trained = [p for p in family.vision_parameters(model) if p.requires_grad]
+        if not trained:
+            return tokens
+        vision = family.vision
+        width = int(getattr(vision, "embed_dim", None) or vision.hidden_size)
+        inner = int(getattr(vision, "intermediate_size", None) or width * vision.mlp_ratio)
+        each = width if config.train.activation_checkpointing else 12 * width + 4 * inner
+        return _Kept.apply(tokens, trained[0], len(pixels) * family.merge**2 * int(vision.depth) * each)
+
+    return encode
+
+
+def _nothing_deeper(picture_slot: Tensor, deeper: Tensor) -> dict[str, Any]:
+    """In place of `deepstack`, which looks for the pictures among the tokens."""
+    return {}
 
 
 def dry_run(data: Sequence[str], config: Config, tokens_per_second: float | None = None) -> dict[str, Any]:
@@ -206,7 +245,7 @@ def step_memory(tower: DualTower, batch: Batch, config: Config) -> tuple[int, in
     """Bytes of tensors that live between forward and backward pass, and the most of the whole step; weights and batch
     not counted. On any device: on `meta` nothing is computed."""
     tower.train()
-    with _shapes_alone(tower) if batch.item_rows.is_meta else contextlib.nullcontext():
+    with _shapes_alone(tower, config) if batch.item_rows.is_meta else contextlib.nullcontext():
         task = TrainingTask(tower, config.train)
         if batch.item_rows.is_meta:
             task.autocast = contextlib.nullcontext  # type: ignore[method-assign, assignment]
@@ -222,9 +261,13 @@ def step_memory(tower: DualTower, batch: Batch, config: Config) -> tuple[int, in
 
 
 @contextlib.contextmanager
-def _shapes_alone(tower: DualTower) -> Iterator[None]:
+def _shapes_alone(tower: DualTower, run: Config) -> Iterator[None]:
     """Attention as a flash kernel keeps memory, where a part of the backbone does not want it eager."""
     AttentionInterface.register(_ATTENTION, _attend)
+    family = tower.backbone.family
+    if isinstance(family, QwenVL):
+        family.encode_pictures = _encode_by_formula(family, run)  # type: ignore[method-assign, assignment]
+        family.deepstack = _nothing_deeper  # type: ignore[method-assign]
     parts = [c for m in tower.backbone.modules() if (c := getattr(m, "config", None)) is not None]
     before = [(config, config._attn_implementation) for config in parts if hasattr(config, "_attn_implementation")]
     for config, kind in before:

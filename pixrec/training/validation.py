@@ -119,7 +119,8 @@ def _figures(
 
 def _embedder(tower: DualTower, catalog: Catalog, config: Config, modalities: Modalities | None) -> Embedder:
     model = config.model
-    return Embedder(tower, catalog.encoder, modalities or model.modalities, model.max_history_items)
+    wanted = modalities or model.modalities
+    return Embedder(tower, catalog.encoder, wanted, model.max_history_items, precision=config.train.precision)
 
 
 def _share(total: int) -> tuple[np.ndarray, np.ndarray]:

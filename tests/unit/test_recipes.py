@@ -50,3 +50,20 @@ def test_a_figure_has_its_interval_or_says_that_there_is_none(row: list[str]) ->
     assert interval or "not recorded" in row[RESULT] or row[RESULT] == "not measured"
     assert re.match(r"not measured|computed: |\d", row[MEMORY])
     assert re.match(r"not measured|\d", row[MINUTES])
+
+
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem.startswith("vlm_")], ids=lambda r: r.stem)
+def test_a_recipe_for_a_real_backbone_pins_it_and_keeps_enough_of_its_pictures(recipe: Path) -> None:
+    config = load_config(recipe.read_text())
+    assert config.model.backbone != "pixrec-tiny"
+    assert config.train.use_gpu
+    assert config.train.precision == "bf16"
+    if recipe.stem == "vlm_qlora":
+        return
+    assert config.model.revision, "a branch, tag or commit"
+    assert config.model.dtype == ("bf16" if config.model.lora.enabled else "float32")
+    if "Qwen" in config.model.backbone:
+        assert config.prepare.image_size_px**2 >= config.model.max_pixels
+    (row,) = [row for row in TABLE if f"({recipe.name})" in row[CONFIG]]
+    assert re.match(r"computed: [\d.]+ GiB of 80|not measured: ", row[MEMORY])
+    assert f"{config.train.num_workers} GPU" in row[MACHINE].replace("one", "1")

@@ -237,3 +237,18 @@ def test_places_of_examples_and_of_text_are_those_of_the_masks():
     moved = sequences.to("meta")
     assert moved.text.is_meta
     assert moved.length.device.type == "cpu", "by it is chosen what is computed together"
+
+
+def test_vectors_in_bf16_lie_close_and_are_float32():
+    items = tiny_items(with_pictures=range(6))
+    model = tiny_model(INTERLEAVED, items)
+    catalog, rows, histories = Catalog(items, model.encoder), np.arange(12), [np.array([0, 7, 3]), np.array([8])]
+    whole, half = model.embedder(), model.embedder()
+    half.precision = "bf16"
+    for one, other in (
+        (whole.items(catalog, rows), half.items(catalog, rows)),
+        (whole.users(catalog, histories, None), half.users(catalog, histories, None)),
+    ):
+        assert other.dtype == np.float32
+        assert not np.array_equal(one, other)
+        assert (one * other).sum(1).min() > 0.999
