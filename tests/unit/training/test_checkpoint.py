@@ -80,9 +80,15 @@ def test_a_phase_goes_on_from_its_checkpoint_as_the_undisturbed_one(tmp_path, ph
     more = []
     list(resumed.validations(held_out, more.append))
     assert more
-    assert [row["loss"] for row in more if "loss" in row] == [row["loss"] for row in rows[at:] if "loss" in row]
+    losses, expected = ([row["loss"] for row in of if "loss" in row] for of in (more, rows[at:]))
+    exact = mode != "nf4"  # the threads of bitsandbytes' kernels add in any order
+    assert losses == (expected if exact else pytest.approx(expected, rel=1e-5))
     for name, weight in model.tower.state_dict().items():
-        assert torch.equal(again.tower.state_dict()[name], weight), name
+        found = again.tower.state_dict()[name]
+        if exact:
+            assert torch.equal(found, weight), name
+        else:
+            torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-4)  # Adam turns rounding into steps
 
 
 def load_position(folder, trainer):
