@@ -91,7 +91,7 @@ def pipeline(
             batch_size=1,
             batch_format="numpy",
             num_cpus=settings.cpus_per_reader,
-            concurrency=readers,
+            concurrency=min(readers, stop - start),
         )
 
 

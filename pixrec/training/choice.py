@@ -18,6 +18,8 @@ MANY_EVENTS = 50
 """Events an item from which its learned vector is worth a wide tower."""
 LARGE_CATALOG = 5000
 """Items from which a softmax over all of them is dearer than it is worth to sets of few events."""
+MOST_BLENDED_ITEMS, MOST_BLENDED_EVENTS = 200_000, 10_000_000
+"""A blend scores every item for each request and holds what followed what in each replica; larger shops go without."""
 
 
 class Choice(NamedTuple):
@@ -59,13 +61,15 @@ def choose(dataset: Dataset, pretrained: bool | None = None) -> Choice:
             compact |= {"width": 64, "layers": 1, "heads": 1, "dropout": 0.5}
         if len(items) > LARGE_CATALOG:
             learning |= {"loss": "sampled"}
+    blend = len(items) <= MOST_BLENDED_ITEMS and len(dataset.events.rows) <= MOST_BLENDED_EVENTS
+    counted = ", blended with counts" if blend else ""
     settings = {
         "model": {**model, "compact": compact},
         "train": {"compact": learning},
-        "serve": {"blend": True},
+        "serve": {"blend": blend},
     }
     why = (
-        f"chosen for this data: {what}, {compact['width']} wide, blended with counts ({because}, and {events:.0f} "
+        f"chosen for this data: {what}, {compact['width']} wide{counted} ({because}, and {events:.0f} "
         "training events each); --config or --set model.… decide otherwise"
     )
     return Choice(settings, why)

@@ -159,7 +159,7 @@ def test_stored_picture_tokens_are_used_and_not_for_a_changed_picture(place: Pla
     assert apart[index.item_ids.index("i00")] > 1e-6, "they were not used at all"
     assert apart[index.item_ids.index("i02")] < 1e-6
 
-    facts, data = embedding._model_facts(str(place.folder / "model")), str(place.folder / "data")
+    facts, data = embedding.model_facts(str(place.folder / "model")), str(place.folder / "data")
     assert embedding._store(facts, data, EmbedConfig(picture_tokens=None)) is None
 
 

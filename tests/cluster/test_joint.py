@@ -81,6 +81,7 @@ def test_it_is_the_last_part_of_train(monkeypatch: pytest.MonkeyPatch):
         return f"the best of {work}"
 
     monkeypatch.setattr(train, "run_workers", run)
+    monkeypatch.setattr(train, "make_whole", lambda checkpoint: None)
     assert train._fit("both", "data", "work", CONFIG, rows.append) == "the best of work/joint"
     assert begun_with == [None, "the best of work", "the best of work/compact"]
     assert [row["part"] for row in rows] == ["both", "both_compact", "both_compact_joint"]
