@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: setup demo test without-ray cluster unit ranks lint bench notebook clean
+.PHONY: setup demo test cluster unit ranks lint bench notebook clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/.ready
@@ -18,16 +18,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(RUN)/pixrec demo --out $(OUT)
 
-# What needs Ray waits for processes a quarter of its time: the rest runs beside it.
+# What needs Ray waits for processes a quarter of its time: the rest runs beside it, one after the other.
 test: setup
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target without-ray cluster
-
-without-ray: setup
-	$(RUN)/ruff check .
-	$(RUN)/ruff format --check .
-	$(RUN)/mypy
-	$(RUN)/python -m pytest tests/unit
-	$(RUN)/python -m pytest tests/ranks
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target cluster lint unit ranks
 
 cluster: setup
 	$(RUN)/python -m pytest tests/cluster
