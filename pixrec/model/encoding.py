@@ -356,11 +356,6 @@ def picture_facts(name_or_folder: str, revision: str | None = None) -> PictureFa
     return PictureFacts(settings.get("image_mean", [0.5] * 3), settings.get("image_std", [0.5] * 3), limits)
 
 
-def picture_statistics(name_or_folder: str, revision: str | None = None) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of `picture_facts`."""
-    return picture_facts(name_or_folder, revision)[:2]
-
-
 def size_settings(size: PictureSize) -> dict[str, Any]:
     """How a processor's file says what pictures are decoded to."""
     if isinstance(size, int):
