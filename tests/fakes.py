@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import json
 import os
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerBase, ViTConfig, ViTModel
 
 import pixrec
 from pixrec import storage
@@ -56,6 +58,8 @@ from pixrec.data.sequences import (
 )
 from pixrec.model import vision
 from pixrec.model.catalog import Catalog
+from pixrec.model.encoding import train_tokenizer
+from pixrec.model.seeding import seeded
 from pixrec.schema import IMAGE, IMAGE_STATUS, MISSING, OK, PREPARED_ITEM_FIELDS, REJECTED, REJECTS, SEQUENCES
 from pixrec.scorers import Scorer
 
@@ -215,6 +219,11 @@ def job_of(phase: str, start: Path | str, data: str, config: Config) -> dict[str
     return {"phase": phase, "start": str(start), "data": [data], "vocabulary": [], "config": dump_config(config)}
 
 
+ENCODER_TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+ENCODER_VISION = {**ENCODER_TEXT, "image_size": 32, "patch_size": 16}
+ENCODER_STATISTICS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25]}
+
+
 def write_tokens(place: str | Path, model: Model, items: ItemTable) -> str:
     """Store what the vision part of `model` makes of the pictures of `items`, in parts of 3; returns the folder."""
     backbone = model.tower.backbone
@@ -224,6 +233,30 @@ def write_tokens(place: str | Path, model: Model, items: ItemTable) -> str:
         vision.write_part(folder, vision.encode_pictures(backbone, pictures[start : start + 3]))
     vision.complete_store(folder, vision.token_schema(backbone))
     return folder
+
+
+def save_encoder(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Write an encoder as `from_pretrained` reads it."""
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(ENCODER_STATISTICS))
+    return str(folder)
+
+
+def small_encoders(folder: Path) -> dict[str, Any]:
+    """Settings of `model` for a small BERT and a small ViT, which are written into `folder`."""
+    texts = tiny_items()
+    tokenizer = train_tokenizer([texts.text(row) for row in range(len(texts))], 300)
+    with seeded(0):
+        text = BertModel(
+            BertConfig(**ENCODER_TEXT, vocab_size=len(tokenizer), max_position_embeddings=64, pad_token_id=0)
+        )
+        image = ViTModel(ViTConfig(**ENCODER_VISION), add_pooling_layer=False)
+    encoders = {
+        "text_encoder": save_encoder(folder / "text", text, tokenizer),
+        "image_encoder": save_encoder(folder / "image", image, tokenizer),
+    }
+    return {**encoders, "user_tower": "compact", "encoder_components": 4, "max_text_tokens": 20}
 
 
 class Seen:

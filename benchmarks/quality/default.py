@@ -17,25 +17,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 import pixrec
 from pixrec import storage
 from pixrec.artifact import Model, index_version, load_model, save_model, untrained_model
-from pixrec.config import Config, change_config, load_config
+from pixrec.cluster.vision import PictureEncoder, TextEncoder
+from pixrec.config import Config, change_config, dump_config, load_config
+from pixrec.data.items import PICTURES_FOLDER
+from pixrec.data.pictures import open_pictures
 from pixrec.data.sequences import Dataset, load_dataset
 from pixrec.model.catalog import Catalog
+from pixrec.model.encoders import EncoderTower
+from pixrec.model.texts import find_texts, text_fingerprint, text_schema, texts_place
 from pixrec.model.vision import (
     complete_store,
-    encode_pictures,
+    covered,
     find_tokens,
     store_folder,
+    stored_pictures,
     token_schema,
     tokens_place,
     vision_fingerprint,
-    write_part,
 )
 from pixrec.report import format_table
+from pixrec.schema import IMAGE, ITEMS
 from pixrec.training.choice import choose
 from pixrec.training.phases import begin
 from pixrec.training.stages import check_ready, model_facts, plan, vocabulary
@@ -43,19 +50,23 @@ from pixrec.training.stages import check_ready, model_facts, plan, vocabulary
 SCORERS = ("popularity", "repeat_last", "item_transition", "blend")
 
 
-def store_pictures(dataset: Dataset, model: Model, config: Config, batch: int = 32) -> float:
-    """What `pixrec train` does before the first step where pictures are encoded once; pictures per second."""
-    place = tokens_place(dataset.uri, config.model, config.train.picture_tokens)
-    rows = np.flatnonzero(dataset.items.with_image)
-    if place is None or not len(rows) or find_tokens(dataset.uri, config, model.tower.backbone) is not None:
-        return 0.0
-    backbone, started = model.tower.backbone, time.monotonic()
-    folder = store_folder(place, vision_fingerprint(backbone))
-    for start in range(0, len(rows), batch):
-        pictures = [picture for picture in dataset.items.images(rows[start : start + batch]) if picture is not None]
-        write_part(folder, encode_pictures(backbone, pictures))
-    complete_store(folder, token_schema(backbone), [dataset.info["fingerprint"]])
-    return len(rows) / (time.monotonic() - started)
+def store_frozen(data: str, config: Config) -> None:
+    """What `pixrec train` does before the first step where pictures and texts are encoded once, and at which rate."""
+    backbone = untrained_model(config, [data]).tower.backbone
+    pictures, texts = (of(data, config.model, "auto") for of in (tokens_place, texts_place))
+    stored = open_pictures(storage.join(data, PICTURES_FOLDER))
+    if pictures is not None and not covered(folder := store_folder(pictures, vision_fingerprint(backbone))):
+        started, encoder = time.monotonic(), PictureEncoder(dump_config(config), [data], folder)
+        for start in range(0, len(stored), 512):
+            block = stored.read(np.arange(start, min(start + 512, len(stored))))
+            encoder(pa.table({IMAGE: pa.array(block, pa.binary())}))
+        complete_store(folder, token_schema(backbone), ["stored"])
+        _say(f"pictures stored, {len(stored_pictures(folder)) / (time.monotonic() - started):.1f} a second")
+    if texts is not None and not covered(folder := store_folder(texts, text_fingerprint(backbone))):
+        started, text_encoder = time.monotonic(), TextEncoder(dump_config(config), [data], folder)
+        text_encoder(pa.table({"file": [str(file) for file in storage.table_files(storage.join(data, ITEMS))]}))
+        complete_store(folder, text_schema(backbone), ["stored"])
+        _say(f"texts stored, {len(stored_pictures(folder)) / (time.monotonic() - started):.1f} a second")
 
 
 def train(data: str, out: Path, config: Config) -> Model:
@@ -77,6 +88,8 @@ def train(data: str, out: Path, config: Config) -> Model:
 def publish(model: Model, dataset: Dataset, out: Path) -> None:
     """An index version with the vectors of all items."""
     tokens = find_tokens(dataset.uri, model.config, model.tower.backbone)
+    if isinstance(model.tower, EncoderTower):
+        model.tower.stored_texts = find_texts(dataset.uri, model.config, model.tower.backbone)
     catalog = Catalog(dataset.items, model.encoder, tokens=tokens)
     vectors = model.embedder().items(catalog, np.arange(len(dataset.items)), 64)
     facts = {"data": storage.absolute(dataset.uri), "data_fingerprint": dataset.info["fingerprint"]}
@@ -109,8 +122,8 @@ def main() -> None:
     settings = [f"train.seed={a.seed}", f"sasrec.seed={a.seed}", *a.set]
     config = load_config(overrides=settings, base=change_config(Config(), choice.settings))
     if not storage.exists(str(a.out / "model" / "model.json")):
-        speed = store_pictures(dataset, untrained_model(config, [storage.absolute(a.data)]), config)
-        _say(f"pictures stored, {speed:.1f} a second" if speed else "no picture to store")
+        if config.model.text_encoder is not None:
+            store_frozen(storage.absolute(a.data), config)
         publish(train(a.data, a.out, config), dataset, a.out)
     scorers = [*SCORERS, *a.scorers]
     config = change_config(config, {"evaluate.scorers": scorers})

@@ -22,7 +22,9 @@ from pixrec.data.items import PICTURES_FOLDER, ItemTable, content_hash
 from pixrec.data.pictures import Pictures, open_pictures
 from pixrec.errors import ArtifactError, PixRecError, UnreadableImage, fault_text, raise_fault
 from pixrec.model.catalog import Embedder
+from pixrec.model.encoders import EncoderTower
 from pixrec.model.encoding import Content
+from pixrec.model.texts import open_texts
 from pixrec.model.vision import (
     PictureTokens,
     StoredPictures,
@@ -142,9 +144,17 @@ def _decoded(
 class ItemEmbedder:
     """One actor: loads the model once, turns blocks of decoded items into stored parts."""
 
-    def __init__(self, model: str, config: EmbedConfig, unfinished: Unfinished, tokens: str | None = None) -> None:
-        """tokens: the store that `decode_items` looked into."""
-        self._model, self._config, self._unfinished, self._store = model, config, unfinished, tokens
+    def __init__(
+        self,
+        model: str,
+        config: EmbedConfig,
+        unfinished: Unfinished,
+        tokens: str | None = None,
+        texts: str | None = None,
+    ) -> None:
+        """tokens: the store that `decode_items` looked into; texts: the place below which vectors of texts may lie."""
+        self._model, self._config, self._unfinished = model, config, unfinished
+        self._store, self._texts = tokens, texts
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Embed and store U decoded items; the receipt says `part`, `keys` (16 bytes an item, in the part's order),
@@ -205,5 +215,7 @@ class ItemEmbedder:
         torch.set_num_threads(self._config.threads_per_actor)
         device = "cuda" if self._config.gpus_per_actor and torch.cuda.is_available() else "cpu"
         embedder = load_model(self._model, device).embedder()
+        if self._texts is not None and isinstance(embedder.tower, EncoderTower):
+            embedder.tower.stored_texts = open_texts([self._texts], embedder.tower.backbone)
         embedder.precision = self._config.precision
         return embedder

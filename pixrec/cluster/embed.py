@@ -32,6 +32,7 @@ from pixrec.data.items import part_starts, read_info
 from pixrec.data.sequences import DATASET_MARKER
 from pixrec.errors import ArtifactError, ConfigError, InputError, OutputError, raise_fault
 from pixrec.model.encoding import read_size
+from pixrec.model.texts import texts_place
 from pixrec.model.vision import tokens_place
 from pixrec.schema import ITEMS
 
@@ -88,7 +89,8 @@ def _embed(model: ModelFacts, data: str, out: str, config: EmbedConfig, progress
     if not pieces:
         progress("embed", total, total, "nothing new")
     else:
-        work = pipeline(pieces, model, config, unfinished, _store(model, data, config))
+        texts = texts_place(storage.absolute(data), model.config, config.picture_tokens)
+        work = pipeline(pieces, model, config, unfinished, _store(model, data, config), texts)
         rejected, stored = _compute(work, sources, wanted, total, progress)
     if sum(map(len, wanted)) != total:
         raise RuntimeError(f"{sum(map(len, wanted))} items were embedded of {total}")
@@ -175,10 +177,11 @@ def pipeline(
     config: EmbedConfig,
     unfinished: Unfinished,
     tokens: str | None = None,
+    texts: str | None = None,
 ) -> ray.data.Dataset:
     """The two stages over `pieces` (`file`, `start`; `rows` as int32 bytes, None for all): receipts of stored parts.
 
-    `tokens` is a store of picture tokens that fits the model.
+    `tokens` is a store of picture tokens that fits the model, `texts` a place that may have vectors of texts.
     """
     part_items = model.part_items(config)
     context = ray.data.DataContext.get_current().copy()
@@ -197,7 +200,7 @@ def pipeline(
     )
     return decoded.map_batches(
         ItemEmbedder,
-        fn_constructor_args=(model.uri, config, unfinished, tokens),
+        fn_constructor_args=(model.uri, config, unfinished, tokens, texts),
         batch_size=part_items,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=config.num_actors),

@@ -13,7 +13,7 @@ import torch
 from pixrec import storage
 from pixrec.artifact import MODEL_MARKER, knockout_uri
 from pixrec.cluster.feed import feed_by_ray_data, uses_ray_data
-from pixrec.cluster.vision import vision_once
+from pixrec.cluster.vision import frozen_once
 from pixrec.cluster.workers import Checkpoints, NewsLog, OnRow, end_diverged, run_workers
 from pixrec.config import Config, Modalities, dump_config, load_config
 from pixrec.data.sequences import load_dataset
@@ -61,7 +61,7 @@ def _fit(part: str, data: str, work: str, config: Config, on_row: OnRow) -> str:
     for stage in stages:
         if stage.phase == "interleaved" or best is None:
             for uri in stage.data:
-                vision_once(uri, stage.config, texts)
+                frozen_once(uri, stage.config, texts)
 
         def log_row(row: dict[str, Any], name: str = stage.part(part)) -> None:
             on_row({"part": name, **row})

@@ -1,9 +1,10 @@
-"""Vision once: the pictures of a data set through a frozen vision part in Ray Data, stored for all who come after."""
+"""Pictures and texts of a data set through frozen parts of a model in Ray Data, stored for all who come after."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import cast
 
 import pyarrow as pa
 import ray
@@ -11,12 +12,14 @@ import ray.data
 import torch
 
 from pixrec import storage
-from pixrec.artifact import untrained_model
+from pixrec.artifact import Model, untrained_model
 from pixrec.config import Config, dump_config, load_config
-from pixrec.data.items import PICTURES_FOLDER
+from pixrec.data.items import PICTURES_FOLDER, ItemTable
 from pixrec.data.pictures import open_pictures
 from pixrec.data.sequences import DATASET_MARKER
 from pixrec.model.backbone import Backbone
+from pixrec.model.encoders import DualEncoder, text_key
+from pixrec.model.texts import encode_texts, text_fingerprint, text_schema, texts_place
 from pixrec.model.vision import (
     complete_store,
     covered,
@@ -29,9 +32,10 @@ from pixrec.model.vision import (
     vision_fingerprint,
     write_part,
 )
-from pixrec.schema import IMAGE
+from pixrec.schema import IMAGE, ITEM_ID, ITEMS, TEXT_FIELDS
 
 _PART_BYTES = 64 * 1024**2  # of tokens, about
+_TEXTS_PER_PART = 2048
 
 
 class PictureEncoder:
@@ -57,43 +61,104 @@ class PictureEncoder:
 
     @functools.cached_property
     def _backbone(self) -> Backbone:
-        torch.set_num_threads(self._settings.embed.threads_per_actor)
-        device = "cuda" if self._settings.embed.gpus_per_actor and torch.cuda.is_available() else "cpu"
-        return untrained_model(self._settings, self._vocabulary, device).tower.backbone
+        return _untrained(self._settings, self._vocabulary).tower.backbone
+
+
+class TextEncoder:
+    """One actor: stores the vectors of those texts that the store lacks. Builds the model at the first of them.
+
+    Usable without Ray.
+    """
+
+    def __init__(self, config: str, vocabulary: Sequence[str], folder: str) -> None:
+        """As `PictureEncoder`."""
+        self._settings, self._vocabulary, self._folder = load_config(config), vocabulary, folder
+        self._stored = stored_pictures(folder)
+
+    def __call__(self, files: pa.Table) -> pa.Table:
+        """Parts of the store from the prepared items in each `file`; the receipt says how many `texts` are new."""
+        count = 0
+        for file in files.column("file").to_pylist():
+            for rows in storage.stream_table(file, [ITEM_ID, *TEXT_FIELDS], _TEXTS_PER_PART):
+                items = ItemTable(rows)
+                count += self._store([items.text(row) for row in range(len(items))])
+        return pa.table({"texts": [count]})
+
+    def _store(self, texts: Sequence[str]) -> int:
+        tokens = {text_key(ids): ids for ids in self._model.encoder.tokenize(texts) if len(ids)}
+        new = sorted((ids for key, ids in tokens.items() if self._stored.place(key) is None), key=len)
+        size, backbone = self._settings.embed.batch_size, cast(DualEncoder, self._model.tower.backbone)
+        parts = [encode_texts(backbone, new[start : start + size]) for start in range(0, len(new), size)]
+        if parts:
+            write_part(self._folder, pa.concat_tables(parts))
+        return len(new)
+
+    @functools.cached_property
+    def _model(self) -> Model:
+        return _untrained(self._settings, self._vocabulary)
+
+
+def _untrained(config: Config, vocabulary: Sequence[str]) -> Model:
+    torch.set_num_threads(config.embed.threads_per_actor)
+    device = "cuda" if config.embed.gpus_per_actor and torch.cuda.is_available() else "cpu"
+    return untrained_model(config, vocabulary, device)
 
 
 def _read(rows: pa.Table, *, uri: str) -> pa.Table:
     return pa.table({IMAGE: pa.array(open_pictures(uri).read(rows.column("id").to_numpy()), pa.binary())})
 
 
-def vision_once(data: str, config: Config, vocabulary: Sequence[str] = ()) -> None:
-    """Add those of the data set's pictures to their store that it lacks; a killed run's share is there already.
+def frozen_once(data: str, config: Config, vocabulary: Sequence[str] = ()) -> None:
+    """Add what frozen parts of the model make of the data set's pictures and texts to its store, as far as it lacks
+    them; a killed run's share is there already.
 
-    The vision part is that of the untrained model: frozen, it stays so. `vocabulary`: the data sets whose text trains
-    the tokenizer of `pixrec-tiny`, on which its weights depend; by default this one alone. Neither pictures nor
-    tokens come to the driver.
+    The frozen parts are those of the untrained model, and stay so. `vocabulary`: the data sets whose text trains the
+    tokenizer of `pixrec-tiny`, on which its weights depend; by default this one alone. Neither pictures nor texts nor
+    what is made of them come to the driver.
     """
     vocabulary = list(vocabulary) or [storage.absolute(data)]
-    place = tokens_place(data, config.model, config.train.picture_tokens)
-    if place is None:
+    where = config.train.picture_tokens
+    pictures, texts = tokens_place(data, config.model, where), texts_place(data, config.model, where)
+    if pictures is None and texts is None:
         return
-    backbone = untrained_model(config, vocabulary).tower.backbone
-    folder = storage.absolute(store_folder(place, vision_fingerprint(backbone)))
+    backbone, settings = untrained_model(config, vocabulary).tower.backbone, config.embed
+    if pictures is not None:
+        family = backbone.family
+        part = _PART_BYTES // (2 * family.tokens_per_picture * family.picture_width) // settings.batch_size
+        uri = storage.absolute(storage.join(data, PICTURES_FOLDER))
+        rows = ray.data.range(len(open_pictures(uri))).map_batches(
+            functools.partial(_read, uri=uri), batch_size=settings.batch_size, batch_format="pyarrow"
+        )
+        folder, size = store_folder(pictures, vision_fingerprint(backbone)), settings.batch_size * min(max(part, 1), 16)
+        _fill(folder, token_schema(backbone), data, rows, PictureEncoder, size, config, vocabulary)
+    if texts is not None and isinstance(backbone, DualEncoder):
+        files = [{"file": storage.absolute(file)} for file in storage.table_files(storage.join(data, ITEMS))]
+        rows = ray.data.from_items(files, override_num_blocks=len(files))
+        folder = store_folder(texts, text_fingerprint(backbone))
+        _fill(folder, text_schema(backbone), data, rows, TextEncoder, 1, config, vocabulary)
+
+
+def _fill(
+    folder: str,
+    schema: pa.Schema,
+    data: str,
+    rows: ray.data.Dataset,
+    encoder: type[PictureEncoder] | type[TextEncoder],
+    batch_size: int,
+    config: Config,
+    vocabulary: Sequence[str],
+) -> None:
+    """Have actors of `encoder` store what is lacking of `rows`, unless the store names the data set as covered."""
+    folder, settings = storage.absolute(folder), config.embed
     fingerprint = storage.read_json(storage.join(data, DATASET_MARKER), ["fingerprint"])["fingerprint"]
     if fingerprint in covered(folder):
         return
-    schema, settings = token_schema(backbone), config.embed
     on_worker = ray.remote(num_cpus=settings.cpus_per_actor)
     ray.get(on_worker(index_parts).remote(folder, schema))  # what a killed run has stored
-    part_pictures = _PART_BYTES // (2 * backbone.family.tokens_per_picture * backbone.family.picture_width)
-    uri = storage.absolute(storage.join(data, PICTURES_FOLDER))
-    pictures = ray.data.range(len(open_pictures(uri))).map_batches(
-        functools.partial(_read, uri=uri), batch_size=settings.batch_size, batch_format="pyarrow"
-    )
-    receipts = pictures.map_batches(
-        PictureEncoder,
+    receipts = rows.map_batches(
+        encoder,
         fn_constructor_args=(dump_config(config), vocabulary, folder),
-        batch_size=settings.batch_size * min(max(part_pictures // settings.batch_size, 1), 16),
+        batch_size=batch_size,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=settings.num_actors),
         num_cpus=settings.cpus_per_actor,

@@ -28,9 +28,9 @@ class EmbedConfig:
     cpus_per_decode: float = 0.5
     """CPUs Ray reserves for each task that reads and decodes items."""
     picture_tokens: str | None = "auto"
-    """For a model trained with `model.freeze_vision`: the folder, local or s3://, of stored picture tokens, which are
-    what the frozen vision part made of each picture. A picture that has its tokens there is not encoded again; vectors
-    differ by rounding only. `auto`: the place of --data with `.tokens` appended. None: encode every picture."""
+    """For a model with a frozen vision part or frozen encoders: the folder, local or s3://, of what these made of each
+    picture and text. What is there is not encoded again; vectors differ by rounding only. `auto`: the place of --data
+    with `.tokens` appended. None: encode all."""
     max_part_items: int = 1024
     """Items whose vectors an actor stores together; when a run is killed, each actor loses at most that many."""
 

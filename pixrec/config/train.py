@@ -189,8 +189,9 @@ class TrainConfig:
     compile: bool = False
     """torch.compile on the language model."""
     picture_tokens: str | None = "auto"
-    """With `model.freeze_vision`: the folder, local or s3://, that keeps what the vision part made of each picture, so
-    that each is encoded once. `auto`: the place of --data with `.tokens` appended. None: encode at every step."""
+    """With `model.freeze_vision` or frozen encoders: the folder, local or s3://, that keeps what these made of each
+    picture and text, so that each is encoded once. `auto`: the place of --data with `.tokens` appended. None: encode
+    every time."""
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     """`ddp`: a whole copy of the weights on every worker; `fsdp2`: shards of weights, gradients and optimiser state."""
     num_workers: int = 2

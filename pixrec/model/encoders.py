@@ -16,9 +16,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -27,12 +29,14 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from pixrec.config import ModelConfig
+from pixrec.data.pictures import picture_hash
 from pixrec.errors import ConfigError
 from pixrec.model.backbone import Backbone
 from pixrec.model.encoding import Items
 from pixrec.model.families import Family
 from pixrec.model.seeding import seeded
-from pixrec.model.towers import DualTower
+from pixrec.model.towers import DualTower, length_groups
+from pixrec.model.vision import PictureTokens
 
 EFFICIENTNET_LITE = "efficientnet-lite"
 WHITENING = 0.25
@@ -42,7 +46,11 @@ RIDGE = 1e-3
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite as the package efficientnet-lite-pytorch builds it: pixels (P, 3, S, S) to (P, 1280)."""
+    """EfficientNet-Lite as the package efficientnet-lite-pytorch builds it: pixels (P, 3, S, S) to (P, X).
+
+    A picture's vector is the mean of its last block's features beside that of its head's, of equal length: the head's
+    alone are made for the classes of ImageNet (benchmarks/LOG.md).
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -53,7 +61,12 @@ class EfficientNetLite(nn.Module):
         self.network = EfficientNet.from_name(name)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.network.extract_features(pixels).mean((2, 3))
+        network = self.network
+        states = network._swish(network._bn0(network._conv_stem(pixels)))
+        for block in network._blocks:
+            states = block(states)
+        head = network._swish(network._bn1(network._conv_head(states)))
+        return torch.cat([F.normalize(features.mean((2, 3)), dim=-1) for features in (states, head)], dim=-1)
 
 
 class EncoderFamily(Family):
@@ -78,6 +91,10 @@ class EncoderFamily(Family):
     @property
     def picture_width(self) -> int:
         return int(self._width)
+
+    @property
+    def vision_settings(self) -> tuple[object, ...]:
+        return (self._width,)
 
     def vision_parameters(self, model: Any) -> list[Any]:
         """All weights of the image encoder, running statistics too."""
@@ -148,6 +165,19 @@ class DualEncoder(Backbone):
             return self.text.get_text_features(input_ids=token_ids).pooler_output
         return self.text.get_text_features(input_ids=token_ids, attention_mask=is_token.long()).pooler_output
 
+    def texts_of(self, texts: Sequence[Tensor]) -> Tensor:
+        """As `texts`, of token ids (T,) each; those of like length together, so that little is padding."""
+        if not texts:
+            return self.pixel_mean.new_zeros(0, self.text_width)
+        vectors: list[Tensor] = [texts[0]] * len(texts)
+        for rows in length_groups(np.array([len(text) for text in texts])):
+            padded = nn.utils.rnn.pad_sequence([texts[row] for row in rows], True, self.pad_id)
+            lengths = torch.tensor([len(texts[row]) for row in rows], device=padded.device)
+            made = self.texts(padded, torch.arange(padded.shape[1], device=padded.device) < lengths.unsqueeze(1))
+            for row, vector in zip(rows, made, strict=True):
+                vectors[row] = vector
+        return torch.stack(vectors)
+
 
 class Standardised(nn.Module):
     """The principal components of an encoder's vectors, centred, each scaled towards equal variance.
@@ -199,6 +229,8 @@ class EncoderTower(DualTower):
         self.standardised = nn.ModuleList(Standardised(width, config.content_width // 2) for width in self.widths)
         self.register_buffer("fitted", torch.tensor(False))
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)), requires_grad=False)
+        self.stored_texts: PictureTokens | None = None
+        """Where vectors of texts are looked up before they are made."""
 
     def item_vectors(self, items: Items, pictures: Tensor | None = None) -> Tensor:
         """Vectors (U, 2·R): the components of the text, then those of the picture, zeros for what an item has not."""
@@ -222,10 +254,9 @@ class EncoderTower(DualTower):
         found = [torch.zeros(len(items), width, device=device) for width in self.widths]
         with_text = items.is_text.any(1)
         if self.widths[0] and with_text.any():
-            is_text = items.is_text[with_text]
-            longest = int(is_text.sum(1).max())
-            vectors = self.backbone.texts(items.token_ids[with_text, :longest], is_text[:, :longest])
-            found[0][with_text] = F.normalize(vectors.float(), dim=-1)
+            lengths = items.is_text[with_text].sum(1).tolist()
+            texts = [ids[:length] for ids, length in zip(items.token_ids[with_text], lengths, strict=True)]
+            found[0][with_text] = F.normalize(self._texts(texts), dim=-1)
         slot = items.picture_slot.max(1).values
         if self.widths[1] and (slot >= 0).any():
             made = self.backbone.picture_tokens(items.pixels, items.grid) if len(items.pixels) else None
@@ -233,6 +264,24 @@ class EncoderTower(DualTower):
             pictures = torch.cat(parts)[:, 0]
             found[1][slot >= 0] = F.normalize(pictures[slot[slot >= 0]], dim=-1)
         return torch.cat(found, dim=1)
+
+    def _texts(self, texts: Sequence[Tensor]) -> Tensor:
+        """Vectors (U, W) of texts by their tokens (T,): as they are stored, or made."""
+        stored: Sequence[np.ndarray | None] = [None] * len(texts)
+        if self.stored_texts is not None:
+            stored = self.stored_texts.of_hashes([text_key(text.cpu().numpy()) for text in texts])
+        vectors = torch.empty(len(texts), self.widths[0], device=self.fitted.device)
+        new = [row for row, vector in enumerate(stored) if vector is None]
+        vectors[new] = self.backbone.texts_of([texts[row] for row in new]).float()
+        for row, vector in enumerate(stored):
+            if vector is not None:
+                vectors[row] = torch.from_numpy(vector[0].astype(np.float32))
+        return vectors
+
+
+def text_key(token_ids: np.ndarray) -> bytes:
+    """What the vector of a text of these tokens (T,) is stored under."""
+    return picture_hash(token_ids.astype(np.int64).tobytes())
 
 
 def load_encoders(

@@ -183,8 +183,13 @@ def write_part(folder: str, rows: pa.Table) -> None:
 
 
 def token_schema(backbone: Backbone) -> pa.Schema:
+    """The columns of this vision part's store."""
+    return store_schema(_shape(backbone))
+
+
+def store_schema(shape: tuple[int, int]) -> pa.Schema:
     """The columns of a store: `picture` (hash), `tokens` (K·X float16)."""
-    tokens, width = _shape(backbone)
+    tokens, width = shape
     kind = pa.large_list(pa.float16()) if tokens < 0 else pa.list_(pa.float16(), tokens * width)
     return pa.schema([(HASH, pa.binary(HASH_BYTES)), (TOKENS, kind)])
 
@@ -236,7 +241,10 @@ def covered(folder: str) -> list[str]:
 
 def fitting_store(place: str, backbone: Backbone) -> str | None:
     """The folder of the tokens that exactly this vision part made; None where no complete one lies at `place`."""
-    folder = store_folder(place, vision_fingerprint(backbone))
+    return _whole(store_folder(place, vision_fingerprint(backbone)))
+
+
+def _whole(folder: str) -> str | None:
     return folder if storage.exists(storage.join(folder, _MARKER)) else None
 
 
@@ -247,16 +255,16 @@ def open_store(place: str, backbone: Backbone) -> PictureTokens | None:
 
 def open_stores(places: Sequence[str], backbone: Backbone) -> PictureTokens | None:
     """As `open_store`, several stores as one; None where one of them is lacking."""
-    shape = _shape(backbone)
-    folders = []
-    for place in places:
-        folder = fitting_store(place, backbone)
-        if folder is None:
-            return None
-        folders.append(folder)
+    return open_folders([store_folder(place, vision_fingerprint(backbone)) for place in places], _shape(backbone))
+
+
+def open_folders(folders: Sequence[str], shape: tuple[int, int]) -> PictureTokens | None:
+    """The stores in these folders as one; None where one of them is not whole. `shape` as `PictureTokens` takes it."""
+    if not all(map(_whole, folders)):
+        return None
     tokens = PictureTokens(folders, shape)
     for folder, (_, rows) in zip(folders, tokens._stores, strict=True):
-        if rows.schema != token_schema(backbone):
+        if rows.schema != store_schema(shape):
             raise ArtifactError(f"{folder} is damaged: its tokens are not {shape[0]} of {shape[1]} numbers; {_CURE}")
     return tokens
 

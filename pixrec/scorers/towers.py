@@ -21,6 +21,8 @@ from pixrec.data.sequences import Users
 from pixrec.errors import ArtifactError, InputError
 from pixrec.index import ROW_MULTIPLE, in_order, shared_tensor
 from pixrec.model.catalog import Catalog, Embedder
+from pixrec.model.encoders import EncoderTower
+from pixrec.model.texts import find_texts
 from pixrec.model.vision import find_tokens
 from pixrec.scorers.protocol import Scorer
 from pixrec.scorers.replaced import REPLACED, Replaced, ReplacedItems
@@ -48,6 +50,8 @@ class Recipe:
         if self.replaced is not None:
             items = ReplacedItems(items, self.replaced, model.encoder.image_size_px)
         tokens = None if data is None else find_tokens(data, model.config, model.tower.backbone)
+        if data is not None and isinstance(model.tower, EncoderTower):
+            model.tower.stored_texts = find_texts(data, model.config, model.tower.backbone)
         return embedder, Catalog(items, model.encoder, tokens=tokens)
 
 

@@ -22,6 +22,7 @@ from pixrec.data.joined import TrainingData, join_datasets
 from pixrec.data.sequences import Dataset, HeldOut, load_dataset, sample_users
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoders import EncoderTower
+from pixrec.model.texts import find_texts
 from pixrec.model.vision import find_tokens
 from pixrec.training.checkpoint import holds_shards, restore
 from pixrec.training.compact import CompactTrainer
@@ -67,6 +68,8 @@ def begin(
         source = checkpoint
     model = untrained_model(config, vocabulary, device) if source is None else load_model(source, device)
     catalog = Catalog(joined.items, model.encoder, tokens=find_tokens(data, config, model.tower.backbone))
+    if isinstance(model.tower, EncoderTower):
+        model.tower.stored_texts = find_texts(data, config, model.tower.backbone)
     trainer: Trainer[Any]
     if phase == "interleaved":
         trainer = interleaved_trainer(model, catalog, joined, config)

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from fakes import tiny_config, tiny_dataset, tiny_items, write_prepared, write_tokens
+from fakes import small_encoders, tiny_config, tiny_dataset, tiny_items, write_prepared, write_tokens
 
 from pixrec import storage
 from pixrec.artifact import untrained_model
 from pixrec.cluster import vision
-from pixrec.cluster.vision import PictureEncoder, vision_once
+from pixrec.cluster.vision import PictureEncoder, TextEncoder, frozen_once
 from pixrec.config import dump_config
 from pixrec.data.items import load_items
+from pixrec.model.texts import text_schema
 from pixrec.model.vision import find_tokens, fitting_store, index_parts, stored_pictures, token_schema
 from pixrec.schema import IMAGE
 
@@ -37,6 +38,20 @@ def test_an_actor_passes_over_what_is_stored(tmp_path: Path):
     assert again(pa.table({IMAGE: [*pictures, more]})).column("pictures").to_pylist() == [1]
 
 
+def test_an_actor_passes_over_texts_that_are_stored(tmp_path: Path):
+    data, folder = str(tmp_path / "data"), str(tmp_path / "store")
+    write_prepared(data, tiny_dataset())
+    config = tiny_config(model=small_encoders(tmp_path / "encoders"), embed={"batch_size": 4, "threads_per_actor": 1})
+    files = pa.table({"file": [str(file) for file in storage.table_files(storage.join(data, "items"))]})
+    items = load_items(data)
+    texts = {items.text(row) for row in range(len(items))}
+    encoder = TextEncoder(dump_config(config), [data], folder)
+    assert encoder(files).column("texts").to_pylist() == [len(texts)]
+    assert index_parts(folder, text_schema(encoder._model.tower.backbone)) == len(texts)
+    again = TextEncoder(dump_config(config), [data], folder)
+    assert again(files).column("texts").to_pylist() == [0]
+
+
 def test_a_store_grows(ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The pictures of a second data set that shares the place are added to what is there."""
     first, second, place = (str(tmp_path / name) for name in ("first", "second", "tokens"))
@@ -49,16 +64,16 @@ def test_a_store_grows(ray_session: None, tmp_path: Path, monkeypatch: pytest.Mo
     folder, backbone = write_tokens(place, model, load_items(first)), model.tower.backbone
     files = storage.list_files(folder, ".lance")
     storage.remove(storage.join(folder, "tokens.json"))  # as a killed run leaves it
-    vision_once(second, config, [first])
+    frozen_once(second, config, [first])
     assert fitting_store(place, backbone) == folder
     assert set(files) <= set(storage.list_files(folder))
     assert len(stored_pictures(folder)) == 12 + 4  # a picture of the second set is one of the first's
     files = storage.list_files(folder, ".lance")
-    vision_once(first, config, [first])
+    frozen_once(first, config, [first])
     assert storage.list_files(folder, ".lance") == files, "what is there is not computed again"
     monkeypatch.setattr(vision, "PictureEncoder", None)
     for data in (first, second):
         tokens = find_tokens(data, config, backbone)
         assert tokens is not None
         assert tokens.hold(load_items(data))
-        vision_once(data, config, [first])  # nothing left to do, and nothing is read to see it
+        frozen_once(data, config, [first])  # nothing left to do, and nothing is read to see it

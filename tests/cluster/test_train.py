@@ -205,7 +205,7 @@ def test_stages_follow_each_other_and_resume_in_the_right_one(
         places = ("--data", target.uri, "--out", str(out), "--config", str(tmp_path / "config.yaml"))
         return in_words(cli.main(["train", *places, *more]), capfd)
 
-    monkeypatch.setattr(module, "vision_once", store)
+    monkeypatch.setattr(module, "frozen_once", store)
     assert run()[-1] == "pixrec train: the machine is wanted elsewhere"
     info = json.loads(run("--resume")[0])
     assert (notes / "steps-0").read_text().split() == ["0", "1", "0", "1", "2", "3"], "the joint stage is not repeated"

@@ -6,17 +6,26 @@ import json
 import numpy as np
 import pytest
 import torch
-from fakes import square, tiny_config, tiny_dataset, tiny_items, write_index, write_prepared, write_tokens
+from fakes import (
+    ENCODER_STATISTICS,
+    ENCODER_TEXT,
+    ENCODER_VISION,
+    save_encoder,
+    small_encoders,
+    square,
+    tiny_config,
+    tiny_dataset,
+    tiny_items,
+    write_index,
+    write_prepared,
+    write_tokens,
+)
 from transformers import (
     AutoModel,
-    BertConfig,
-    BertModel,
     CLIPConfig,
     CLIPModel,
     SiglipConfig,
     SiglipModel,
-    ViTConfig,
-    ViTModel,
 )
 
 from pixrec.artifact import load_model, save_model, untrained_model
@@ -31,22 +40,11 @@ from pixrec.recommender import load_recommender
 from pixrec.training.phases import begin
 from pixrec.training.stages import check_ready, plan
 
-TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-VISION = {**TEXT, "image_size": 32, "patch_size": 16}
-STATISTICS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25]}
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
     items = tiny_items()
     return train_tokenizer([items.text(row) for row in range(len(items))], 300)
-
-
-def saved(folder, model, tokenizer):
-    model.eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(STATISTICS))
-    return str(folder)
 
 
 @pytest.fixture(scope="module", params=["bert and vit", "clip", "siglip"])
@@ -57,15 +55,16 @@ def pair(request, tokenizer, tmp_path_factory):
            "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
     torch.manual_seed(0)
     if request.param == "bert and vit":
-        text = BertModel(BertConfig(**TEXT, vocab_size=size, max_position_embeddings=64, pad_token_id=0))
-        image = ViTModel(ViTConfig(**VISION), add_pooling_layer=False)
-        return saved(folder / "text", text, tokenizer), saved(folder / "image", image, tokenizer)
-    text_config = {**TEXT, "vocab_size": size, "max_position_embeddings": 40, **ids}
+        settings = small_encoders(folder)
+        return settings["text_encoder"], settings["image_encoder"]
+    text_config = {**ENCODER_TEXT, "vocab_size": size, "max_position_embeddings": 40, **ids}
     if request.param == "clip":
-        model = CLIPModel(CLIPConfig(text_config=text_config, vision_config=VISION, projection_dim=24))
+        model = CLIPModel(CLIPConfig(text_config=text_config, vision_config=ENCODER_VISION, projection_dim=24))
     else:
-        model = SiglipModel(SiglipConfig(text_config={**text_config, "projection_size": 32}, vision_config=VISION))
-    return (saved(folder / "both", model, tokenizer),) * 2
+        model = SiglipModel(
+            SiglipConfig(text_config={**text_config, "projection_size": 32}, vision_config=ENCODER_VISION)
+        )
+    return (save_encoder(folder / "both", model, tokenizer),) * 2
 
 
 def config_of(pair, components=4, **train):
@@ -79,7 +78,7 @@ def test_vectors_are_the_librarys_own(pair):
     item = Content("Square Tile", decode_image(square(0.3), 32))
     found = torch.from_numpy(model.embedder().contents([item])[0])
     pixels = torch.from_numpy(item.pixels).permute(2, 0, 1)[None].float() / 255
-    mean, std = (torch.tensor(STATISTICS[name]).view(1, 3, 1, 1) for name in ("image_mean", "image_std"))
+    mean, std = (torch.tensor(ENCODER_STATISTICS[name]).view(1, 3, 1, 1) for name in ("image_mean", "image_std"))
     inputs = {"pixel_values": (pixels - mean) / std}
     text, image = (AutoModel.from_pretrained(name).eval() for name in pair)
     tokenizer = model.encoder.tokenizer
