@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pixrec import storage
-from pixrec.artifact import Index, Model, index_manifest, load_index, load_model
+from pixrec.artifact import Index, Model, index_manifest, load_content, load_index, load_model
 from pixrec.config import Config
 from pixrec.data.arrays import open_arrays
 from pixrec.data.items import DATASET_MARKER, ItemTable, open_items, read_info
@@ -62,7 +62,9 @@ class Recommender:
         items: ItemTable,
         training_counts: np.ndarray,
         tokens: PictureTokens | None = None,
+        content: np.ndarray | None = None,
     ) -> None:
+        """content: (N, C) what `search` compares, where that is not the item vectors."""
         self.config: Config = model.config
         self.model_version = model.fingerprint
         self.index_version = index.version
@@ -79,6 +81,7 @@ class Recommender:
         new = np.flatnonzero(~self._indexed)  # items that came after the index: in histories, not among the answers
         if len(new):
             self._vectors[new] = self._embedder.items(self._catalog, new)
+        self._content = content
         self._mixture: Mixture | None = None
         self._temperature = model.temperature
         self._new_vectors: OrderedDict[bytes, np.ndarray] = OrderedDict()
@@ -128,11 +131,14 @@ class Recommender:
         return self._near(self._vectors[self.items.row_of[item_id]], Query([], k, [item_id], filters=filters or {}))
 
     def search(self, text: str = "", image: bytes | None = None, k: int = 10, filters: Filters | None = None) -> Answer:
-        """Items nearest to a text, a picture or both, encoded as an item. Raises InputError when both are empty."""
+        """Items nearest to a text, a picture or both, encoded as an item; where the model has frozen encoders, by the
+        mean of what these make of text and picture. Raises InputError when both are empty."""
         if not text.strip() and image is None:
             raise InputError("search needs a text or a picture")
-        pixels = None if image is None else self._embedder.encoder.decode(image)
-        return self._near(self._embedder.contents([Content(text, pixels)])[0], Query([], k, filters=filters or {}))
+        content = Content(text, None if image is None else self._embedder.encoder.decode(image))
+        query = None if self._content is None else self._embedder.query(content)
+        vector = self._embedder.contents([content])[0] if query is None else query
+        return self._near(vector, Query([], k, filters=filters or {}), None if query is None else self._content)
 
     def encode_new(self, new_items: Mapping[str, NewItem]) -> dict[str, np.ndarray]:
         """Vectors (D,) of items that the data set lacks; kept, so that each is encoded once.
@@ -187,24 +193,27 @@ class Recommender:
         newest = [asked.query.history[place] for place in asked.known[-self._embedder.max_history_items :]]
         return np.stack([self._vectors[asked.rows[i]] if i in asked.rows else asked.new_vectors[i] for i in newest])
 
-    def _near(self, vector: np.ndarray, query: Query) -> Answer:
-        """The items nearest to one vector (D,)."""
-        return self._answer(self._nearest(vector[None], [self._read(query)], query.filters)[0], COSINE)
+    def _near(self, vector: np.ndarray, query: Query, among: np.ndarray | None = None) -> Answer:
+        """The items whose vectors (N, D), or those `among`, are nearest to one vector (D,)."""
+        return self._answer(self._nearest(vector[None], [self._read(query)], query.filters, among)[0], COSINE)
 
     def _answer(self, items: list[tuple[str, float]], kind: ScoreKind, unknown: Sequence[str] = ()) -> Answer:
         return Answer(
             items, kind, self.model_version, self.index_version, list(unknown), fallback=kind == PURCHASE_SHARE
         )
 
-    def _nearest(self, vectors: np.ndarray, asked: Sequence[_Asked], filters: Filters) -> list[list[tuple[str, float]]]:
-        """For each vector (B, D) its query's k best of the items that pass the filters, by cosine."""
+    def _nearest(
+        self, vectors: np.ndarray, asked: Sequence[_Asked], filters: Filters, among: np.ndarray | None = None
+    ) -> list[list[tuple[str, float]]]:
+        """For each vector (B, D) its query's k best of the items that pass the filters, by cosine; `among`: vectors
+        (N, D) to look among in place of the items' own."""
         rows = np.flatnonzero(self._allowed(filters))
         barred = [one.excluded for one in asked]
         if not len(rows):
             return [[] for _ in asked]
         chosen = None if len(rows) == len(self._vectors) else rows
         most = max(one.query.k + len(out) for one, out in zip(asked, barred, strict=True))
-        scores, found = top_k(vectors, self._vectors, min(len(rows), most), chosen)
+        scores, found = top_k(vectors, self._vectors if among is None else among, min(len(rows), most), chosen)
         ranked = []
         for one, out, row_scores, row_found in zip(asked, barred, scores.tolist(), found.tolist(), strict=True):
             pairs = [(self.items.item_ids[r], s) for r, s in zip(row_found, row_scores, strict=True) if r not in out]
@@ -260,8 +269,9 @@ def load_recommender(model: str, index: str, data: str | None = None, blend: boo
     arrays = open_arrays(uri, str(read_info(uri).get("fingerprint", "")))
     items = open_items(uri, arrays)
     found = load_index(index, loaded.fingerprint, items)
+    content = load_content(index, found.manifest, items)
     tokens = find_tokens(uri, loaded.config, loaded.tower.backbone)
-    recommender = Recommender(loaded, found, items, arrays["training_count"], tokens)
+    recommender = Recommender(loaded, found, items, arrays["training_count"], tokens, content)
     if loaded.config.serve.blend if blend is None else blend:
         recommender.blend_with(load_dataset(uri))
     return recommender

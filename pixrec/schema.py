@@ -18,6 +18,7 @@ USER_ID, TIMESTAMP, RATING, EVENT = "user_id", "timestamp", "rating", "event"
 ITEM_IDS, TIMESTAMPS, EVENTS = "item_ids", "timestamps", "events"
 SOURCE, KEY, REASON = "source", "key", "reason"
 EMBEDDING, SCALE, CONTENT_HASH, HAS_IMAGE = "embedding", "scale", "content_hash", "has_image"
+CONTENT = "content"
 
 # The fields that make up an item's text, in the order in which they are read out.
 TEXT_FIELDS = (TITLE, BRAND, CATEGORY, PRICE, DESCRIPTION)
@@ -46,14 +47,16 @@ PREPARED_ITEM_FIELDS = [
 ]
 
 
-def index_schema(width: int, dtype: str) -> pa.Schema:
+def index_schema(width: int, dtype: str, content_width: int = 0) -> pa.Schema:
     """Schema of an index part: `embedding` is a fixed-size list of `width` values of `dtype`.
 
     dtype float32 or float16 is the vector itself; int8 comes with a float32 column `scale`, and the vector is their
-    product. `has_image`: whether the vector was made from a picture; False is from text alone, null is unknown.
+    product. `has_image`: whether the vector was made from a picture; False is from text alone, null is unknown. With a
+    `content_width`, `content` are so many values of float16 that search compares: what frozen encoders say of the item.
     """
     value = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}[dtype]
     scale = [(SCALE, pa.float32())] if dtype == "int8" else []
+    content = [(CONTENT, pa.list_(pa.float16(), content_width))] if content_width else []
     return pa.schema(
         [
             (ITEM_ID, pa.string()),
@@ -61,5 +64,6 @@ def index_schema(width: int, dtype: str) -> pa.Schema:
             *scale,
             (CONTENT_HASH, pa.string()),
             (HAS_IMAGE, pa.bool_()),
+            *content,
         ]
     )

@@ -276,14 +276,16 @@ class Seen:
 def write_index(folder: str | Path, model: Model, dataset: Dataset, *, dtype: str = "float32") -> np.ndarray:
     """Publish the vectors (N, D) of all items of `dataset`, as `pixrec embed` does; returns them."""
     uri, items = str(folder), dataset.items
-    vectors = model.embedder().items(Catalog(items, model.encoder), np.arange(len(items)))
+    vectors, content = model.embedder().items_and_search(Catalog(items, model.encoder), np.arange(len(items)))
     facts = {
         "data": storage.absolute(dataset.uri),
         "data_from_index": os.path.relpath(dataset.uri, uri),
         "data_fingerprint": dataset.info["fingerprint"],
     }
-    with index_version(uri, model.fingerprint, vectors.shape[1], dtype, facts) as writer:
-        writer.add(items.item_ids, vectors, [items.content_hash(row) for row in range(len(items))])
+    width = 0 if content is None else content.shape[1]
+    with index_version(uri, model.fingerprint, vectors.shape[1], dtype, facts, width) as writer:
+        hashes = [items.content_hash(row) for row in range(len(items))]
+        writer.add(items.item_ids, vectors, hashes, content=content)
     return vectors
 
 

@@ -91,10 +91,12 @@ def publish(model: Model, dataset: Dataset, out: Path) -> None:
     if isinstance(model.tower, EncoderTower):
         model.tower.stored_texts = find_texts(dataset.uri, model.config, model.tower.backbone)
     catalog = Catalog(dataset.items, model.encoder, tokens=tokens)
-    vectors = model.embedder().items(catalog, np.arange(len(dataset.items)), 64)
+    vectors, content = model.embedder().items_and_search(catalog, np.arange(len(dataset.items)), 64)
     facts = {"data": storage.absolute(dataset.uri), "data_fingerprint": dataset.info["fingerprint"]}
-    with index_version(str(out / "index"), model.fingerprint, vectors.shape[1], "float32", facts) as writer:
-        writer.add(dataset.items.item_ids, vectors, [dataset.items.content_hash(r) for r in range(len(dataset.items))])
+    width = 0 if content is None else content.shape[1]
+    with index_version(str(out / "index"), model.fingerprint, vectors.shape[1], "float32", facts, width) as writer:
+        hashes = [dataset.items.content_hash(row) for row in range(len(dataset.items))]
+        writer.add(dataset.items.item_ids, vectors, hashes, content=content)
 
 
 def _say(line: str) -> None:

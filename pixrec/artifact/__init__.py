@@ -6,6 +6,7 @@ from pixrec.artifact.index import (
     check_index_writable,
     index_manifest,
     index_version,
+    load_content,
     load_index,
 )
 from pixrec.artifact.model import (
@@ -44,6 +45,7 @@ __all__ = [
     "keep_newest",
     "knockout_uri",
     "list_versions",
+    "load_content",
     "load_heads",
     "load_index",
     "load_model",

@@ -172,7 +172,8 @@ class ItemEmbedder:
         item_ids, hashes = block.column(ITEM_ID).to_pylist(), block.column(CONTENT_HASH).to_pylist()
         stored = block.column(TOKENS_OF).is_valid().to_numpy()
         has_image = block.column(PIXELS).is_valid().to_numpy() | stored
-        part = self._unfinished.finish(name, to_table(item_ids, self.vectors(block), hashes, has_image, "float32"))
+        vectors, content = self.vectors(block)
+        part = self._unfinished.finish(name, to_table(item_ids, vectors, hashes, has_image, "float32", content))
         return {
             "part": part,
             "keys": b"".join(item_keys(item_ids, hashes).to_pylist()),
@@ -181,8 +182,9 @@ class ItemEmbedder:
             "rejected": sum(block.column(REJECTED_PICTURE).to_pylist()),
         }
 
-    def vectors(self, block: pa.Table) -> np.ndarray:
-        """Item vectors (U, D) of decoded items; items of like length share a forward pass, so little is padding."""
+    def vectors(self, block: pa.Table) -> tuple[np.ndarray, np.ndarray | None]:
+        """Item vectors (U, D) of decoded items, and what a search compares (U, C) where that is something else; items
+        of like length share a forward pass, so little is padding."""
         texts, item_ids = block.column(TEXT).to_pylist(), block.column(ITEM_ID).to_pylist()
         pictures = self._pictures(block)
         order = sorted(range(len(texts)), key=lambda row: (pictures[row] is not None, len(texts[row])))
@@ -190,8 +192,10 @@ class ItemEmbedder:
         for start in range(0, len(order), self._config.batch_size):
             rows = order[start : start + self._config.batch_size]
             batches.append(([Content(texts[row], pictures[row]) for row in rows], [item_ids[row] for row in rows]))
-        sorted_vectors = list(self._embedder.content_batches(batches))
-        return np.concatenate(sorted_vectors)[np.argsort(order)]
+        made, place = list(self._embedder.content_batches(batches)), np.argsort(order)
+        content = [searched for _, searched in made if searched is not None]
+        vectors = np.concatenate([of_batch for of_batch, _ in made])
+        return vectors[place], np.concatenate(content)[place] if content else None
 
     def _pictures(self, block: pa.Table) -> list[np.ndarray | None]:
         """Of each item what `Content` takes: pixels (height, width, 3), stored tokens (K, X), or nothing."""

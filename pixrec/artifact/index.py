@@ -18,11 +18,11 @@ import pyarrow.compute as pc
 
 import pixrec
 from pixrec import storage
-from pixrec.artifact.stored import to_table, to_vectors
+from pixrec.artifact.stored import to_content, to_table, to_vectors
 from pixrec.data.ids import Ids
 from pixrec.data.items import ItemTable
 from pixrec.errors import ArtifactError
-from pixrec.schema import EMBEDDING, HAS_IMAGE, ITEM_ID, SCALE, index_schema
+from pixrec.schema import CONTENT, EMBEDDING, HAS_IMAGE, ITEM_ID, SCALE, index_schema
 
 MANIFEST, CURRENT, VERSIONS = "manifest.json", "CURRENT", "versions"
 _FACTS = ("version", "model_fingerprint", "width", "dtype", "rows")  # what a manifest always says
@@ -48,8 +48,8 @@ class IndexWriter:
     Of what was written it keeps the item ids, 20 bytes an item or so.
     """
 
-    def __init__(self, folder: str, width: int, dtype: str, facts: dict[str, Any]) -> None:
-        self._folder, self._dtype, self._schema = folder, dtype, index_schema(width, dtype)
+    def __init__(self, folder: str, width: int, dtype: str, facts: dict[str, Any], content_width: int = 0) -> None:
+        self._folder, self._dtype, self._schema = folder, dtype, index_schema(width, dtype, content_width)
         self._pending: list[pa.Table] = []
         self._item_ids: list[pa.ChunkedArray] = []
         self._parts = 0
@@ -65,10 +65,14 @@ class IndexWriter:
         vectors: np.ndarray,
         content_hashes: Sequence[str],
         has_image: Sequence[bool] | None = None,
+        content: np.ndarray | None = None,
     ) -> None:
-        """Vectors (U, D) of U items. Raises ValueError on a value that is not finite."""
+        """Vectors (U, D) of U items, and their content vectors (U, C) where the version has any.
+
+        Raises ValueError on a value that is not finite.
+        """
         seen = [None] * len(item_ids) if has_image is None else has_image
-        self.add_stored(to_table(item_ids, vectors, content_hashes, seen, self._dtype))
+        self.add_stored(to_table(item_ids, vectors, content_hashes, seen, self._dtype, content))
 
     def add_stored(self, table: pa.Table) -> None:
         """Rows as an index of this type stores them; they are copied bit by bit."""
@@ -96,7 +100,7 @@ class IndexWriter:
 
 @contextlib.contextmanager
 def index_version(
-    uri: str, model_fingerprint: str, width: int, dtype: str, facts: dict[str, Any]
+    uri: str, model_fingerprint: str, width: int, dtype: str, facts: dict[str, Any], content_width: int = 0
 ) -> Iterator[IndexWriter]:
     """Write a new version of the index at `uri`; when the block ends well it is published and CURRENT.
 
@@ -105,7 +109,7 @@ def index_version(
     now = datetime.datetime.now(datetime.UTC)
     version = f"{now:%Y%m%dT%H%M%S%f}-{model_fingerprint[:8]}"
     with storage.staged_folder(storage.join(uri, VERSIONS, version), MANIFEST, "index version") as staging:
-        writer = IndexWriter(staging, width, dtype, dict(facts))
+        writer = IndexWriter(staging, width, dtype, dict(facts), content_width)
         yield writer
         writer.flush()
         writer.check_ids()
@@ -114,6 +118,7 @@ def index_version(
             "model_fingerprint": model_fingerprint,
             "width": width,
             "dtype": dtype,
+            **({"content_width": content_width} if content_width else {}),
             "rows": writer.rows,
             "with_image": writer.with_image,
             "time": now.isoformat(timespec="seconds"),
@@ -166,6 +171,35 @@ def load_index(uri: str, model_fingerprint: str | None = None, items: ItemTable 
         found += len(part)
     _check_rows(uri, manifest, found)
     return Index(version, Ids(pa.chunked_array(item_ids, pa.string())), vectors, manifest)
+
+
+def load_content(uri: str, manifest: dict[str, Any], items: ItemTable) -> np.ndarray | None:
+    """The content vectors (N, C) float16 of a version in the order of `items`, zeros for those that are not in it; None
+    where it has none. Those of a large index are mapped, as its vectors are."""
+    width = int(manifest.get("content_width", 0))
+    if not width:
+        return None
+    if 2 * len(items) * width < MAPPED_FROM:
+        content = np.zeros((len(items), width), np.float16)
+        _fill_content(content, uri, manifest, items)
+        return content
+    write = partial(_write_content, uri=uri, manifest=manifest, items=items)
+    return storage.node_file(uri, f"{manifest['version']} content {items.row_of.digest}", write, storage.map_array)
+
+
+def _write_content(path: str, uri: str, manifest: dict[str, Any], items: ItemTable) -> None:
+    shape = len(items), int(manifest["content_width"])
+    content = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+    _fill_content(content, uri, manifest, items)
+    content.flush()
+
+
+def _fill_content(content: np.ndarray, uri: str, manifest: dict[str, Any], items: ItemTable) -> None:
+    for file in storage.table_files(storage.join(uri, VERSIONS, str(manifest["version"]))):
+        table = storage.read_table(file, [ITEM_ID, CONTENT])
+        rows, part = items.rows_of(Ids(table.column(ITEM_ID))), to_content(table)
+        assert part is not None
+        content[rows[rows >= 0]] = part[rows >= 0]
 
 
 def _parts(uri: str, manifest: dict[str, Any]) -> Iterator[tuple[pa.ChunkedArray, np.ndarray]]:

@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 
 from pixrec import storage
 from pixrec.artifact.index import CURRENT, MANIFEST, VERSIONS, IndexWriter
-from pixrec.artifact.stored import KEY, NeighbourRecall, dtype_of, item_keys, to_table, to_vectors
+from pixrec.artifact.stored import KEY, NeighbourRecall, dtype_of, item_keys, to_content, to_table, to_vectors
 from pixrec.artifact.unfinished import read_part
-from pixrec.schema import CONTENT_HASH, HAS_IMAGE, ITEM_ID
+from pixrec.schema import CONTENT, CONTENT_HASH, HAS_IMAGE, ITEM_ID
 
 RECALL = "recall_of_float32"
 _QUERY_PARTS, _QUERIES_PER_PART = 16, 16
@@ -70,10 +70,11 @@ class Sources:
         return pa.chunked_array(self._keys, KEY).combine_chunks() if self._keys else pa.array([], KEY)
 
 
-def reusable(uri: str, model_fingerprint: str, dtype: str) -> tuple[list[str], dict[str, Any]]:
+def reusable(uri: str, model_fingerprint: str, dtype: str, content_width: int = 0) -> tuple[list[str], dict[str, Any]]:
     """Parts of the current version that a new one of this model and type can take rows from, and its manifest.
 
-    None when there is no version, when another model made it, or when its vectors have lost what `dtype` keeps.
+    None when there is no version, when another model made it, when its vectors have lost what `dtype` keeps, or when it
+    lacks content vectors that are wanted.
     """
     current = storage.join(uri, CURRENT)
     if not storage.exists(current):
@@ -84,7 +85,8 @@ def reusable(uri: str, model_fingerprint: str, dtype: str) -> tuple[list[str], d
     manifest = dict(storage.read_json(storage.join(folder, MANIFEST)))
     parts = storage.list_files(folder, ".parquet")
     same = manifest["model_fingerprint"] == model_fingerprint and manifest["dtype"] in (dtype, "float32")
-    if not (same and parts and HAS_IMAGE in storage.read_schema(parts[0]).names):
+    wanted = {HAS_IMAGE, CONTENT} if content_width else {HAS_IMAGE}
+    if not (same and parts and wanted <= set(storage.read_schema(parts[0]).names)):
         return [], manifest
     return parts, manifest
 
@@ -106,7 +108,7 @@ def write_chosen(writer: IndexWriter, chosen: Sequence[Chosen], dtype: str, befo
         columns = (table.column(name).to_pylist() for name in (ITEM_ID, CONTENT_HASH, HAS_IMAGE))
         item_ids, hashes, has_image = columns
         vectors = to_vectors(table)
-        stored = to_table(item_ids, vectors, hashes, has_image, dtype)
+        stored = to_table(item_ids, vectors, hashes, has_image, dtype, to_content(table))
         writer.add_stored(stored)
         if meter and part.file in at_hand:
             meter.add(vectors, to_vectors(stored))

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pixrec.index import top_k
-from pixrec.schema import CONTENT_HASH, EMBEDDING, HAS_IMAGE, ITEM_ID, SCALE, index_schema
+from pixrec.schema import CONTENT, CONTENT_HASH, EMBEDDING, HAS_IMAGE, ITEM_ID, SCALE, index_schema
 
 _INT8_MOST = 127.0
 
@@ -27,8 +27,12 @@ def to_table(
     content_hashes: Sequence[str],
     has_image: Sequence[bool | None] | np.ndarray,
     dtype: str,
+    content: np.ndarray | None = None,
 ) -> pa.Table:
-    """U rows of the index schema from vectors (U, D). Raises ValueError on a value that is not finite."""
+    """U rows of the index schema from vectors (U, D), and from content vectors (U, C) where there are any.
+
+    Raises ValueError on a value that is not finite.
+    """
     columns = {ITEM_ID: pa.array(item_ids, pa.string()), CONTENT_HASH: pa.array(content_hashes, pa.string())}
     columns[HAS_IMAGE] = pa.array(has_image, pa.bool_())
     if dtype == "int8":
@@ -36,11 +40,14 @@ def to_table(
         columns[SCALE] = pa.array(scale)
     else:
         stored = scale = vectors.astype(dtype)
-    if not (np.isfinite(stored).all() and np.isfinite(scale).all()):
+    seen = np.zeros((len(vectors), 0), np.float16) if content is None else content.astype(np.float16)
+    if not (np.isfinite(stored).all() and np.isfinite(scale).all() and np.isfinite(seen).all()):
         raise ValueError(f"the vector of an item near {item_ids[0]!r} is not finite")
     width = vectors.shape[1]
     columns[EMBEDDING] = pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), width)
-    schema = index_schema(width, dtype)
+    schema = index_schema(width, dtype, seen.shape[1])
+    if seen.shape[1]:
+        columns[CONTENT] = pa.FixedSizeListArray.from_arrays(pa.array(seen.reshape(-1)), seen.shape[1])
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
@@ -52,6 +59,15 @@ def to_vectors(table: pa.Table) -> np.ndarray:
     if SCALE in table.column_names:
         vectors *= table.column(SCALE).to_numpy()[:, None]
     return vectors
+
+
+def to_content(table: pa.Table) -> np.ndarray | None:
+    """The content vectors (U, C) float16 of rows of the index schema; None where it has none."""
+    if CONTENT not in table.column_names:
+        return None
+    column = table.column(CONTENT)
+    values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(-1, column.type.list_size)
 
 
 def dtype_of(schema: pa.Schema) -> str:

@@ -75,7 +75,8 @@ def _embed(model: ModelFacts, data: str, out: str, config: EmbedConfig, progress
     files = [storage.absolute(file) for file in storage.table_files(storage.join(data, ITEMS))]
     unfinished = Unfinished(storage.absolute(out), model.fingerprint)
     left_behind = unfinished.files()
-    reused_parts, before = reusable(out, model.fingerprint, config.dtype)
+    content_width = model.config.content_width if model.config.text_encoder else 0
+    reused_parts, before = reusable(out, model.fingerprint, config.dtype, content_width)
     resumed_parts = [file for file in left_behind if file.endswith(".parquet")]
     sources = Sources()
     for part in [*reused_parts, *resumed_parts]:
@@ -109,7 +110,7 @@ def _embed(model: ModelFacts, data: str, out: str, config: EmbedConfig, progress
         "pictures_rejected": rejected,
         "pictures_from_tokens": stored,
     }
-    with index_version(out, model.fingerprint, model.width, config.dtype, facts) as writer:
+    with index_version(out, model.fingerprint, model.width, config.dtype, facts, content_width) as writer:
         write_chosen(writer, chosen, config.dtype, before)
         writer.facts["text_alone"] = writer.rows - writer.with_image
     unfinished.clear(left_behind)

@@ -145,11 +145,20 @@ class Embedder:
         """Item vectors (U, D) of contents given directly; `item_ids` where they are items of the catalog."""
         return self._items(self.encoder.items(contents, self.modalities), item_ids)
 
-    def content_batches(self, batches: Sequence[tuple[list[Content], list[str]]]) -> Iterator[np.ndarray]:
-        """`contents` of each batch, (contents, item_ids), in turn."""
+    def content_batches(
+        self, batches: Sequence[tuple[list[Content], list[str]]]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """`contents` of each batch, (contents, item_ids), in turn, and what a search compares (U, C) where that is
+        something else."""
         encoded = ahead(lambda batch: self.encoder.items(batch[0], self.modalities), batches)
         for (_, item_ids), items in zip(batches, encoded, strict=True):
-            yield self._items(items, item_ids)
+            yield self._both(items, item_ids)
+
+    def query(self, content: Content) -> np.ndarray | None:
+        """What a search for this content compares with items' search vectors, (C,): the products are the mean cosine
+        over the parts that it has. None where item vectors are compared."""
+        _, found = self._both(self.encoder.items([content], self.modalities), None)
+        return None if found is None else found[0] / max(1.0, float(np.square(found[0]).sum()))
 
     def items(
         self,
@@ -159,12 +168,25 @@ class Embedder:
         progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
         """Item vectors (U, D) of the items at `rows`."""
-        parts, batches = [], list(_batches(rows, batch_size))
+        return self.items_and_search(catalog, rows, batch_size, progress)[0]
+
+    def items_and_search(
+        self,
+        catalog: Catalog,
+        rows: np.ndarray,
+        batch_size: int = 256,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """As `items`, and what a search compares (U, C) where that is something else."""
+        parts, searched, batches = [], [], list(_batches(rows, batch_size))
         for batch, items in zip(batches, ahead(lambda b: catalog.items(b, self.modalities), batches), strict=True):
-            parts.append(self._items(items, [catalog.table.item_ids[row] for row in batch]))
+            vectors, content = self._both(items, [catalog.table.item_ids[row] for row in batch])
+            parts.append(vectors)
+            if content is not None:
+                searched.append(content)
             if progress:
                 progress(sum(map(len, parts)), len(rows))
-        return np.concatenate(parts)
+        return np.concatenate(parts), np.concatenate(searched) if searched else None
 
     def users(
         self,
@@ -216,20 +238,26 @@ class Embedder:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def _whole(self, vectors: torch.Tensor) -> torch.Tensor:
-        """In float32, and of length 1 in that too."""
-        return F.normalize(vectors.float(), dim=-1) if self.precision == "bf16" else vectors.float()
+        """In float32, and where they are unit vectors of length 1 in that too."""
+        normalise = self.precision == "bf16" and self.tower.unit
+        return F.normalize(vectors.float(), dim=-1) if normalise else vectors.float()
 
     def _items(self, items: Items, item_ids: Sequence[str] | None) -> np.ndarray:
+        return self._both(items, item_ids)[0]
+
+    def _both(self, items: Items, item_ids: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Item vectors (U, D) and search vectors (U, C)."""
         with torch.no_grad():
             with self._autocast():
                 vectors = self.tower.item_vectors(items.to(self.device))
             vectors = self._whole(vectors)
+            searched = self.tower.search_vectors(vectors)
             if self.compact is not None:
                 known = np.full(len(vectors), -1)
                 if item_ids:
                     known = self._id_row.rows_of(pa.array(item_ids, pa.large_string())).astype(np.int64)
                 vectors = self.compact.item_vectors(vectors, torch.from_numpy(known).to(self.device))
-            return vectors.float().cpu().numpy()
+            return vectors.float().cpu().numpy(), None if searched is None else searched.float().cpu().numpy()
 
 
 def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:

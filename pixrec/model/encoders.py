@@ -220,6 +220,7 @@ class EncoderTower(DualTower):
     """
 
     backbone: DualEncoder
+    unit = False
     fitted: Tensor
 
     def __init__(self, backbone: DualEncoder, config: ModelConfig, temperature: float) -> None:
@@ -236,6 +237,11 @@ class EncoderTower(DualTower):
         """Vectors (U, 2·R): the components of the text, then those of the picture, zeros for what an item has not."""
         raw = self._encoded(items)
         return self._standardise(raw) if self.fitted else raw
+
+    def search_vectors(self, content: Tensor) -> Tensor:
+        """Both parts of an item's vector (U, 2·R) as unit vectors, which no purchase has shaped: their product with a
+        query's is the sum of the cosines of text and picture."""
+        return torch.cat([F.normalize(part, dim=-1) for part in content.chunk(2, dim=1)], dim=1)
 
     def fit(self, raw: Tensor) -> Tensor:
         """Take the statistics of items' vectors (N, W + X), made before; returns what they become, (N, 2·R)."""

@@ -82,6 +82,9 @@ class InterleavedUserTower(nn.Module):
 class DualTower(nn.Module):
     """Backbone, heads and user tower of one model."""
 
+    unit = True
+    """Whether item vectors have length 1."""
+
     def __init__(self, backbone: Backbone, config: ModelConfig, temperature: float) -> None:
         super().__init__()
         self.backbone = backbone
@@ -114,6 +117,10 @@ class DualTower(nn.Module):
         hidden = self.states(items, pictures)
         pooled = _mean(hidden, items.is_token) if self.pooling == "mean" else _last(hidden, items.is_token)
         return F.normalize(self.item_proj(pooled), dim=-1)
+
+    def search_vectors(self, content: Tensor) -> Tensor | None:
+        """What a search by text or picture compares in place of item vectors, (U, C), where it has anything better."""
+        return None
 
     def history_states(self, histories: Histories, pictures: Tensor) -> Tensor:
         """Last hidden states (B, T, W) of whole histories."""

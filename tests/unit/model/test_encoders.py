@@ -148,6 +148,27 @@ def test_trained_saved_embedded_and_searched_by_text_and_by_picture(pair, tmp_pa
     assert len(recommender.recommend(["i00", "i01"], k=3)) == 3
 
 
+def test_a_search_asks_the_encoders_and_not_what_purchases_made_of_them(pair, tmp_path):
+    """An item is found first by its own text and picture, by either alone, and after a training that shook all else."""
+    dataset = write_prepared(tmp_path / "data", tiny_dataset(tiny_items(with_pictures=range(8))))
+    begun = begin("compact", [dataset.uri], config_of(pair), "cpu")
+    with torch.no_grad():
+        begun.model.tower.compact.content.weight.zero_()
+    save_model(str(tmp_path / "model"), begun.model, {})
+    model = load_model(str(tmp_path / "model"))
+    write_index(tmp_path / "index", model, dataset)
+    recommender = load_recommender(str(tmp_path / "model"), str(tmp_path / "index"))
+    items = dataset.items
+    row = int(np.flatnonzero(items.with_image)[-1])
+    found = recommender.search(items.text(row), items.image(row), k=12).items
+    assert found[0] == (items.item_ids[row], pytest.approx(1.0, abs=2e-3))
+    score = dict(recommender.search(image=items.image(row), k=12).items)
+    assert score[items.item_ids[row]] == pytest.approx(1.0, abs=2e-3)
+    without = int(np.flatnonzero(~items.with_image)[0])
+    assert score[items.item_ids[without]] == 0.0, "an item without a picture says nothing of a picture"
+    assert recommender.search(items.text(without), k=1).items[0][1] == pytest.approx(1.0, abs=2e-3)
+
+
 def test_stored_pictures_are_read_in_place_of_pixels(pair, tmp_path, monkeypatch):
     config = config_of(pair)
     dataset = write_prepared(tmp_path / "data")
