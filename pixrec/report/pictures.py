@@ -58,7 +58,8 @@ def choose_examples(scorer: Scorer, held_out: HeldOut, config: EvaluateConfig, k
 
 
 def choose_grids(scorer: Scorer, evaluation: Evaluation, k: int = 5) -> list[Grid]:
-    """Best and worst cases of `scorer`, cold targets, and hits of it that text alone misses, where there are any.
+    """Best and worst cases of `scorer`, cold targets found and missed, and hits of it that text alone misses, where
+    there are any.
 
     At most `config.report_cases` users a grid, the first `k` recommended to each. Of equal cases, those drawn by
     `config.seed`.
@@ -72,6 +73,8 @@ def choose_grids(scorer: Scorer, evaluation: Evaluation, k: int = 5) -> list[Gri
         ("Worst cases", "The next item was ranked far down.", np.ones(len(ranks), bool), -ranks, None),
         ("Cold items", "The next item is in no training history: only its content can place it. Best ranks first.",
          cold, ranks, None),
+        ("Cold items that were missed", f"As above, but not in the top {HIT_RANK}. Worst ranks first.",
+         cold & (ranks > HIT_RANK), -ranks, None),
     ]  # fmt: skip
     if TEXT_ONLY in evaluation.outcomes and scorer.name != TEXT_ONLY:
         text = evaluation.outcomes[TEXT_ONLY].ranks[config.seen]

@@ -29,6 +29,12 @@ def test_grids_show_the_best_the_worst_and_the_cold(rising, evaluation):
     assert choose_grids(rising, evaluation(MANY, report_cases=0)) == []
 
 
+def test_cold_items_that_were_missed_are_shown_worst_first(monkeypatch, rising, evaluation):
+    monkeypatch.setattr("pixrec.report.pictures.HIT_RANK", 1)
+    missed = {grid.title: grid for grid in choose_grids(rising, evaluation(MANY))}["Cold items that were missed"]
+    assert [(e.target, e.rank) for e in missed.examples] == [(2, 2), (2, 2)]
+
+
 def test_what_text_alone_gets_wrong_is_shown_with_both_ranks(monkeypatch, rising, evaluation):
     monkeypatch.setattr("pixrec.report.pictures.HIT_RANK", 1)
     scorers = [rising, FixedScorer("pixrec_text_only", [3.0, 2.0, 1.0, 0.0])]
