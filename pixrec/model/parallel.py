@@ -14,12 +14,14 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from pixrec.model.losses import gather_with_gradient
+from pixrec.model.masters import MASTER
 from pixrec.model.objective import TrainingTask
 from pixrec.model.rowwise import ROW_SUM
 
 _STEP = "step"
 _STATE = (_STEP, "exp_avg", "exp_avg_sq", ROW_SUM)
 """What the optimiser keeps of a parameter: AdamW the first three."""
+_STORED = (*_STATE, MASTER)
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -134,7 +136,7 @@ def restore_optimizer(
 
 def empty_state(named: dict[str, nn.Parameter], keys: Collection[str]) -> dict[str, Tensor]:
     """What those of `keys` that are the optimiser's (`parameter/key`) can be read into."""
-    wanted = [(name, key) for name in named for key in _STATE if f"{name}/{key}" in keys]
+    wanted = [(name, key) for name in named for key in _STORED if f"{name}/{key}" in keys]
     return {
         f"{name}/{key}": torch.zeros(()) if key == _STEP else torch.zeros_like(named[name], requires_grad=False)
         for name, key in wanted

@@ -77,7 +77,7 @@ def restore(trainer: Trainer[Any], model: Model, folder: str) -> None:
         return
     reader = HuggingFaceStorageReader(os.path.join(folder, _SHARDS))
     stored = reader.read_metadata().state_dict_metadata
-    found = empty_state(trainer.named, {key.removeprefix(_TRAINING) for key in stored})
+    found = empty_state(trainer.masters.named, {key.removeprefix(_TRAINING) for key in stored})
     wanted = {key: tensor for key, tensor in _shards(trainer, model).items() if key.startswith(_WEIGHT)}
     wanted |= {_TRAINING + key: tensor for key, tensor in found.items()}
     with _quietly():

@@ -220,7 +220,8 @@ def plan_memory(tower: DualTower, batch: Batch, config: Config) -> dict[str, int
     trained = [p for p in tower.parameters() if p.requires_grad]
     shards = config.train.num_workers if config.train.parallel == "fsdp2" else 1
     weights = math.ceil(_weight_bytes(tower, config) / shards)
-    optimizer = math.ceil(sum(_ADAMW_BYTES * p.numel() for p in trained) / shards)
+    copies_in_float32 = sum(4 * p.numel() for p in trained if p.element_size() < 4)
+    optimizer = math.ceil((sum(_ADAMW_BYTES * p.numel() for p in trained) + copies_in_float32) / shards)
     gradients = math.ceil(sum(p.numel() * p.element_size() for p in trained) / shards)
     autocast = config.train.precision == "bf16" and tower.backbone.dtype == torch.float32
     copies = 0

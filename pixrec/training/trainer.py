@@ -20,6 +20,7 @@ from pixrec.data.sequences import HeldOut
 from pixrec.errors import InputError
 from pixrec.model.averaging import WeightMean
 from pixrec.model.compact import CompactTower
+from pixrec.model.masters import Masters
 from pixrec.model.parallel import optimizer_tensors, rank_and_size, restore_optimizer
 from pixrec.model.rowwise import RowwiseAdamW
 from pixrec.model.towers import DualTower
@@ -106,7 +107,12 @@ class Trainer(ABC, Generic[Tower]):
     ) -> None:
         """Move the parameters `named`, in `groups` with the `lr` each has once warmed up; those of a group that is
         `rowwise` as `RowwiseAdamW` says, and without a mean."""
-        peaks = [{**group, "peak": group["lr"]} for group in groups if group["params"]]
+        self.masters = Masters(named)
+        peaks = [
+            {**group, "params": self.masters.of(group["params"]), "peak": group["lr"]}
+            for group in groups
+            if group["params"]
+        ]
         rowwise = {p for group in peaks if group.get("rowwise") for p in group["params"]}
         self.named = named
         self.mean = WeightMean({name: p for name, p in named.items() if p not in rowwise}, averaging)
@@ -148,7 +154,9 @@ class Trainer(ABC, Generic[Tower]):
         self._guard(loss, norm, windows)
         for group in self.optimizer.param_groups:
             group["lr"] = scheduled(group["peak"], self.step, self.warmup_steps, self.decay_steps)
+        self.masters.take_gradients()
         self.optimizer.step()
+        self.masters.give_weights()
         self.step += 1
         self.mean.update(self.step)
         at = {"step": self.step, "total_steps": self.total_steps}
@@ -216,11 +224,12 @@ class Trainer(ABC, Generic[Tower]):
         """What training goes on from beside the model, for safetensors: the optimiser's state by parameter name, this
         worker's share of it where weights are sharded, and, where a mean of the weights is kept, that and the last
         weights."""
-        return optimizer_tensors(self.optimizer, self.named) | self.mean.tensors()
+        return optimizer_tensors(self.optimizer, self.masters.named) | self.masters.tensors() | self.mean.tensors()
 
     def restore(self, position: dict[str, int], tensors: dict[str, Tensor]) -> None:
         """Continue after `position` with what `training_tensors` gave."""
         for name in self.counters:
             setattr(self, name, position.get(name, 0))
-        restore_optimizer(self.optimizer, self.named, tensors)
+        restore_optimizer(self.optimizer, self.masters.named, tensors)
+        self.masters.restore(tensors)
         self.mean.restore(tensors)
