@@ -5,10 +5,12 @@
     pixrec train --data data --out model && pixrec embed --model model --data data --out index
     python -m benchmarks.quality.photos search GROCERY_PHOTOS --model model --index index [--photos 300]
     python -m benchmarks.quality.photos search GROCERY_PHOTOS --url http://127.0.0.1:8000   # asks pixrec serve
+    python -m benchmarks.quality.photos ceiling GROCERY_PHOTOS --data data
 
 `tables` joins the listings of the market, which simulated shoppers bought, and the products, which nobody did, into
 one catalog with a column `kind`. `search` takes photographs that are no listing's picture and ranks the products (the
-filter `kind: product`) by the photograph, by the words of its coarse class, and by both.
+filter `kind: product`) by the photograph, by the words of its coarse class, and by both. `ceiling` says what
+recommendations in the market could reach at best.
 """
 
 from __future__ import annotations
@@ -25,9 +27,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 import pixrec
+from pixrec.data.sequences import Users, load_dataset
 from pixrec.evaluation import bootstrap_ci
+from pixrec.metrics import count_ties, target_ranks, user_random_tie_metrics
+from pixrec.scorers.baselines import ItemTransition
 
 Search = Callable[[str, bytes | None, int], list[str]]
 PRODUCTS = {"kind": ["product"]}
@@ -60,6 +66,37 @@ def photographs(source: Path, wanted: int, seed: int) -> list[dict[str, Any]]:
          "words": words[rows[i]["item_id"]]}
         for i in drawn
     ]  # fmt: skip
+
+
+def ceiling(source: Path, data: str) -> dict[str, list[float]]:
+    """Recall@10 with its interval of who is told each listing's product: what followed a product in training, all of its
+    listings alike. Shoppers of the market choose by product, so pictures can hardly bring more."""
+    product_of = {row["image_uri"]: row["item_id"] for row in pq.read_table(source / "photos.parquet").to_pylist()}
+    picture_of = dict(
+        zip(
+            *(pq.read_table(source / "items.parquet").column(c).to_pylist() for c in ("item_id", "image_uri")),
+            strict=True,
+        )
+    )
+    dataset = load_dataset(data)
+    names = [product_of.get(picture_of.get(item, ""), item) for item in dataset.items.item_ids]
+    products = np.unique(names, return_inverse=True)[1]
+    listed = np.array([item in picture_of for item in dataset.items.item_ids])
+    scorer = ItemTransition([products[history] for history in dataset.training_histories()], products.max() + 1)
+    held_out = dataset.held_out("test")
+    users = Users(held_out.user_ids, [products[history] for history in held_out.histories])
+    shares = scorer.scores(users).exp()[:, products] / torch.from_numpy(np.bincount(products, listed)[products])
+    shares[:, ~listed] = 0
+    ranks = target_ranks(shares.numpy(), held_out.targets)
+    ties = count_ties(shares.numpy(), held_out.targets)
+    hits = user_random_tie_metrics(ranks, ties, (10,))["recall@10"]
+    cold = dataset.training_counts()[held_out.targets] == 0
+    found = {"all": hits, "cold": hits[cold]}
+    return {
+        name: [len(part), *(round(float(v), 4) for v in (part.mean(), *bootstrap_ci(part)))]
+        for name, part in found.items()
+        if len(part)
+    }
 
 
 def measure(search: Search, photos: list[dict[str, Any]], products: int) -> dict[str, dict[str, Any]]:
@@ -104,17 +141,21 @@ def loaded(model: str, index: str) -> Search:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tables", "search"])
+    parser.add_argument("what", choices=["tables", "search", "ceiling"])
     parser.add_argument("source", type=Path, help="the folder grocery_photos")
     parser.add_argument("out", type=Path, nargs="?", help="where the tables go")
     parser.add_argument("--model")
     parser.add_argument("--index")
     parser.add_argument("--url")
+    parser.add_argument("--data", help="the market, prepared")
     parser.add_argument("--photos", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     if a.what == "tables":
         write_tables(a.source, a.out)
+        return
+    if a.what == "ceiling":
+        print(json.dumps(ceiling(a.source, a.data), indent=2))
         return
     products = len(pq.read_table(a.source / "products.parquet"))
     search = served(a.url.rstrip("/")) if a.url else loaded(a.model, a.index)
