@@ -69,8 +69,8 @@ def photographs(source: Path, wanted: int, seed: int) -> list[dict[str, Any]]:
 
 
 def ceiling(source: Path, data: str) -> dict[str, list[float]]:
-    """Recall@10 with its interval of who is told each listing's product: what followed a product in training, all of its
-    listings alike. Shoppers of the market choose by product, so pictures can hardly bring more."""
+    """Recall@10 with its interval of who is told the product of each listing: what followed a product in training, all
+    its listings alike. Shoppers of the market choose by product, so pictures can hardly bring more."""
     product_of = {row["image_uri"]: row["item_id"] for row in pq.read_table(source / "photos.parquet").to_pylist()}
     picture_of = dict(
         zip(

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from pixrec.data.ids import IdIndex
 from pixrec.data.items import ItemTable, join_items
 from pixrec.data.sequences import Dataset, HeldOut, Histories
 from pixrec.schema import ITEM_ID, TIMESTAMP, USER_ID
+
+_EVENTS_AT_A_TIME = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -68,22 +71,32 @@ def count_leaks(target: Dataset, other: Dataset) -> int:
     Events are the same where user, item and time agree, items where id and text do. So an event that `other` holds
     under another id, text or time is not found: such a leak goes unnoticed.
     """
-    held_out = _named(target, ~target.training_visible())
-    shared = _named(other, other.training_visible()).join(held_out, held_out.column_names, join_type="inner")
-    return sum(_text(target, item_id) == _text(other, item_id) for item_id in shared.column(ITEM_ID).to_pylist())
+    user_of = IdIndex.of(pa.array(target.events.user_ids, pa.large_string()))
+    users = user_of.rows_of(pa.array(other.events.user_ids, pa.large_string()))
+    rows = target.items.rows_of(other.items.item_ids)
+    held_out = _events(target, np.flatnonzero(~target.training_visible()))
+    leaks: set[tuple[int, int, int]] = set()  # user, item and time, the two as rows of `target`
+    visible = np.flatnonzero(other.training_visible())
+    for start in range(0, len(visible), _EVENTS_AT_A_TIME):
+        block = _events(other, visible[start : start + _EVENTS_AT_A_TIME], users, rows)
+        shared = block.join(held_out, held_out.column_names, join_type="inner")
+        leaks.update(zip(*(shared.column(name).to_pylist() for name in held_out.column_names), strict=True))
+    item_ids = (target.items.item_ids[row] for _, row, _ in leaks)
+    return sum(_text(target, item_id) == _text(other, item_id) for item_id in item_ids)
 
 
 def _text(dataset: Dataset, item_id: str) -> str:
     return dataset.items.text(dataset.items.row_of[item_id])
 
 
-def _named(dataset: Dataset, chosen: np.ndarray) -> pa.Table:
-    """The distinct events of a mask (E,): user, item, time."""
+def _events(
+    dataset: Dataset, chosen: np.ndarray, users: np.ndarray | None = None, rows: np.ndarray | None = None
+) -> pa.Table:
+    """User, item and time of the events at `chosen`, users and items by row; by those of another set where `users` and
+    `rows` say which they are there, and then only events that it could have."""
     events = dataset.events
-    users = np.repeat(np.arange(len(events.user_ids)), np.diff(events.offsets))[chosen]
-    columns = {
-        USER_ID: pa.array(events.user_ids, pa.string()).take(pa.array(users)),
-        ITEM_ID: pa.array(dataset.items.item_ids, pa.string()).take(pa.array(events.rows[chosen])),
-        TIMESTAMP: pa.array(events.timestamps[chosen], pa.int64()),
-    }
-    return pa.table(columns).group_by(list(columns)).aggregate([])
+    user, row = np.searchsorted(events.offsets, chosen, side="right") - 1, events.rows[chosen]
+    user, row = user if users is None else users[user], row if rows is None else rows[row]
+    known = (user >= 0) & (row >= 0)
+    columns = {USER_ID: user[known], ITEM_ID: row[known], TIMESTAMP: events.timestamps[chosen][known]}
+    return pa.table({name: pa.array(column, pa.int64()) for name, column in columns.items()})
