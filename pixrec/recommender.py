@@ -251,7 +251,8 @@ def _by_filters(queries: Sequence[Query], which: Sequence[int]) -> list[tuple[Fi
     groups: dict[str, tuple[Filters, list[int]]] = {}
     for position, i in enumerate(which):
         filters = queries[i].filters
-        groups.setdefault(repr(sorted((k, list(v)) for k, v in filters.items())), (filters, []))[1].append(position)
+        key = repr(sorted((k, sorted(v.items()) if isinstance(v, Mapping) else list(v)) for k, v in filters.items()))
+        groups.setdefault(key, (filters, []))[1].append(position)
     return list(groups.values())
 
 

@@ -144,7 +144,7 @@ def test_only_what_changed_is_computed(place: Place, monkeypatch: pytest.MonkeyP
     assert len(list_versions(str(place.folder / "index"))) == 4
 
 
-def test_a_version_gets_its_structure_for_approximate_search(tmp_path: Path):
+def test_a_version_gets_its_structure_for_approximate_search(tmp_path: Path, ray_session: None):
     place = Place(tmp_path, num_items=70)
     assert "approximate" not in place.embed()
     manifest = place.embed(approximate_above=69, approximate_recall=0.01)
