@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from pixrec.errors import InputError
 
-Filters = Mapping[str, Sequence[Any]]
-"""Values by field: an item passes when it holds, in every field named, one of the values given for it."""
+Filters = Mapping[str, Sequence[Any] | Mapping[str, float]]
+"""Values by field: an item passes when it holds, in every field named, one of the values given for it, or a number
+within the range given, `{"min": x, "max": y}`."""
 
 ScoreKind = Literal["cosine", "purchase_share", "probability"]
 """What a score is: the cosine of two vectors, the item's share of all training events, or its chance to be next where

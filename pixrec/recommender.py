@@ -21,7 +21,7 @@ from pixrec.data.items import DATASET_MARKER, ItemTable, open_items, read_info
 from pixrec.data.sequences import Dataset, load_dataset
 from pixrec.data.text import item_text
 from pixrec.errors import ArtifactError, InputError, UnreadableImage
-from pixrec.index import in_order, shared_tensor, top_k
+from pixrec.index import in_order, shared_tensor
 from pixrec.model.catalog import Catalog
 from pixrec.model.compact import UNKNOWN_TIME
 from pixrec.model.encoding import Content
@@ -29,6 +29,7 @@ from pixrec.model.vision import PictureTokens, find_tokens
 from pixrec.query import COSINE, PROBABILITY, PURCHASE_SHARE, Answer, Filters, NewItem, Query, ScoreKind
 from pixrec.scorers.blend import Mixture, fitted_mixture
 from pixrec.scorers.towers import TowerScorer
+from pixrec.search import Searcher
 
 NEW_ITEMS_KEPT = 10_000
 """Vectors of new items that are kept; the one not asked for the longest goes first."""
@@ -68,6 +69,7 @@ class Recommender:
         self.config: Config = model.config
         self.model_version = model.fingerprint
         self.index_version = index.version
+        self.index_manifest = index.manifest
         self.items = items
         self._embedder = model.embedder()
         self._catalog = Catalog(items, model.encoder, tokens=tokens)
@@ -81,7 +83,11 @@ class Recommender:
         new = np.flatnonzero(~self._indexed)  # items that came after the index: in histories, not among the answers
         if len(new):
             self._vectors[new] = self._embedder.items(self._catalog, new)
-        self._content = content
+        structure = index.structure() if index.structure else None
+        if structure is not None and not np.array_equal(rows, np.arange(len(items))):
+            structure = structure.renumbered(rows)
+        self._searcher = Searcher(self._vectors, structure)
+        self._content = None if content is None else Searcher(content)
         self._mixture: Mixture | None = None
         self._temperature = model.temperature
         self._new_vectors: OrderedDict[bytes, np.ndarray] = OrderedDict()
@@ -193,9 +199,9 @@ class Recommender:
         newest = [asked.query.history[place] for place in asked.known[-self._embedder.max_history_items :]]
         return np.stack([self._vectors[asked.rows[i]] if i in asked.rows else asked.new_vectors[i] for i in newest])
 
-    def _near(self, vector: np.ndarray, query: Query, among: np.ndarray | None = None) -> Answer:
-        """The items whose vectors (N, D), or those `among`, are nearest to one vector (D,)."""
-        return self._answer(self._nearest(vector[None], [self._read(query)], query.filters, among)[0], COSINE)
+    def _near(self, vector: np.ndarray, query: Query, searcher: Searcher | None = None) -> Answer:
+        """The items nearest to one vector (D,), by their own vectors or by those of `searcher`."""
+        return self._answer(self._nearest(vector[None], [self._read(query)], query.filters, searcher)[0], COSINE)
 
     def _answer(self, items: list[tuple[str, float]], kind: ScoreKind, unknown: Sequence[str] = ()) -> Answer:
         return Answer(
@@ -203,17 +209,13 @@ class Recommender:
         )
 
     def _nearest(
-        self, vectors: np.ndarray, asked: Sequence[_Asked], filters: Filters, among: np.ndarray | None = None
+        self, vectors: np.ndarray, asked: Sequence[_Asked], filters: Filters, searcher: Searcher | None = None
     ) -> list[list[tuple[str, float]]]:
-        """For each vector (B, D) its query's k best of the items that pass the filters, by cosine; `among`: vectors
-        (N, D) to look among in place of the items' own."""
-        rows = np.flatnonzero(self._allowed(filters))
+        """For each vector (B, D) its query's k best of the items that pass the filters, by cosine; `searcher`: of other
+        vectors than the items' own."""
         barred = [one.excluded for one in asked]
-        if not len(rows):
-            return [[] for _ in asked]
-        chosen = None if len(rows) == len(self._vectors) else rows
         most = max(one.query.k + len(out) for one, out in zip(asked, barred, strict=True))
-        scores, found = top_k(vectors, self._vectors if among is None else among, min(len(rows), most), chosen)
+        scores, found = (searcher or self._searcher).search(vectors, most, self._allowed(filters))
         ranked = []
         for one, out, row_scores, row_found in zip(asked, barred, scores.tolist(), found.tolist(), strict=True):
             pairs = [(self.items.item_ids[r], s) for r, s in zip(row_found, row_scores, strict=True) if r not in out]
@@ -258,7 +260,8 @@ def _by_filters(queries: Sequence[Query], which: Sequence[int]) -> list[tuple[Fi
     groups: dict[str, tuple[Filters, list[int]]] = {}
     for position, i in enumerate(which):
         filters = queries[i].filters
-        groups.setdefault(repr(sorted((k, list(v)) for k, v in filters.items())), (filters, []))[1].append(position)
+        key = repr(sorted((k, sorted(v.items()) if isinstance(v, Mapping) else list(v)) for k, v in filters.items()))
+        groups.setdefault(key, (filters, []))[1].append(position)
     return list(groups.values())
 
 

@@ -13,15 +13,19 @@ import torch.nn.functional as F
 from benchmarks.timing import Row, seconds_each
 from pixrec.index import top_k
 
-NUM_ITEMS, WIDTH, K = 100_000, 128, 100
-NUM_QUERIES = (1, 32)
+WIDTH, K = 128, 100
+NUM_ITEMS, NUM_QUERIES = (100_000, 1_000_000), (1, 32)
 
 Search = Callable[[torch.Tensor], Any]
 
 
 def run() -> list[Row]:
+    return [row for count in NUM_ITEMS for row in _rows(count)]
+
+
+def _rows(num_items: int) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
-    items = F.normalize(torch.randn(NUM_ITEMS, WIDTH, generator=generator), dim=-1)
+    items = F.normalize(torch.randn(num_items, WIDTH, generator=generator), dim=-1)
     others: dict[str, Search] = {"torch.topk(q @ items.T)": lambda q: torch.topk(q @ items.T, K)}
     if importlib.util.find_spec("faiss"):
         others["faiss IndexFlatIP"] = _faiss_search(items)
@@ -32,7 +36,7 @@ def run() -> list[Row]:
         taken = seconds_each({"ours": functools.partial(top_k, queries, items, K), **calls}, rounds=15)
         rows += [
             Row(
-                what=f"top_k, {NUM_ITEMS:,} x {WIDTH}, k={K}, {count} {'query' if count == 1 else 'queries'}",
+                what=f"top_k, {num_items:,} x {WIDTH}, k={K}, {count} {'query' if count == 1 else 'queries'}",
                 ours=count / taken["ours"],
                 alternative=name,
                 theirs=count / taken[name],

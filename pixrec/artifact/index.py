@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 import pixrec
 from pixrec import storage
+from pixrec.approximate import Approximate
 from pixrec.artifact.stored import to_content, to_table, to_vectors
 from pixrec.data.ids import Ids
 from pixrec.data.items import ItemTable
@@ -25,6 +26,8 @@ from pixrec.errors import ArtifactError
 from pixrec.schema import CONTENT, EMBEDDING, HAS_IMAGE, ITEM_ID, SCALE, index_schema
 
 MANIFEST, CURRENT, VERSIONS = "manifest.json", "CURRENT", "versions"
+APPROXIMATE, STRUCTURE = "approximate", "approximate.faiss"
+"""What the manifest says of the structure for approximate search, and its file; only large indexes have one."""
 _FACTS = ("version", "model_fingerprint", "width", "dtype", "rows")  # what a manifest always says
 _ROWS_PER_PART = 20_000
 MAPPED_FROM = 2**26
@@ -40,6 +43,9 @@ class Index:
     vectors: np.ndarray
     """(N, D) float32"""
     manifest: dict[str, Any]
+    structure: Callable[[], Approximate] | None = None
+    """Opens the structure for approximate search, whose rows are those of `vectors`, where the version has one. Raises
+    PixRecError where faiss is not installed."""
 
 
 class IndexWriter:
@@ -49,7 +55,8 @@ class IndexWriter:
     """
 
     def __init__(self, folder: str, width: int, dtype: str, facts: dict[str, Any], content_width: int = 0) -> None:
-        self._folder, self._dtype, self._schema = folder, dtype, index_schema(width, dtype, content_width)
+        self.folder, self.width, self.dtype = folder, width, dtype
+        self._schema = index_schema(width, dtype, content_width)
         self._pending: list[pa.Table] = []
         self._item_ids: list[pa.ChunkedArray] = []
         self._parts = 0
@@ -72,7 +79,7 @@ class IndexWriter:
         Raises ValueError on a value that is not finite.
         """
         seen = [None] * len(item_ids) if has_image is None else has_image
-        self.add_stored(to_table(item_ids, vectors, content_hashes, seen, self._dtype, content))
+        self.add_stored(to_table(item_ids, vectors, content_hashes, seen, self.dtype, content))
 
     def add_stored(self, table: pa.Table) -> None:
         """Rows as an index of this type stores them; they are copied bit by bit."""
@@ -84,8 +91,9 @@ class IndexWriter:
             self.flush()
 
     def flush(self) -> None:
+        """Store what was added so far as a part."""
         if self._pending:
-            part = storage.join(self._folder, f"part-{self._parts:05d}.parquet")
+            part = storage.join(self.folder, f"part-{self._parts:05d}.parquet")
             storage.write_table(part, pa.concat_tables(self._pending))
             self._parts, self._pending = self._parts + 1, []
 
@@ -158,19 +166,23 @@ def load_index(uri: str, model_fingerprint: str | None = None, items: ItemTable 
             "run pixrec embed with this model"
         )
     version, rows, width = str(manifest["version"]), int(manifest["rows"]), int(manifest["width"])
+    folder = storage.join(uri, VERSIONS, version)
     if items is not None and rows == len(items) and 4 * rows * width >= MAPPED_FROM:
         with contextlib.suppress(_OtherItems):
-            write = partial(_write_ordered, uri=uri, manifest=manifest, items=items)
-            vectors = storage.node_file(uri, f"{version} {items.row_of.digest}", write, storage.map_array)
-            return Index(version, items.item_ids, vectors, manifest)
+            of_both = f"{version} {items.row_of.digest}"
+            write = partial(_write_ordered, folder=folder, manifest=manifest, items=items)
+            vectors = storage.node_file(uri, of_both, write, storage.map_array)
+            order = partial(_map_order, folder, of_both, items)
+            return Index(version, items.item_ids, vectors, manifest, _structure(folder, manifest, order))
     vectors, item_ids, found = np.empty((rows, width), np.float32), list[pa.Array](), 0
-    for ids, part in _parts(uri, manifest):  # so that what is read is never held twice
+    for ids, part in stored_parts(folder, manifest["dtype"]):  # so that what is read is never held twice
         room = vectors[found : found + len(part)]
         room[:] = part[: len(room)]
         item_ids += ids.chunks
         found += len(part)
-    _check_rows(uri, manifest, found)
-    return Index(version, Ids(pa.chunked_array(item_ids, pa.string())), vectors, manifest)
+    _check_rows(folder, manifest, found)
+    ids = Ids(pa.chunked_array(item_ids, pa.string()))
+    return Index(version, ids, vectors, manifest, _structure(folder, manifest, lambda: None))
 
 
 def load_content(uri: str, manifest: dict[str, Any], items: ItemTable) -> np.ndarray | None:
@@ -202,41 +214,67 @@ def _fill_content(content: np.ndarray, uri: str, manifest: dict[str, Any], items
         content[rows[rows >= 0]] = part[rows >= 0]
 
 
-def _parts(uri: str, manifest: dict[str, Any]) -> Iterator[tuple[pa.ChunkedArray, np.ndarray]]:
-    """Ids (U,) and vectors (U, D) of one part after the other."""
-    version = str(manifest["version"])
-    columns = [ITEM_ID, EMBEDDING, *([SCALE] if manifest["dtype"] == "int8" else [])]
-    for file in storage.table_files(storage.join(uri, VERSIONS, version)):
+def stored_parts(folder: str, dtype: str) -> Iterator[tuple[pa.ChunkedArray, np.ndarray]]:
+    """Ids (U,) and vectors (U, D) of one part of a version after the other."""
+    columns = [ITEM_ID, EMBEDDING, *([SCALE] if dtype == "int8" else [])]
+    for file in storage.table_files(folder):
         table = storage.read_table(file, columns)
         part = to_vectors(table)
         if not np.isfinite(part).all():
-            raise ArtifactError(f"{uri}: version {version} holds a vector that is not finite; run pixrec embed again")
+            raise ArtifactError(f"{folder} holds a vector that is not finite; run pixrec embed again")
         yield table.column(ITEM_ID), part
 
 
-def _check_rows(uri: str, manifest: dict[str, Any], found: int) -> None:
+def _structure(
+    folder: str, manifest: dict[str, Any], rows: Callable[[], np.ndarray | None]
+) -> Callable[[], Approximate] | None:
+    """What opens the structure; `rows` gives the row by which the caller knows each of the version's."""
+    facts = manifest.get(APPROXIMATE)
+    if not facts or "probes" not in facts:
+        return None
+
+    def opened() -> Approximate:
+        file = storage.join(folder, STRUCTURE)
+        numbers = rows()
+        if not storage.is_remote(file):
+            return Approximate(storage.absolute(file), int(facts["probes"]), numbers)
+        copy = partial(storage.copy_file, file)
+        return storage.node_file(file, folder, copy, lambda path: Approximate(path, int(facts["probes"]), numbers))
+
+    return opened
+
+
+def _check_rows(folder: str, manifest: dict[str, Any], found: int) -> None:
     if found != manifest["rows"]:
-        raise ArtifactError(
-            f"{uri}: version {manifest['version']} holds {found} rows, its manifest says {manifest['rows']}"
-        )
+        raise ArtifactError(f"{folder} holds {found} rows, its manifest says {manifest['rows']}")
+
+
+def _map_order(folder: str, key: str, items: ItemTable) -> np.ndarray:
+    """int32 (N,): the row among `items` of each row of a version, mapped like the vectors."""
+
+    def write(path: str) -> None:
+        ids = (storage.read_table(file, [ITEM_ID]).column(ITEM_ID) for file in storage.table_files(folder))
+        storage.write_array(path, np.concatenate([items.rows_of(Ids(column)) for column in ids]), durable=False)
+
+    return storage.node_file(storage.join(folder, "order"), key, write, storage.map_array)
 
 
 class _OtherItems(Exception):
     """An index holds other items than the data set."""
 
 
-def _write_ordered(path: str, uri: str, manifest: dict[str, Any], items: ItemTable) -> None:
+def _write_ordered(path: str, folder: str, manifest: dict[str, Any], items: ItemTable) -> None:
     """The vectors (N, D) in the order of the items, as one .npy file. Raises _OtherItems where the two differ."""
     shape = len(items), int(manifest["width"])
     vectors = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     seen, found = np.zeros(len(items), bool), 0
-    for ids, part in _parts(uri, manifest):
+    for ids, part in stored_parts(folder, manifest["dtype"]):
         rows = items.rows_of(Ids(ids))
         if (rows < 0).any():
             raise _OtherItems
         vectors[rows], seen[rows] = part, True
         found += len(part)
-    _check_rows(uri, manifest, found)
+    _check_rows(folder, manifest, found)
     if not seen.all():
         raise _OtherItems
     vectors.flush()

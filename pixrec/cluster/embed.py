@@ -21,7 +21,9 @@ import ray.data
 
 from pixrec import storage
 from pixrec.artifact import MODEL_MARKER, check_index_writable, index_version
+from pixrec.artifact.approximate import add_structure, wants_structure
 from pixrec.artifact.embedding import ItemEmbedder, decode_items, find_store, hash_items
+from pixrec.artifact.index import APPROXIMATE, IndexWriter
 from pixrec.artifact.sources import Sources, reusable, write_chosen
 from pixrec.artifact.stored import KEY
 from pixrec.artifact.unfinished import Unfinished, Vanished, sweep
@@ -72,6 +74,7 @@ def embed(model: str, data: str, out: str, config: Config, *, progress: Progress
 def _embed(model: ModelFacts, data: str, out: str, config: EmbedConfig, progress: Progress) -> dict[str, Any]:
     info = read_info(data)
     total = int(info["items"]["kept"])
+    structured = wants_structure(total, config)
     files = [storage.absolute(file) for file in storage.table_files(storage.join(data, ITEMS))]
     unfinished = Unfinished(storage.absolute(out), model.fingerprint)
     left_behind = unfinished.files()
@@ -113,6 +116,10 @@ def _embed(model: ModelFacts, data: str, out: str, config: EmbedConfig, progress
     with index_version(out, model.fingerprint, model.width, config.dtype, facts, content_width) as writer:
         write_chosen(writer, chosen, config.dtype, before)
         writer.facts["text_alone"] = writer.rows - writer.with_image
+        if structured:
+            progress("approximate", 0, total, "")
+            writer.facts[APPROXIMATE] = _structure(writer, config)
+            progress("approximate", total, total, "")
     unfinished.clear(left_behind)
     sweep(out)
     return writer.manifest
@@ -159,6 +166,16 @@ def _compute(
             speed = rate.add(receipt["pictures"], "pictures/s")
             progress("embed", done, total, f"{speed}, {rejected} rejected")
     return rejected, stored
+
+
+def _structure(writer: IndexWriter, config: EmbedConfig) -> dict[str, Any]:
+    """Add the structure for approximate search to the version. A worker does, since that takes the vectors."""
+    writer.flush()
+    add = ray.remote(num_cpus=config.cpus_per_actor)(add_structure)
+    folder = storage.absolute(writer.folder)
+    facts = ray.get(add.remote(folder, writer.rows, writer.width, writer.dtype, config))
+    raise_fault(facts.get("fault"))
+    return facts
 
 
 def _store(model: ModelFacts, data: str, config: EmbedConfig) -> str | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pixrec.config.checks import at_least
+from pixrec.config.checks import above_zero, at_least
+from pixrec.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,21 @@ class EmbedConfig:
     with `.tokens` appended. None: encode all."""
     max_part_items: int = 1024
     """Items whose vectors an actor stores together; when a run is killed, each actor loses at most that many."""
+    approximate_above: int | None = 300_000
+    """An index of more items gets a structure for approximate search, which needs faiss
+    (`pip install 'pixrec[approximate]'`); smaller ones are searched exactly. None: always exactly."""
+    approximate_codes: Literal["float16", "int8", "pq"] = "int8"
+    """How that structure holds a vector: in 2 bytes a value, in 1, or in a quarter (product quantization). The items it
+    proposes are ranked again by their full vectors."""
+    approximate_recall: float = 0.98
+    """Share of an item's ten nearest items that a search is to find; measured when the index is published, by which the
+    number of lists that a search reads is chosen."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size", "num_actors", "threads_per_actor", "max_part_items")
+        if self.approximate_above is not None:
+            at_least(self, 0, "approximate_above")
+        above_zero(self, "approximate_recall")
+        if self.approximate_recall > 1:
+            raise ConfigError(f"embed.approximate_recall is {self.approximate_recall}: it is a share, 1 at most")
         at_least(self, 0, "cpus_per_actor", "gpus_per_actor", "cpus_per_decode")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ import pyarrow.compute as pc
 
 from pixrec import storage
 from pixrec.data.arrays import Arrays, open_arrays
+from pixrec.data.filters import Filter, bounds_of, can_filter, is_number, single_values, turned
 from pixrec.data.ids import IdIndex, Ids
 from pixrec.data.images import DECODER
 from pixrec.data.pictures import open_pictures
@@ -66,10 +68,14 @@ class ItemTable:
         table: pa.Table | Callable[[], pa.Table],
         pictures: Callable[[], PictureSource] | None = None,
         arrays: Arrays | None = None,
+        kept: Callable[[str, Callable[[], pa.Table]], pa.Table] | None = None,
     ) -> None:
-        """table: with a column `image` unless `pictures` gives them; `arrays` saves reading it for ids and counts."""
-        self._read, self._open, self._arrays = table, pictures, arrays
-        self._filters: dict[str, _Filter] = {}
+        """table: with a column `image` unless `pictures` gives them; `arrays` saves reading it for ids and counts.
+
+        kept: gives what is made of the column named, from where it was kept, or made and kept now.
+        """
+        self._read, self._open, self._arrays, self._kept = table, pictures, arrays, kept
+        self._filters: dict[str, Filter] = {}
 
     @cached_property
     def _table(self) -> pa.Table:
@@ -137,8 +143,15 @@ class ItemTable:
     @property
     def filter_fields(self) -> list[str]:
         """Names of the columns that `filter_mask` takes: brand, category and the catalog's own further columns."""
+        return [name for name, column in self._columns.items() if name not in _NOT_A_FILTER and can_filter(column.type)]
+
+    @property
+    def range_fields(self) -> list[str]:
+        """Names of the columns of numbers, of which `filter_mask` takes ranges: price and the catalog's own."""
         return [
-            name for name, column in self._columns.items() if name not in _NOT_A_FILTER and _filterable(column.type)
+            name
+            for name, column in self._columns.items()
+            if name not in _NOT_A_FILTER - {PRICE} and is_number(column.type)
         ]
 
     def filter_values(self, most: int) -> dict[str, list[tuple[Any, int]]]:
@@ -148,7 +161,7 @@ class ItemTable:
         """
         found = {}
         for name in self.filter_fields:
-            counts = pc.value_counts(pa.chunked_array(_values(self._columns[name])[0]))
+            counts = pc.value_counts(pa.chunked_array(single_values(self._columns[name])[0]))
             values, numbers = counts.field("values"), counts.field("counts")
             plain = pc.is_finite(values) if pa.types.is_floating(values.type) else pc.is_valid(values)
             values, numbers = values.filter(plain), numbers.filter(plain)
@@ -156,23 +169,35 @@ class ItemTable:
             found[name] = list(zip(values.take(order).to_pylist(), numbers.take(order).to_pylist(), strict=True))
         return found
 
-    def filter_mask(self, filters: Mapping[str, Sequence[Any]]) -> np.ndarray:
-        """bool (N,): the items that hold, in every field named, one of the values given for it.
+    def filter_mask(self, filters: Mapping[str, Sequence[Any] | Mapping[str, Any]]) -> np.ndarray:
+        """bool (N,): the items that hold, in every field named, one of the values given for it, or a number within the
+        range given, `{"min": x, "max": y}`, both included, either may be absent.
 
         A text field that joins several values with `|`, and a list field, match by any one of them or the whole.
-        Raises InputError on an unknown field, and where a bare string stands for the list of values.
+        Raises InputError on an unknown field, and where something else stands for the list of values.
         """
         mask = np.ones(len(self), dtype=bool)
         for name, wanted in filters.items():
-            if name not in self._filters:
-                if name not in self.filter_fields:
-                    known = ", ".join(self.filter_fields) or "none"
-                    raise InputError(f"filters: {name!r} is no filter field of this catalog; known: {known}")
-                self._filters[name] = _Filter(self._columns[name])
+            if isinstance(wanted, Mapping):
+                self._known(name, self.range_fields, "has no range")
+                mask &= self._filter(name).range_mask(*bounds_of(name, wanted), len(self))
+                continue
+            self._known(name, self.filter_fields, "is no filter field")
             if isinstance(wanted, str):
                 raise InputError(f"filters: {name!r} must be a list of values, such as [{wanted!r}]")
-            mask &= self._filters[name].mask(wanted, len(self))
+            mask &= self._filter(name).mask(wanted, len(self))
         return mask
+
+    def _known(self, name: str, fields: Sequence[str], trouble: str) -> None:
+        if name not in fields:
+            known = ", ".join(fields) or "none"
+            raise InputError(f"filters: {name!r} {trouble} of this catalog; known: {known}")
+
+    def _filter(self, name: str) -> Filter:
+        if name not in self._filters:
+            make = functools.partial(turned, self._columns[name])
+            self._filters[name] = Filter(make() if self._kept is None else self._kept(name, make))
+        return self._filters[name]
 
     def _value(self, name: str, row: int) -> Any:
         return self._columns[name][row].as_py()
@@ -221,7 +246,10 @@ def load_items(data_uri: str) -> ItemTable:
 def open_items(data_uri: str, arrays: Arrays) -> ItemTable:
     """The items of a prepared data set whose arrays are open already."""
     folder, pictures = storage.join(data_uri, ITEMS), storage.join(data_uri, PICTURES_FOLDER)
-    return ItemTable(lambda: _read(data_uri, folder, len(arrays.item_ids)), lambda: open_pictures(pictures), arrays)
+    kept = functools.partial(_kept, folder) if len(arrays.item_ids) > MOST_ITEMS_READ else None
+    return ItemTable(
+        lambda: _read(data_uri, folder, len(arrays.item_ids)), lambda: open_pictures(pictures), arrays, kept
+    )
 
 
 def _read(data_uri: str, folder: str, num_items: int) -> pa.Table:
@@ -234,12 +262,26 @@ def _read(data_uri: str, folder: str, num_items: int) -> pa.Table:
         if num_items <= MOST_ITEMS_READ:
             table = storage.read_table(folder)
         else:
-            version = " ".join(f"{storage.name(file)} {storage.stamp(file)}" for file in files)
-            table = storage.node_file(folder, version, lambda path: _unpack(files, path), storage.map_table)
+            table = storage.node_file(folder, _version(files), lambda path: _unpack(files, path), storage.map_table)
         table.column(ITEM_ID)
         return table
     except (InputError, KeyError) as error:  # KeyError: no item_id
         raise ArtifactError(f"{data_uri} is no complete data set ({error}); make it with pixrec prepare") from None
+
+
+def _version(files: Sequence[str]) -> str:
+    return " ".join(f"{storage.name(file)} {storage.stamp(file)}" for file in files)
+
+
+def _kept(folder: str, name: str, make: Callable[[], pa.Table]) -> pa.Table:
+    """What is made of a column, mapped from a file that a node makes of it once."""
+
+    def write(path: str) -> None:
+        table = make()
+        storage.write_batches(path, table.schema, table.combine_chunks().to_batches(), durable=False)
+
+    version = _version(storage.table_files(folder))
+    return storage.node_file(storage.join(folder, f"filter {name}"), version, write, storage.map_table)
 
 
 def _unpack(files: Sequence[str], path: str) -> None:
@@ -305,45 +347,6 @@ def join_items(tables: Sequence[ItemTable]) -> ItemTable:
     items = ItemTable(pa.concat_tables(joined, promote_options="permissive"), lambda: _Joined(tables))
     items.with_image = np.concatenate([table.with_image for table in tables])
     return items
-
-
-class _Filter:
-    """One column, turned around: which rows hold a value. Built on first use, then a lookup per request."""
-
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        values, rows = _values(column)
-        if column.type == pa.string():
-            several = pc.fill_null(pc.match_substring(column, "|"), False)
-            values = pa.chunked_array([*values.chunks, *pc.filter(column, several).chunks], column.type)
-            rows = np.concatenate([rows, np.flatnonzero(several.to_numpy())])
-        encoded = values.combine_chunks().dictionary_encode()
-        present = encoded.is_valid().to_numpy(zero_copy_only=False)
-        self._rows = rows[present].astype(np.int32)
-        self._codes = encoded.indices.drop_null().to_numpy()
-        self._code_of = {value: code for code, value in enumerate(encoded.dictionary.to_pylist())}
-
-    def mask(self, wanted: Sequence[Any], num_rows: int) -> np.ndarray:
-        plain = (value for value in wanted if isinstance(value, (str, int, float)))  # what a column can hold
-        codes = [self._code_of[value] for value in plain if value in self._code_of]
-        mask = np.zeros(num_rows, dtype=bool)
-        mask[self._rows[np.isin(self._codes, codes)]] = True
-        return mask
-
-
-def _values(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray]:
-    """The single values of a column and the row of each: list entries, and the parts of a text joined with `|`."""
-    if column.type == pa.string():
-        column = pc.split_pattern(column, "|")
-        return pc.utf8_trim_whitespace(pc.list_flatten(column)), pc.list_parent_indices(column).to_numpy()
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        return pc.list_flatten(column), pc.list_parent_indices(column).to_numpy()
-    return column, np.arange(len(column))
-
-
-def _filterable(kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return kind.value_type == pa.string()
-    return kind == pa.string() or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
 def _jsonable(value: Any) -> Any:

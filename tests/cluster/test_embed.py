@@ -144,6 +144,17 @@ def test_only_what_changed_is_computed(place: Place, monkeypatch: pytest.MonkeyP
     assert len(list_versions(str(place.folder / "index"))) == 4
 
 
+def test_a_version_gets_its_structure_for_approximate_search(tmp_path: Path, ray_session: None):
+    place = Place(tmp_path, num_items=70)
+    assert "approximate" not in place.embed()
+    manifest = place.embed(approximate_above=69, approximate_recall=0.01)
+    assert manifest["approximate"]["structure"] == "IVF32,SQ8"
+    assert manifest["approximate"]["recall@10"] > 0.01
+    structure = place.index.structure()
+    assert len(structure) == 70
+    assert (structure.candidates(place.index.vectors[:5], 10) == np.arange(5)[:, None]).any(1).all()
+
+
 def test_stored_picture_tokens_are_used_and_not_for_a_changed_picture(place: Place, bucket: str):
     place.model = write_model(place.folder / "model", tiny_model(tiny_config(model={"freeze_vision": True})))
     tokens, rows = f"{bucket}/embed.tokens", np.arange(12)

@@ -31,6 +31,22 @@ def test_equals_a_full_stable_sort_with_ties(small_blocks, k):
     assert rows.dtype == np.int64
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_many_items_with_ties_in_row_order(num_queries, threads):
+    """Enough items for the way by the largest of each chunk; one query on one thread has a product of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        queries, items = whole_numbers(num_queries, 4, 0), whole_numbers(70_001, 4, 1)
+        scores, rows = top_k(queries, items, 20)
+    finally:
+        torch.set_num_threads(before)
+    expected = np.argsort(-(queries @ items.T), axis=1, kind="stable")[:, :20]
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_array_equal(scores, np.take_along_axis(queries @ items.T, expected, axis=1))
+
+
 @pytest.mark.parametrize("num_items", [1, 63, 1003, 5001])
 def test_equal_items_come_in_row_order(num_items):
     vector = np.random.default_rng(0).standard_normal(100).astype(np.float32)
@@ -91,11 +107,13 @@ def test_refuses_what_it_cannot_rank(queries, items, k, message):
         top_k(queries, items, k)
 
 
-def test_a_search_among_some_rows_is_that_among_their_vectors():
+@pytest.mark.parametrize("share", [0.5, 0.01, 0.9, 1.0])
+@pytest.mark.parametrize("k", [7, 1000])
+def test_a_search_among_some_rows_is_that_among_their_vectors(share, k):
     rng = np.random.default_rng(0)
     queries, items = rng.standard_normal((3, 8)).astype("float32"), rng.standard_normal((300, 8)).astype("float32")
-    rows = np.flatnonzero(rng.random(300) < 0.5)
-    scores, found = top_k(queries, items, 7, rows)
-    expected, places = top_k(queries, items[rows], 7)
+    rows = np.flatnonzero(rng.random(300) < share)
+    scores, found = top_k(queries, items, k, rows)
+    expected, places = top_k(queries, items[rows], k)
     assert np.array_equal(scores, expected)
     assert np.array_equal(found, rows[places])

@@ -21,6 +21,7 @@ LAYERS = [
     ["data"],
     ["model"],
     ["index", "metrics"],
+    ["approximate", "search"],
     ["artifact"],
     ["training"],
     ["scorers"],
@@ -50,6 +51,7 @@ KEPT_TO = {
     "bm25s": {"scorers"},
     "IPython": {"report"},
     "lance": {"data"},
+    "faiss": {"approximate"},
 }
 CONVERTS = "pixrec.model.packages"
 """May read a checkpoint of torch, as weights alone, to keep it as safetensors."""

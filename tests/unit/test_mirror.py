@@ -31,6 +31,7 @@ TESTED_ELSEWHERE = {
     # the files of a prepared data set, by those who read them
     "pixrec/data/arrays.py": "tests/unit/data/test_sequences.py",
     "pixrec/data/rows.py": "tests/unit/data/test_pictures.py",
+    "pixrec/data/filters.py": "tests/unit/data/test_items.py",
     # every step of it is a step of prepare
     "pixrec/data/partitions.py": "tests/cluster/test_prepare_partitions.py",
     # every family is held to the library's own forward pass by the same tests

@@ -169,6 +169,32 @@ def test_filters(recommender: Recommender):
         recommender.answer([Query(["i00"], filters={"colour": ["red"]})])
 
 
+def test_ranges_and_values_of_one_batch_are_kept_apart(recommender: Recommender):
+    filters = [{"year": {"min": 2001, "max": 2003}}, {"year": {"min": 2003}}, {"year": [2001, 2003]}, {}]
+    answers = recommender.answer([Query(["i00"], 12, filters=each) for each in filters])
+    (everything,) = recommender.answer([Query(["i00"], 12)])
+    years = {f"i{row:02d}": recommender.items.fields(row)["year"] for row in range(len(recommender.items))}
+    passing = [lambda y: 2001 <= y <= 2003, lambda y: y >= 2003, lambda y: y in (2001, 2003), lambda y: True]
+    for answer, passes in zip(answers, passing, strict=True):
+        assert ids(answer) == [x for x in ids(everything) if passes(years[x])]
+
+
+def test_the_structure_of_an_index_in_another_order_is_renumbered(model: Model, items: ItemTable, dataset: Dataset):
+    asked = []
+
+    class Structure:
+        def renumbered(self, rows: np.ndarray) -> Structure:
+            asked.append(rows.tolist())
+            return self
+
+    backwards = np.arange(len(items))[::-1]
+    for rows in (backwards, np.arange(len(items))):
+        index = dataclasses.replace(index_of(model, items, rows), structure=Structure)
+        recommender = Recommender(model, index, items, dataset.training_counts())
+        assert recommender.recommend(["i03"], 3)
+    assert asked == [backwards.tolist()]
+
+
 def test_unknown_items_are_passed_over_and_named(recommender: Recommender):
     (answer,) = recommender.answer([Query(["new", "i01", "newer", "new"], 3)])
     assert answer.unknown_items == ["new", "newer"]

@@ -103,6 +103,42 @@ def test_filter_mask(items: ItemTable, filters: dict, rows: list[int]):
     assert items.filter_mask(filters).nonzero()[0].tolist() == rows  # the second time from the cache
 
 
+@pytest.mark.parametrize(
+    ("filters", "rows"),
+    [
+        ({"price": {"min": 20}}, [1]),
+        ({"price": {"max": 20.5}}, [0]),
+        ({"price": {"min": 10, "max": 30}, "brand": ["Ann"]}, [0]),
+        ({"price": {"min": 30, "max": 10}}, []),
+        ({"year": {"min": 1996, "max": 1996}}, [1]),
+        ({"year": {"min": -(10**30), "max": 10**30}}, [0, 1, 2]),
+        ({"year": [10**30, float("nan"), 1995.0]}, [0]),
+    ],
+)
+def test_ranges_of_numbers(filters: dict, rows: list[int]):
+    items = ItemTable(table(price=[10.0, 30.0, None], year=[1995, 1996, 1999]))
+    assert items.range_fields == ["price", "year"]
+    assert items.filter_mask(filters).nonzero()[0].tolist() == rows
+
+
+def test_a_number_that_is_none_is_in_no_range():
+    items = ItemTable(table(price=[float("nan"), 1.0, 2.0], year=[True, False, None]))
+    assert items.filter_mask({"price": {"min": 0}}).tolist() == [False, True, True]
+    assert items.filter_mask({"year": [True]}).tolist() == [True, False, False]
+    assert items.range_fields == ["price"]
+
+
+@pytest.mark.parametrize("wanted", [{}, {"least": 3}, {"min": "3"}, {"min": True}, {"min": 1, "max": None}])
+def test_a_range_that_is_none(items: ItemTable, wanted: dict):
+    with pytest.raises(InputError, match="'price': a range is"):
+        items.filter_mask({"price": wanted})
+
+
+def test_a_range_of_what_has_none(items: ItemTable):
+    with pytest.raises(InputError, match=r"'brand' has no range.*known: price, year"):
+        items.filter_mask({"brand": {"min": 1}})
+
+
 def test_the_most_frequent_values_of_each_filter_field():
     odd = ItemTable(table(year=[1995.5, 1995.5, float("nan")], size=pa.nulls(3, pa.string())))
     assert odd.filter_values(2) == {
@@ -184,3 +220,8 @@ def test_a_large_catalog_is_mapped_and_says_the_same(tmp_path, monkeypatch):
         assert mapped.filter_values(9) == read.filter_values(9)
         assert mapped.text(3) == read.text(3)
     assert len(list((tmp_path / "cache").glob("*.made"))) == 1
+    name = read.filter_fields[0]
+    for value, _ in read.filter_values(9)[name]:
+        wanted = {name: [value]}
+        np.testing.assert_array_equal(mapped.filter_mask(wanted), read.filter_mask(wanted))
+    assert len(list((tmp_path / "cache").glob("*.made"))) == 2

@@ -1,0 +1,83 @@
+"""Builds the structure for approximate search of an index version, and measures what it finds. Usable without Ray.
+
+Shapes: N items of the version · D width · Q queries.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from pixrec import storage
+from pixrec.approximate import Approximate, build, bytes_per_item, require_faiss
+from pixrec.artifact.index import STRUCTURE, stored_parts
+from pixrec.config import EmbedConfig
+from pixrec.errors import PixRecError, fault_text
+from pixrec.index import top_k
+from pixrec.search import Searcher
+
+NEIGHBOURS, QUERIES = 10, 256
+MOST_READ = 1 / 8
+"""Where a search would have to read more of the lists than this for the recall wanted, the exact one is as fast."""
+
+
+def wants_structure(rows: int, config: EmbedConfig) -> bool:
+    """Whether an index of so many items gets a structure. Raises PixRecError where it does and faiss is lacking."""
+    if config.approximate_above is None or rows <= config.approximate_above:
+        return False
+    require_faiss(
+        f"an index of {rows:,} items (embed.approximate_above is {config.approximate_above:,}; null searches exactly)"
+    )
+    return True
+
+
+def add_structure(folder: str, rows: int, width: int, dtype: str, config: EmbedConfig) -> dict[str, Any]:
+    """Write the structure beside the parts of a version that is being written; returns what the manifest says of it,
+    and the `fault` where there is one instead.
+
+    The vectors lie in a temporary file meanwhile, 4 N D bytes.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="pixrec-") as place:
+            shape, vectors_file = (rows, width), os.path.join(place, "vectors.npy")
+            vectors, found = np.lib.format.open_memmap(vectors_file, mode="w+", dtype=np.float32, shape=shape), 0
+            for _, part in stored_parts(folder, dtype):
+                vectors[found : found + len(part)] = part
+                found += len(part)
+            path = os.path.join(place, STRUCTURE)
+            name = build(vectors, config.approximate_codes, path, threads=config.threads_per_actor)
+            facts = measured(vectors, Approximate(path, 1), config.approximate_recall)
+            if "probes" in facts:
+                storage.copy_file(path, storage.join(folder, STRUCTURE))
+                facts["bytes_per_item"] = bytes_per_item(width, config.approximate_codes)
+            return {"structure": name, "library": f"faiss {require_faiss(name).__version__}", **facts}
+    except PixRecError as error:
+        return {"fault": fault_text(error)}
+
+
+def measured(vectors: np.ndarray, structure: Approximate, wanted: float) -> dict[str, Any]:
+    """How many lists a search must read (`probes`) to find the wanted share of the ten items nearest to an item, and
+    the share it finds, over 256 items drawn at random; where it is not worth it, `left_out` says why instead."""
+    drawn = np.random.default_rng(0).choice(len(vectors), min(QUERIES, len(vectors)), replace=False)
+    queries, k = np.ascontiguousarray(vectors[drawn], np.float32), NEIGHBOURS
+    exact = _others(top_k(queries, vectors, k + 1)[1], drawn)
+    probes, recall = 1, 0.0
+    while True:
+        found = _others(Searcher(vectors, structure.with_probes(probes)).search(queries, k + 1)[1], drawn)
+        recall = float(np.mean([len(a & b) / max(1, len(a)) for a, b in zip(exact, found, strict=True)]))
+        if recall >= wanted or probes >= structure.num_lists:
+            break
+        probes *= 2
+    facts = {f"recall@{k}": recall, "queries": len(queries)}
+    if recall >= wanted and probes <= max(1, MOST_READ * structure.num_lists):
+        return {"probes": probes, **facts}
+    share = min(1.0, probes / structure.num_lists)
+    return {**facts, "left_out": f"recall {recall:.3f} takes {share:.0%} of the vectors; an exact search is as fast"}
+
+
+def _others(rows: np.ndarray, own: np.ndarray) -> list[set[int]]:
+    """The ten best of each query but the query itself."""
+    return [set(found[found != row][:NEIGHBOURS].tolist()) for found, row in zip(rows, own, strict=True)]
