@@ -285,12 +285,14 @@ def _lacks(nodes: list[Node], config: Config, limits: Mapping[str, float] | None
                     f"{use.what} wants {use.count * each:g} {kind}s ({use.settings} {use.count}, {each:g} each), and "
                     f"the cluster has {has[kind]:g}{grown}; add nodes or lower {use.settings}"
                 )
-    workers, each = config.train.num_workers, config.train.cpus_per_worker
-    if config.train.feed != "local" and workers and workers * each == has["CPU"]:
-        yield (
-            f"train.num_workers {workers} with train.cpus_per_worker {each:g} take all {has['CPU']:g} CPUs, and nothing "
-            "is left to read pictures with; lower train.cpus_per_worker"
-        )
+    readers = {"train": config.train.feed != "local", "embed": True}
+    for use in uses_of(config):
+        if readers.get(use.what) and use.count and use.count * use.cpus == has["CPU"]:
+            setting = use.settings.replace("num_", "cpus_per_").removesuffix("s")
+            yield (
+                f"{use.settings} {use.count} with {setting} {use.cpus:g} take all {has['CPU']:g} CPUs, and nothing is "
+                f"left to read pictures with; lower {setting}"
+            )
 
 
 def _notes(nodes: list[Node]) -> Iterator[str]:

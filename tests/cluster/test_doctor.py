@@ -110,7 +110,14 @@ def test_healthy_nodes_have_no_fault() -> None:
             {"train.num_workers": 8, "train.cpus_per_worker": 1},
             "train.num_workers 8 with train.cpus_per_worker 1 take all 8 CPUs, and nothing is left to read pictures "
             "with; lower train.cpus_per_worker",
-            id="all CPUs",
+            id="all CPUs for training",
+        ),
+        pytest.param(
+            node("10.0.0.3"),
+            {"embed.num_actors": 8, "embed.cpus_per_actor": 1},
+            "embed.num_actors 8 with embed.cpus_per_actor 1 take all 8 CPUs, and nothing is left to read pictures "
+            "with; lower embed.cpus_per_actor",
+            id="all CPUs for embedding",
         ),
     ],
 )
