@@ -1,4 +1,4 @@
-"""The command `pixrec`: seven verbs. Parses, calls one function, prints one JSON line.
+"""The command `pixrec`: its verbs. Parses, calls one function, prints one JSON line.
 
 Progress and logs go to stderr; the last line of stdout is one JSON object. Exit 0: done; 2: the input or the
 arguments are at fault, said in one line; 1: anything else.
@@ -44,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return 1
     print(json.dumps(summary), flush=True)  # escaped to ASCII: no locale and no odd id can break the line
-    return 0
+    faults = summary["faults"] if arguments.verb == "doctor" else []
+    for line in faults:
+        print(f"pixrec doctor: {line}", file=sys.stderr)
+    return 2 if faults else 0
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -76,6 +79,19 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             case "recommend":
                 history = [i for i in a.history.split(",") if i]
                 return verbs.recommend(a.model, a.index, a.data, history, a.k, a.include_history, a.timestamps)
+            case "doctor":
+                from pixrec.cluster.doctor import doctor
+
+                return doctor(config, {**dict.fromkeys(a.read, "read"), **dict.fromkeys(a.write, "write")}, console)
+            case "pipeline":
+                from pixrec.pipeline import pipeline
+
+                options = {"source": a.source, "overrides": a.set, "progress": console}
+                return pipeline(a.items, a.interactions, a.out, config=a.config or None, **options)
+            case "submit":
+                from pixrec.cluster.submit import submit
+
+                return submit(a.name, a.command, config.job, console)
             case "serve":
                 return verbs.serve(a.model, a.index, a.data, config, a.host, a.port)
             case _:
@@ -134,15 +150,19 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     model, data, index = ("model", "model folder"), ("data", "prepared data set"), ("index", "index folder")
-    sub = verb("prepare", "Turn input tables into a prepared data set.", ("interactions", "interactions table"))
-    sub.add_argument("--items", metavar="URI", help="items table; without it the catalog is the set of ids seen")
-    sub.add_argument(
-        "--source",
-        choices=["tables", "amazon2023"],
-        default="tables",
-        help="format of the input: Parquet tables, or raw .jsonl[.gz]",
-    )
-    sub.add_argument("--out", required=True, metavar="URI", help="folder of the prepared data set")
+
+    def verb_on_tables(name: str, help: str, out: str) -> None:
+        sub = verb(name, help, ("interactions", "interactions table"))
+        sub.add_argument("--items", metavar="URI", help="items table; without it the catalog is the set of ids seen")
+        sub.add_argument(
+            "--source",
+            choices=["tables", "amazon2023"],
+            default="tables",
+            help="format of the input: Parquet tables, or raw .jsonl[.gz]",
+        )
+        sub.add_argument("--out", required=True, metavar="URI", help=out)
+
+    verb_on_tables("prepare", "Turn input tables into a prepared data set.", "folder of the prepared data set")
     sub = verb("train", "Fine-tune the towers.", data, ("out", "folder of the model"))
     sub.add_argument("--resume", action="store_true", help="continue the unfinished run of the same --out")
     sub.add_argument("--dry-run", action="store_true", help="say what it would need (memory, steps, time), and stop")
@@ -172,5 +192,16 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("serve", "Answer requests over HTTP.", model, index, data)
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     sub.add_argument("--port", type=int, default=8000, help="port to listen on (default 8000)")
+    verb_on_tables(
+        "pipeline",
+        "Prepare, train, embed, evaluate, and publish unless the new model may be worse.",
+        "folder of data sets, models, reports and the index that servers follow",
+    )
+    sub = verb("submit", "Run a command as a job of a Ray cluster, or join the job of that name that runs.")
+    sub.add_argument("--name", required=True, help="name of the run, which is the job's submission id")
+    sub.add_argument("command", nargs=argparse.REMAINDER, metavar="-- VERB ...", help="the command, as after pixrec")
+    sub = verb("doctor", "Tell what the cluster has, what a run would use, and what is wrong.")
+    sub.add_argument("--read", action="append", default=[], metavar="URI", help="a place that a run will read")
+    sub.add_argument("--write", action="append", default=[], metavar="URI", help="a place that a run will write")
     verb("demo", "Run everything on a synthetic catalog.", ("out", "folder for data, model, index and report"))
     return parser

@@ -36,7 +36,16 @@ from pixrec.evaluation import (
 from pixrec.evaluation.ceiling import ceilings, verdict
 from pixrec.handles import METRICS, Place, PreparedData, PublishedIndex, Report, TrainedModel, place
 from pixrec.report import choose_examples, choose_grids, format_table, notes, write_report
-from pixrec.scorers import KNOCKOUTS, Inputs, Scorer, build_scorers, load_predictions
+from pixrec.scorers import (
+    KNOCKOUTS,
+    Inputs,
+    Recipe,
+    Scorer,
+    TowerScorer,
+    aligned,
+    build_scorers,
+    load_predictions,
+)
 from pixrec.training.choice import choose
 from pixrec.training.tracking import read_log
 
@@ -44,6 +53,8 @@ if TYPE_CHECKING:
     from pixrec.recommender import Recommender
 
 HEADLINE_SCORERS = ("pixrec", "pixrec_text_only", "popularity")
+SERVED = "served"
+"""What an evaluation calls the model in use, where it is ranked beside a new one."""
 
 Table: TypeAlias = Place | ArrowStream
 """A Parquet file, a folder or s3:// prefix of them, or a table in memory: pyarrow, pandas, Polars."""
@@ -76,7 +87,7 @@ def prepare(
     tables = {name: table if table is None or in_memory(table) else place(table) for name, table in given.items()}
     if source != "tables" and any(map(in_memory, tables.values())):
         raise InputError(f"source {source} names raw files; a table in memory is read as it is: leave source out")
-    with _console(progress) as console, on_storage(tables, out) as at:
+    with open_console(progress) as console, on_storage(tables, out) as at:
         info = run(at["items"], at["interactions"], out, settings.prepare, console.progress, source)
         if written := [name for name, table in tables.items() if in_memory(table)]:
             info = {**info, "inputs": {**info["inputs"], **dict.fromkeys(written, IN_MEMORY)}}
@@ -102,26 +113,32 @@ def train(
     (also where training diverges), OutputError, ConfigError.
     """
     data, out = place(data), place(out)
-    settings, choice = load_config(overrides=overrides, base=read_settings(config)), None
-    if not _says_model(config, overrides):
-        choice = choose(load_dataset(data))
-        base = change_config(Config(), choice.settings)
-        settings = load_config(overrides=overrides, base=read_settings(config, base))
+    settings, why = training_settings(data, config, overrides)
     from pixrec.cluster.session import connect
     from pixrec.cluster.train import train as run
     from pixrec.model.backbone import picture_size_of
     from pixrec.training.stages import check_ready, plan
 
     check_ready(data, out, settings, resume)
-    with _console(progress) as console:
-        if choice:
-            console.say(choice.why)
+    with open_console(progress) as console:
+        if why:
+            console.say(why)
         size = picture_size_of(settings.model)
         for uri in dict.fromkeys(uri for stage in plan(data, settings) for uri in stage.data):
             _look_at_pictures(uri, settings.model, size, settings.model.small_pictures, console)
         with connect():
             info = run(data, out, settings, resume=resume, on_row=console.training)
     return TrainedModel.of(out, info)
+
+
+def training_settings(data: Place, config: Settings, overrides: Sequence[str] = ()) -> tuple[Config, str]:
+    """What `train` goes by, and why where it is chosen by what the data set is (else an empty string)."""
+    settings = load_config(overrides=overrides, base=read_settings(config))
+    if _says_model(config, overrides):
+        return settings, ""
+    choice = choose(load_dataset(place(data)))
+    base = change_config(Config(), choice.settings)
+    return load_config(overrides=overrides, base=read_settings(config, base)), choice.why
 
 
 @surfaced()
@@ -136,7 +153,7 @@ def plan_training(
 
     if tokens_per_second is not None and tokens_per_second <= 0:
         raise InputError(f"--tokens-per-second {tokens_per_second}: must be above 0")
-    with _console(progress) as console:
+    with open_console(progress) as console:
         size = picture_size_of(settings.model)
         _look_at_pictures(data, settings.model, size, settings.model.small_pictures, console)
         found = dry_run([data], settings, tokens_per_second)
@@ -158,9 +175,16 @@ def _look_at_pictures(data: str, model: ModelConfig, size: PictureSize, small: s
 
 @surfaced()
 def embed(
-    model: Place, data: Place, out: Place, *, config: Settings = None, progress: Progress = False
+    model: Place,
+    data: Place,
+    out: Place,
+    *,
+    current: bool = True,
+    config: Settings = None,
+    progress: Progress = False,
 ) -> PublishedIndex:
-    """Publish the vectors of all items of a prepared data set as a version of the index `out`.
+    """Publish the vectors of all items of a prepared data set as a version of the index `out`, the one in use from then
+    on unless `current` is False.
 
     What the current version or an interrupted run holds already is not computed again. Raises ArtifactError,
     OutputError, ConfigError.
@@ -171,11 +195,11 @@ def embed(
     from pixrec.cluster.session import connect
 
     check_ready(model, data, out)
-    with _console(progress) as console:
+    with open_console(progress) as console:
         made_for = model_facts(model)
         _look_at_pictures(data, made_for.config, made_for.picture_size, settings.model.small_pictures, console)
         with connect():
-            manifest = run(model, data, out, settings, progress=console.progress)
+            manifest = run(model, data, out, settings, progress=console.progress, current=current)
         counts = ("reused", "computed", "resumed", "redone", "text_alone", "pictures_rejected")
         console.say(f"{manifest['rows']} items: " + ", ".join(f"{manifest[name]} {name}" for name in counts))
         recall = manifest.get(RECALL, {})
@@ -193,24 +217,29 @@ def evaluate(
     index: Place | None = None,
     predictions: Place | None = None,
     also: Sequence[Place] = (),
+    served: PublishedIndex | None = None,
     ceiling: Mapping[str, Any] | None = None,
     config: Settings = None,
     progress: Progress = False,
 ) -> Report:
     """Score the held-out events and write metrics.json and the report to `out`.
 
-    `model` None: the predictions or the baselines alone. `index`: its item vectors in place of computing them.
+    `model` None: the predictions or the baselines alone. `index`: its item vectors in place of computing them; a handle
+    stands for its own version. `served`: a version whose model is ranked beside, as the scorer `served`.
     `predictions`: somebody else's rankings (Parquet of `user_id` and ranked `item_ids`). `also`: the metrics.json of
     further seeds, summed up with this run. `ceiling`: the best possible value by metric, and its `name`, drawn beside
     the figures. Raises ArtifactError, InputError, OutputError, ConfigError.
     """
     settings, data, out = read_settings(config), place(data), place(out)
-    model, index, predictions = (None if where is None else place(where) for where in (model, index, predictions))
+    version = index.version if isinstance(index, PublishedIndex) else None
+    model, index, predictions = _place(model), _place(index), _place(predictions)
     if index and not model:
         raise InputError("--index holds the vectors of a model's items; name the model with --model")
     seeds = {file: storage.read_json(file, ("results", "protocol")) for file in map(place, also)}
-    with _console(progress) as console:
-        metrics = _evaluate(model, data, index, out, settings, console, ceiling, predictions, seeds)
+    with open_console(progress) as console:
+        metrics = _evaluate(
+            model, data, index, out, settings, console, ceiling, predictions, seeds, version=version, served=served
+        )
         console.say(format_table(metrics))
     return Report.of(out, metrics)
 
@@ -225,6 +254,9 @@ def _evaluate(
     ceiling: Mapping[str, Any] | None,
     predictions: str | None,
     seeds: Mapping[str, Any],
+    *,
+    version: str | None,
+    served: PublishedIndex | None,
 ) -> dict[str, Any]:
     """Write the evaluation; returns the content of metrics.json."""
     with storage.staged_folder(out, METRICS, "evaluation") as staging, contextlib.ExitStack() as stack:
@@ -239,8 +271,10 @@ def _evaluate(
         audited = audit_dataset(dataset, settings, config) | {
             "elsewhere": audit_elsewhere(dataset, loaded) if loaded else []
         }
-        inputs = _inputs(model, loaded, index, predictions, held_out, dataset, config)
+        inputs = _inputs(model, loaded, index, predictions, held_out, dataset, config, version)
         scorers, knockouts = build_scorers(dataset, config, inputs, console.progress)
+        if served:
+            scorers.append(_served(served, dataset, _device(config.evaluate.device)))
         if not scorers:
             raise InputError("nothing to evaluate: give --model or --predictions, or name some in evaluate.scorers")
         evaluation = evaluate_scorers(
@@ -258,6 +292,8 @@ def _evaluate(
         if inputs.predictions:
             metrics["predictions"] = {"scorer": inputs.predictions.name, **inputs.predictions.counts}
         metrics["provenance"] = provenance(dataset, loaded, inputs.index)
+        if served:
+            metrics["provenance"]["served_version"] = served.version
         metrics["settings"] = {"evaluate": to_dict(config.evaluate), "sasrec": to_dict(config.sasrec)}
         if ceiling:
             metrics["ceiling"] = dict(ceiling)
@@ -299,8 +335,9 @@ def _inputs(
     held_out: HeldOut,
     dataset: Dataset,
     config: Config,
+    version: str | None,
 ) -> Inputs:
-    published = load_index(index, loaded.fingerprint, dataset.items) if index and loaded else None
+    published = load_index(index, loaded.fingerprint, dataset.items, version) if index and loaded else None
     if predictions is None:
         return Inputs(model, loaded, published)
     users = sample_users(held_out, config.evaluate.max_users, config.evaluate.seed)
@@ -308,6 +345,15 @@ def _inputs(
     taken = {"pixrec", *config.evaluate.scorers} | set(KNOCKOUTS)
     name = "predictions" if stem in taken else stem
     return Inputs(model, loaded, published, load_predictions(predictions, name, users.user_ids, dataset.items.item_ids))
+
+
+def _served(version: PublishedIndex, dataset: Dataset, device: str) -> TowerScorer:
+    """The model behind a version of an index, and the vectors of that version."""
+    recipe = Recipe(SERVED, version.info["model"])
+    model = load_model(recipe.model_uri, device)
+    found = load_index(version.uri, model.fingerprint, dataset.items, version.version)
+    embedder, catalog = recipe.towers(dataset.items, model, dataset.uri)
+    return TowerScorer(recipe.name, embedder, catalog, aligned(found, dataset.items), recipe)
 
 
 def _ranker(data: str, config: Config, stack: contextlib.ExitStack) -> Ranker:
@@ -338,7 +384,7 @@ def load_recommender(model: Place, index: Place, data: Place | None = None, blen
     """
     from pixrec.recommender import load_recommender as load
 
-    return load(place(model), place(index), None if data is None else place(data), blend)
+    return load(place(model), place(index), _place(data), blend)
 
 
 @surfaced()
@@ -376,7 +422,7 @@ def demo(out: Place, *, config: Settings = None, progress: Progress = False) -> 
     storage.check_writable(places["report"], METRICS, "evaluation")
     check_index_writable(places["index"])
     started = time.monotonic()
-    with _console(progress) as console:
+    with open_console(progress) as console:
         report, best = _demo(places, settings, console)
         results, guards = report.info["results"], report.info["guards"]
         console.say(verdict(results, guards, best))
@@ -402,15 +448,15 @@ def _demo(places: Mapping[str, str], config: Config, console: Console) -> tuple[
     write_catalog(world, places["catalog"], lambda done, total: console.progress("draw the catalog", done, total))
     with connect():
         items, events = (storage.join(places["catalog"], f"{name}.parquet") for name in ("items", "interactions"))
-        with _timed(console, "prepare"):
+        with timed(console, "prepare"):
             data = prepare(items, events, places["data"], config=config, progress=console)
-        with _timed(console, "train"):
+        with timed(console, "train"):
             model = train(data, places["model"], config=config, progress=console)
-        with _timed(console, "embed"):
+        with timed(console, "embed"):
             index = embed(model, data, places["index"], config=config, progress=console)
     best = ceilings(world, load_dataset(places["data"]), config.evaluate)
     ceiling = {"name": "best possible scorer", **best["both"], "text_only": best["text_only"]}
-    with _timed(console, "evaluate"):
+    with timed(console, "evaluate"):
         report = evaluate(model, data, places["report"], index=index, ceiling=ceiling, config=config, progress=console)
     return report, best
 
@@ -421,11 +467,15 @@ def demo_config() -> Config:
 
 
 @contextlib.contextmanager
-def _timed(console: Console, stage: str) -> Iterator[None]:
+def timed(console: Console, stage: str) -> Iterator[None]:
     started = time.monotonic()
     console.say(f"== {stage}")
     yield
     console.say(f"== {stage}: {time.monotonic() - started:.0f} s")
+
+
+def _place(where: Place | None) -> str | None:
+    return None if where is None else place(where)
 
 
 def _says_model(config: Settings, overrides: Sequence[str]) -> bool:
@@ -452,7 +502,7 @@ def read_settings(config: Settings, base: Config | None = None) -> Config:
 
 
 @contextlib.contextmanager
-def _console(progress: Progress) -> Iterator[Console]:
+def open_console(progress: Progress) -> Iterator[Console]:
     """A Console of the caller's stays open; one that is made here ends with the block."""
     if isinstance(progress, Console):
         yield progress

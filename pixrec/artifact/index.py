@@ -108,9 +108,17 @@ class IndexWriter:
 
 @contextlib.contextmanager
 def index_version(
-    uri: str, model_fingerprint: str, width: int, dtype: str, facts: dict[str, Any], content_width: int = 0
+    uri: str,
+    model_fingerprint: str,
+    width: int,
+    dtype: str,
+    facts: dict[str, Any],
+    content_width: int = 0,
+    *,
+    current: bool = True,
 ) -> Iterator[IndexWriter]:
-    """Write a new version of the index at `uri`; when the block ends well it is published and CURRENT.
+    """Write a new version of the index at `uri`; when the block ends well it is published and, unless `current` is
+    False, CURRENT.
 
     Raises ValueError when an item came twice.
     """
@@ -134,7 +142,8 @@ def index_version(
             **writer.facts,
         }
         storage.write_json(storage.join(staging, MANIFEST), writer.manifest)
-    storage.write_bytes(storage.join(uri, CURRENT), version.encode())
+    if current:
+        storage.write_bytes(storage.join(uri, CURRENT), version.encode())
 
 
 def check_index_writable(uri: str) -> None:
@@ -142,38 +151,42 @@ def check_index_writable(uri: str) -> None:
     storage.check_writable(uri, VERSIONS, "index")  # a first version that failed left that folder and no CURRENT
 
 
-def index_manifest(uri: str) -> dict[str, Any]:
-    """The manifest of the current version. Raises ArtifactError when there is none."""
+def index_manifest(uri: str, version: str | None = None) -> dict[str, Any]:
+    """The manifest of a version, by default the current one. Raises ArtifactError when there is none."""
     current = storage.join(uri, CURRENT)
-    if not storage.exists(current):
+    if version is None and not storage.exists(current):
         raise ArtifactError(f"{uri} holds no published index (no {CURRENT}); make one with pixrec embed")
-    manifest = storage.join(uri, VERSIONS, storage.read_text(current).strip(), MANIFEST)
+    manifest = storage.join(uri, VERSIONS, version or storage.read_text(current).strip(), MANIFEST)
     if not storage.exists(manifest):
-        raise ArtifactError(f"{uri}: {CURRENT} names a version that is not there; run pixrec embed again")
+        named = f"version {version} is not there" if version else f"{CURRENT} names a version that is not there"
+        raise ArtifactError(f"{uri}: {named}; run pixrec embed again")
     return dict(storage.read_json(manifest, _FACTS))
 
 
-def load_index(uri: str, model_fingerprint: str | None = None, items: ItemTable | None = None) -> Index:
-    """The current version. Raises ArtifactError when absent, damaged, or made by another model than the one named.
+def load_index(
+    uri: str, model_fingerprint: str | None = None, items: ItemTable | None = None, version: str | None = None
+) -> Index:
+    """A version, by default the current one. Raises ArtifactError when absent, damaged, or made by another model than
+    the one named.
 
     With `items` that are those of the index, the vectors of a large one come in their order, mapped from a file that a
     node makes of them once: all processes share its pages.
     """
-    manifest = index_manifest(uri)
+    manifest = index_manifest(uri, version)
     if model_fingerprint not in (None, manifest["model_fingerprint"]):
         raise ArtifactError(
             f"{uri} was made by model {manifest['model_fingerprint'][:8]}, not {str(model_fingerprint)[:8]}; "
             "run pixrec embed with this model"
         )
-    version, rows, width = str(manifest["version"]), int(manifest["rows"]), int(manifest["width"])
-    folder = storage.join(uri, VERSIONS, version)
+    name, rows, width = str(manifest["version"]), int(manifest["rows"]), int(manifest["width"])
+    folder = storage.join(uri, VERSIONS, name)
     if items is not None and rows == len(items) and 4 * rows * width >= MAPPED_FROM:
         with contextlib.suppress(_OtherItems):
-            of_both = f"{version} {items.row_of.digest}"
+            of_both = f"{name} {items.row_of.digest}"
             write = partial(_write_ordered, folder=folder, manifest=manifest, items=items)
             vectors = storage.node_file(uri, of_both, write, storage.map_array)
             order = partial(_map_order, folder, of_both, items)
-            return Index(version, items.item_ids, vectors, manifest, _structure(folder, manifest, order))
+            return Index(name, items.item_ids, vectors, manifest, _structure(folder, manifest, order))
     vectors, item_ids, found = np.empty((rows, width), np.float32), list[pa.Array](), 0
     for ids, part in stored_parts(folder, manifest["dtype"]):  # so that what is read is never held twice
         room = vectors[found : found + len(part)]
@@ -182,7 +195,7 @@ def load_index(uri: str, model_fingerprint: str | None = None, items: ItemTable 
         found += len(part)
     _check_rows(folder, manifest, found)
     ids = Ids(pa.chunked_array(item_ids, pa.string()))
-    return Index(version, ids, vectors, manifest, _structure(folder, manifest, lambda: None))
+    return Index(name, ids, vectors, manifest, _structure(folder, manifest, lambda: None))
 
 
 def load_content(uri: str, manifest: dict[str, Any], items: ItemTable) -> np.ndarray | None:

@@ -58,20 +58,25 @@ class ModelFacts:
         return config.batch_size * max(1, min(config.max_part_items, room) // config.batch_size)
 
 
-def embed(model: str, data: str, out: str, config: Config, *, progress: Progress) -> dict[str, Any]:
-    """Publish a version at `out` that holds every item of the prepared data set `data`; returns its manifest.
+def embed(
+    model: str, data: str, out: str, config: Config, *, progress: Progress, current: bool = True
+) -> dict[str, Any]:
+    """Publish a version at `out` that holds every item of the prepared data set `data`, and make it the one in use
+    unless `current` is False; returns its manifest.
 
     Rows of the current version whose item, content and model are the same are taken over.
     """
     for _ in range(_ATTEMPTS):
         try:
-            return _embed(model_facts(model), data, out, config.embed, progress)
+            return _embed(model_facts(model), data, out, config.embed, progress, current)
         except Vanished:
             continue  # another run published what we counted on: plan again, with its version at hand
     raise OutputError(f"{out}: other runs of pixrec embed keep clearing up what this one needs; wait for them")
 
 
-def _embed(model: ModelFacts, data: str, out: str, config: EmbedConfig, progress: Progress) -> dict[str, Any]:
+def _embed(
+    model: ModelFacts, data: str, out: str, config: EmbedConfig, progress: Progress, current: bool
+) -> dict[str, Any]:
     info = read_info(data)
     total = int(info["items"]["kept"])
     structured = wants_structure(total, config)
@@ -106,6 +111,7 @@ def _embed(model: ModelFacts, data: str, out: str, config: EmbedConfig, progress
         "data": storage.absolute(data),
         "data_from_index": _relative(data, out),
         "data_fingerprint": info["fingerprint"],
+        "model": model.uri,
         "reused": reused,
         "computed": total - reused,
         "resumed": resumed,
@@ -113,7 +119,8 @@ def _embed(model: ModelFacts, data: str, out: str, config: EmbedConfig, progress
         "pictures_rejected": rejected,
         "pictures_from_tokens": stored,
     }
-    with index_version(out, model.fingerprint, model.width, config.dtype, facts, content_width) as writer:
+    fingerprint, width = model.fingerprint, model.width
+    with index_version(out, fingerprint, width, config.dtype, facts, content_width, current=current) as writer:
         write_chosen(writer, chosen, config.dtype, before)
         writer.facts["text_alone"] = writer.rows - writer.with_image
         if structured:

@@ -66,7 +66,7 @@ def prepare(
     if source == "tables":
         _item_files(items_uri)
         _interaction_files(interactions_uri, config)
-    key = _key(inputs, config)
+    key = input_key(inputs, config)
     with (
         storage.work_folder(storage.absolute(out_uri), key, DATASET_MARKER, KIND) as work,
         contextlib.ExitStack() as stack,
@@ -413,7 +413,7 @@ def _fingerprint(config: PrepareConfig, hashes: list[str]) -> str:
     return hashlib.blake2b(json.dumps([settings, hashes]).encode(), digest_size=16).hexdigest()
 
 
-def _key(inputs: dict[str, Any], config: PrepareConfig) -> str:
+def input_key(inputs: dict[str, Any], config: PrepareConfig) -> str:
     """Hash of the files that are read and of the settings: runs of one key make the same data set."""
     files = []
     for uri in (inputs["items"], inputs["interactions"]):

@@ -7,7 +7,9 @@ no files: YAML text in, YAML text out.
 from pixrec.config.demo import SyntheticConfig
 from pixrec.config.embed import EmbedConfig
 from pixrec.config.evaluate import EvaluateConfig, SasrecConfig, SasrecTowerConfig, SasrecTrainingConfig
+from pixrec.config.job import JobConfig
 from pixrec.config.model import CompactConfig, LoraConfig, Modalities, ModelConfig, TinyConfig
+from pixrec.config.pipeline import PipelineConfig
 from pixrec.config.prepare import PrepareConfig
 from pixrec.config.serve import ServeConfig
 from pixrec.config.train import JointConfig, SequenceConfig, StageConfig, TrainConfig
@@ -19,10 +21,12 @@ __all__ = [
     "Config",
     "EmbedConfig",
     "EvaluateConfig",
+    "JobConfig",
     "JointConfig",
     "LoraConfig",
     "Modalities",
     "ModelConfig",
+    "PipelineConfig",
     "PrepareConfig",
     "SasrecConfig",
     "SasrecTowerConfig",

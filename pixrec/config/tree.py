@@ -15,7 +15,9 @@ import yaml
 from pixrec.config.demo import SyntheticConfig
 from pixrec.config.embed import EmbedConfig
 from pixrec.config.evaluate import EvaluateConfig, SasrecConfig
+from pixrec.config.job import JobConfig
 from pixrec.config.model import ModelConfig
+from pixrec.config.pipeline import PipelineConfig
 from pixrec.config.prepare import PrepareConfig
 from pixrec.config.serve import ServeConfig
 from pixrec.config.train import TrainConfig
@@ -31,6 +33,8 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     sasrec: SasrecConfig = field(default_factory=SasrecConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    job: JobConfig = field(default_factory=JobConfig)
     demo: SyntheticConfig = field(default_factory=SyntheticConfig)
 
 

@@ -5,7 +5,7 @@ from pixrec.scorers.build import Inputs, build_scorers
 from pixrec.scorers.predictions import Predictions, load_predictions
 from pixrec.scorers.protocol import Need, Scorer
 from pixrec.scorers.sasrec import LOSS_OF, Sasrec, train_sasrec
-from pixrec.scorers.towers import KNOCKOUTS, Recipe, TowerScorer
+from pixrec.scorers.towers import KNOCKOUTS, Recipe, TowerScorer, aligned
 
 __all__ = [
     "KNOCKOUTS",
@@ -18,6 +18,7 @@ __all__ = [
     "Scorer",
     "TowerScorer",
     "Users",
+    "aligned",
     "build_scorers",
     "load_predictions",
     "train_sasrec",

@@ -7,13 +7,15 @@ removed once the model is published whole; until then --resume continues from it
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from pixrec import storage
 from pixrec.artifact import MODEL_MARKER
-from pixrec.config import Config, TrainConfig, dump_config, load_config
+from pixrec.config import Config, TrainConfig, dump_config, load_config, to_dict
 from pixrec.data.joined import TrainingData, count_leaks, join_datasets
 from pixrec.data.sequences import DATASET_MARKER, Dataset, load_dataset
 from pixrec.errors import ArtifactError, ConfigError, InputError
@@ -171,6 +173,19 @@ def _compared(config: Config) -> Config:
     if train.negatives == "global":
         same["num_workers"] = 1
     return dataclasses.replace(config, train=dataclasses.replace(train, **same))
+
+
+def has_begun(out: str) -> bool:
+    """Whether an unfinished run of `out` lies in its work folder."""
+    return storage.exists(storage.join(work_folder(out), _CONFIG))
+
+
+def training_key(dataset: Dataset, config: Config) -> str:
+    """Hash of the data and of the settings that a training learns from: runs of one key train the same model."""
+    facts = _data_facts(dataset, config)
+    stages = [stage["data_fingerprints"] for stage in facts["stages"]]
+    learned = [facts["fingerprint"], stages, to_dict(_compared(config))]
+    return hashlib.blake2b(json.dumps(learned).encode(), digest_size=8).hexdigest()
 
 
 def _data_facts(dataset: Dataset, config: Config) -> dict[str, Any]:

@@ -251,6 +251,25 @@ def test_versions(verb: Verb, place: str):
     assert load_index(uri).version == second
 
 
+def test_one_run_of_everything_makes_what_the_verbs_made(verb: Verb, place: str):
+    tables = {name: f"{place}/catalog/{name}.parquet" for name in ("items", "interactions")}
+    options = ["--set=train.knockouts=[]", "--set=evaluate.bootstrap_samples=20"]
+    summary = verb("pipeline", *options, **tables, out=f"{place}/nightly")
+    assert summary["steps"] == dict.fromkeys(["prepare", "train", "embed", "evaluate"], "made")
+    assert (summary["published"], summary["published_model"]) == (summary["version"], "new")
+    assert load_dataset(summary["data"]).info["fingerprint"] == load_dataset(f"{place}/data").info["fingerprint"]
+    assert load_model(summary["model"]).fingerprint == load_model(f"{place}/model").fingerprint
+    items = load_dataset(f"{place}/data").items
+    ours, theirs = load_index(summary["index"]), load_index(f"{place}/index")
+    np.testing.assert_allclose(in_order(ours, items), in_order(theirs, items), atol=1e-3)  # float16, by now
+    pair = pixrec.load_recommender(ours.manifest["model"], summary["index"])
+    assert (pair.model_version, pair.index_version) == (load_model(summary["model"]).fingerprint, ours.version)
+
+    again = verb("pipeline", *options, **tables, out=f"{place}/nightly")
+    assert set(again["steps"].values()) == {"found"}
+    assert again["results"] == summary["results"]
+
+
 @pytest.fixture
 def parts(tmp_path: Path) -> Path:
     """A folder with data/, ids/ (a catalog of bare ids), model/ and letters/."""

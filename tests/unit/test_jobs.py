@@ -12,7 +12,8 @@ JOBS = Path(__file__).parents[2] / "jobs"
 
 
 def test_there_is_a_job_for_each_verb() -> None:
-    assert {p.stem for p in JOBS.glob("*.py")} == {"prepare", "train", "embed", "evaluate", "recommend", "demo"}
+    verbs = {"prepare", "train", "embed", "evaluate", "recommend", "demo", "pipeline"}
+    assert {p.stem for p in JOBS.glob("*.py")} == verbs
 
 
 @pytest.mark.parametrize("job", sorted(JOBS.glob("*.py")), ids=lambda job: job.stem)

@@ -29,6 +29,7 @@ LAYERS = [
     ["report", "recommender"],
     ["cluster", "serving", "handles"],
     ["verbs"],
+    ["pipeline"],
     ["cli"],
 ]
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}

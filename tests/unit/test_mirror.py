@@ -46,6 +46,7 @@ TESTED_ELSEWHERE = {
     "pixrec/training/validation.py": "tests/unit/training/test_interleaved.py",
     # used by every test that needs Ray
     "pixrec/cluster/session.py": "tests/cluster/conftest.py",
+    "pixrec/cluster/probe.py": "tests/cluster/test_doctor.py",
     "pixrec/cluster/vision.py": "tests/cluster/test_picture_tokens.py",
 }
 """Module -> the file that tests it, where that is not its own."""
