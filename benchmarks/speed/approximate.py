@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
                 if recall >= a.recall:
                     break
             _filtered(Searcher(items, structure.with_probes(probes)), exact, queries)
-            del structure
+            _memory(os.path.join(folder, "vectors.npy"), path, probes)
         if a.others:
             for name, size, search in _graphs(items, folder):
                 _say(
@@ -133,6 +134,33 @@ def _filtered(searcher: Searcher, exact: Searcher, queries: np.ndarray) -> None:
         base = _milliseconds(exact.search, some, allowed, rounds=2)
         taken = _milliseconds(searcher.search, some, allowed, rounds=5)
         _say(f"  {passing:,} pass", recall, taken, base, 0)
+
+
+_OPENED = """
+import re, sys
+import numpy as np
+from pixrec import storage
+from pixrec.approximate import Approximate
+from pixrec.search import Searcher
+
+def held():
+    text = open("/proc/self/status").read()
+    return [int(re.search(rf"{name}:\\s+(\\d+) kB", text)[1]) / 1024 for name in ("RssAnon", "RssFile")]
+
+queries = np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32)
+Searcher(queries).search(queries, 10), Approximate.__init__
+import faiss
+before = held()
+vectors = storage.map_array(sys.argv[1])
+searcher = Searcher(vectors, Approximate(sys.argv[2], int(sys.argv[3])))
+searcher.search(queries, 10), searcher.search(queries, 10, np.arange(len(vectors)) % 2 == 0)
+own, mapped = (after - at_first for after, at_first in zip(held(), before))
+print(f"  memory of a process that opened and searched it: {own:.1f} MiB its own, {mapped:.1f} MiB of files, shared")
+"""
+
+
+def _memory(vectors: str, structure: str, probes: int) -> None:
+    subprocess.run([sys.executable, "-c", _OPENED, vectors, structure, str(probes)], check=True)
 
 
 def _graphs(items: np.ndarray, folder: str) -> Iterator[tuple[str, float, Callable[..., Found]]]:
