@@ -61,6 +61,8 @@ class Searcher:
         return top_k(queries, self.vectors, k, None if allowed is None else np.flatnonzero(allowed))
 
     def _approximate(self, structure: Approximate, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> Found:
+        if k < 1 or not np.isfinite(queries).all():
+            return self._exact(queries, k, allowed)  # which says what is wrong
         proposed = np.sort(structure.candidates(queries, max(LEAST_CANDIDATES, CANDIDATES * k), allowed), axis=1)
         scores = np.einsum("bcd,bd->bc", self.vectors[proposed], queries.astype(np.float32, copy=False))
         scores[proposed < 0] = -np.inf

@@ -64,6 +64,13 @@ def test_a_query_for_which_too_few_are_proposed_is_searched_exactly():
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize(("k", "value", "message"), [(0, 1.0, "at least 1"), (3, np.nan, "queries hold a value")])
+def test_refuses_what_it_cannot_rank(k, value, message):
+    for structure in (None, Recorded(np.tile(np.arange(64), (1, 1)))):
+        with pytest.raises(ValueError, match=message):
+            Searcher(whole_numbers(N, 1), structure).search(np.full((1, D), value, np.float32), k)
+
+
 def test_where_few_items_pass_they_are_all_compared():
     queries, items = whole_numbers(2, 0), whole_numbers(N, 1)
     structure = Recorded(np.tile(np.arange(64), (2, 1)))
