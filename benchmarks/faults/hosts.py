@@ -42,7 +42,7 @@ from pixrec.data.synthetic import build_world, write_catalog
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-BUCKET = "s3://warehouse"
+BUCKET = "s3://hosts"
 S3_PORT = 5000
 PATIENCE_SECONDS = 1800
 """For anything, on a machine that others use as well."""
@@ -76,9 +76,12 @@ class Host:
     def start(self, ray: Sequence[str], environment: dict[str, str]) -> None:
         """`ray start` with these options; ends with `kill`."""
         (self.folder / "tmp").mkdir(parents=True, exist_ok=True)
-        shell = f'mount --bind {self.folder}/tmp /tmp && mount -t tmpfs -o size=2g tmpfs /dev/shm && exec "$@"'
+        mounts = f"mount --bind {self.folder}/tmp /tmp && mount -t tmpfs -o size=2g tmpfs /dev/shm"
+        # Not `ray start --block`, which ends the node with whatever part of it ends, such as the server of Ray Client,
+        # which gives up on a machine so busy that a node takes half a minute to start.
+        shell = f'{mounts} && "$@" && exec sleep infinity'
         own = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", shell, "host"]
-        start = [str(BIN / "ray"), "start", "--block", f"--node-ip-address={self.address}", *ray]
+        start = [str(BIN / "ray"), "start", f"--node-ip-address={self.address}", *ray]
         with open(self.folder / "ray.log", "ab") as log:
             self.process = subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *own, *start],
@@ -194,6 +197,7 @@ class Hosts:
     def _start_head(self) -> None:
         options = ["--head", "--port=6379", f"--dashboard-host={self.head.address}", "--num-cpus=0"]
         self.head.start([*options, f"--object-store-memory={200 * 1024**2}"], self.environment)
+        wait(lambda: self._alive() and self.nodes(), PATIENCE_SECONDS, f"the head; see {self.folder}")
 
     def start_worker(self, host: Host) -> None:
         store = f"--object-store-memory={200 * 1024**2}"
@@ -210,7 +214,16 @@ class Hosts:
 
     def ready(self, seconds: float = PATIENCE_SECONDS) -> None:
         """Return when all hosts are nodes of the cluster."""
-        wait(lambda: len(self.nodes()) == len(self.hosts), seconds, f"the hosts to join; see {self.folder}")
+        everybody = len(self.hosts)
+        wait(lambda: self._alive() and len(self.nodes()) == everybody, seconds, f"the hosts; see {self.folder}")
+
+    def _alive(self) -> bool:
+        """Raises RuntimeError where `ray start` of a host has ended by itself."""
+        for host in self.hosts:
+            if host.process is not None and host.process.poll() is not None:
+                log = (host.folder / "ray.log").read_text()[-2000:]
+                raise RuntimeError(f"the Ray node of {host.name} has ended: {log}")
+        return True
 
     def nodes(self) -> list[dict[str, Any]]:
         """The nodes that are alive, as the dashboard tells."""
@@ -241,13 +254,15 @@ class Hosts:
 
     def pixrec(self, *arguments: str) -> subprocess.Popen[str]:
         """The command outside of all hosts, as on a developer's machine."""
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [str(BIN / "pixrec"), *arguments],
             env={**self.environment, "RAY_API_SERVER_ADDRESS": self.address, "PIXREC_CACHE": f"{self.folder}/cache"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        self._stack.callback(process.kill)
+        return process
 
 
 class Endpoint:
@@ -287,16 +302,19 @@ def wait(done: Callable[[], Any], seconds: float, what: str) -> None:
         time.sleep(0.2)
 
 
-class Run:
-    """One `pixrec submit -- pipeline`; its log, line by line, as it comes."""
+def pipeline(place: str) -> list[str]:
+    """The command that makes everything below a place."""
+    tables = [f"--{table}={BUCKET}/catalog/{table}.parquet" for table in ("items", "interactions")]
+    return ["pipeline", *tables, f"--out={place}", f"--config={BUCKET}/config.yaml"]
 
-    def __init__(self, hosts: Hosts, name: str, place: str, settings: Sequence[str] = ()) -> None:
-        tables = [f"--{table}={BUCKET}/catalog/{table}.parquet" for table in ("items", "interactions")]
-        command = ["pipeline", *tables, f"--out={place}", f"--config={BUCKET}/config.yaml"]
-        sets = [f"--set={setting}" for setting in settings]
+
+class Run:
+    """One `pixrec submit`; its log, line by line, as it comes."""
+
+    def __init__(self, hosts: Hosts, name: str, command: Sequence[str]) -> None:
         config = f"--config={hosts.folder}/config.yaml"
         self.name, self.began = name, time.monotonic()
-        self._process = hosts.pixrec("submit", "--name", name, config, "--", *command, *sets)
+        self._process = hosts.pixrec("submit", "--name", name, config, "--", *command)
         self.log: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -332,28 +350,39 @@ class Run:
         return dict(json.loads(self._process.stdout.read().splitlines()[-1]))
 
 
-def fill(hosts: Hosts, items: int, users: int) -> None:
-    """The catalog and the settings onto the endpoint, which this process then knows too."""
+@contextlib.contextmanager
+def reached(hosts: Hosts) -> Iterator[None]:
+    """Inside the block this process knows the endpoint too."""
+    before = dict(os.environ)
     os.environ.update({name: value for name, value in hosts.environment.items() if name.startswith("AWS_")})
     os.environ["PIXREC_CACHE"] = f"{hosts.folder}/cache"
     fs, _ = storage.locate(BUCKET)
-    fs.clear_instance_cache()
+    fs.clear_instance_cache()  # of another endpoint
+    try:
+        yield
+    finally:
+        fs.clear_instance_cache()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def fill(hosts: Hosts, items: int, users: int, config: str = CONFIG) -> None:
+    """The catalog and the settings onto the endpoint."""
     fs, _ = storage.locate(BUCKET)
     fs.mkdir(BUCKET.removeprefix("s3://"))
     with tempfile.TemporaryDirectory() as folder:
         write_catalog(build_world(SyntheticConfig(num_items=items, num_users=users)), folder)
         storage.copy_folder(folder, f"{BUCKET}/catalog")
-    storage.write_bytes(f"{BUCKET}/config.yaml", CONFIG.encode())
-    (hosts.folder / "config.yaml").write_text(CONFIG)
+    storage.write_bytes(f"{BUCKET}/config.yaml", config.encode())
+    (hosts.folder / "config.yaml").write_text(config)
 
 
 def single_machine(hosts: Hosts, place: str) -> dict[str, Any]:
     """The same pipeline without any cluster."""
-    tables = [f"--{table}={BUCKET}/catalog/{table}.parquet" for table in ("items", "interactions")]
     small = [
         f"--set={name}" for name in ("train.cpus_per_worker=0.5", "train.max_workers=null", "embed.cpus_per_actor=0.2")
     ]
-    process = hosts.pixrec("pipeline", *tables, f"--out={place}", f"--config={BUCKET}/config.yaml", *small)
+    process = hosts.pixrec(*pipeline(place), *small)
     out, err = process.communicate(timeout=PATIENCE_SECONDS)
     if process.returncode:
         raise RuntimeError(err)
@@ -417,7 +446,6 @@ def disturb(fault: str, hosts: Hosts, endpoint: Endpoint, run: Run) -> None:
         for host in hosts.workers:
             host.kill()
         hosts._start_head()
-        wait(lambda: hosts.nodes(), 60, "the new head")
         for host in hosts.workers:
             hosts.start_worker(host)
         hosts.ready()
@@ -426,7 +454,7 @@ def disturb(fault: str, hosts: Hosts, endpoint: Endpoint, run: Run) -> None:
 def main(faults: list[str], workers: int, items: int) -> int:
     worst = 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the hosts go too
-    with Hosts(workers) as hosts, Endpoint(hosts.gateway) as endpoint:
+    with Hosts(workers) as hosts, Endpoint(hosts.gateway) as endpoint, reached(hosts):
         fill(hosts, items, 2 * items)
         expected = single_machine(hosts, f"{BUCKET}/single")
         for fault in faults:
@@ -434,14 +462,14 @@ def main(faults: list[str], workers: int, items: int) -> int:
                 if host.process is None:
                     hosts.start_worker(host)
             hosts.ready()
-            run = Run(hosts, f"{fault}-{hosts.id}", f"{BUCKET}/{fault}")
+            run = Run(hosts, f"{fault}-{hosts.id}", pipeline(f"{BUCKET}/{fault}"))
             disturb(fault, hosts, endpoint, run)
             try:
                 found = run.summary()
             except RuntimeError:
                 if fault != "kill-head":
                     raise
-                run = Run(hosts, f"{fault}-again", f"{BUCKET}/{fault}")
+                run = Run(hosts, f"{fault}-again", pipeline(f"{BUCKET}/{fault}"))
                 found = run.summary()
             apart = compare(found, expected)
             print(json.dumps({"fault": fault, "seconds": round(time.monotonic() - run.began), **apart}), flush=True)

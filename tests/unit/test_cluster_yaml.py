@@ -79,7 +79,7 @@ def test_both_images_are_targets_of_the_dockerfile(cluster: dict[str, Any]) -> N
     assert named == set(re.findall(r"--target \w+ --tag (\S+)", text))
 
 
-@pytest.mark.parametrize("name", ["cluster.yaml", "serve/config.yaml", "Dockerfile", *MANIFESTS])
+@pytest.mark.parametrize("name", ["cluster.yaml", "sky.yaml", "serve/config.yaml", "Dockerfile", *MANIFESTS])
 def test_no_secret_is_written_down(name: str) -> None:
     text = (ROOT / name).read_text()
     secrets = (r"AKIA", r"aws_secret", r"password:", r"api_key:", r"token:(?! ~/\.ray/auth_token$)")
@@ -157,6 +157,17 @@ def test_every_batch_verb_has_a_job_and_a_command_that_parses() -> None:
         assert spec["entrypointNumCpus"] >= 1, "off the head"
         assert spec["clusterSelector"] == {"ray.io/cluster": load("k8s/base/raycluster.yaml")["metadata"]["name"]}
         load_config(overrides=parsed.set)
+
+
+def test_the_skypilot_task_runs_a_command_that_parses() -> None:
+    task = load("sky.yaml")
+    (command,) = [line for line in task["run"].splitlines() if line.startswith("pixrec ")]
+    assert _parser().parse_args(shlex.split(command)[1:]).verb == "pipeline"
+    assert set(re.findall(r"\$(\w+)", command)) == set(task["envs"])
+    assert (
+        task["resources"]["image_id"]
+        == f"docker:{load('cluster.yaml')['available_node_types']['train']['docker']['worker_image']}"
+    )
 
 
 @pytest.mark.parametrize(("name", "spec"), list(clusters()))
