@@ -129,35 +129,39 @@ def check_index_writable(uri: str) -> None:
     storage.check_writable(uri, VERSIONS, "index")  # a first version that failed left that folder and no CURRENT
 
 
-def index_manifest(uri: str) -> dict[str, Any]:
-    """The manifest of the current version. Raises ArtifactError when there is none."""
+def index_manifest(uri: str, version: str | None = None) -> dict[str, Any]:
+    """The manifest of a version, by default the current one. Raises ArtifactError when there is none."""
     current = storage.join(uri, CURRENT)
-    if not storage.exists(current):
+    if version is None and not storage.exists(current):
         raise ArtifactError(f"{uri} holds no published index (no {CURRENT}); make one with pixrec embed")
-    manifest = storage.join(uri, VERSIONS, storage.read_text(current).strip(), MANIFEST)
+    manifest = storage.join(uri, VERSIONS, version or storage.read_text(current).strip(), MANIFEST)
     if not storage.exists(manifest):
-        raise ArtifactError(f"{uri}: {CURRENT} names a version that is not there; run pixrec embed again")
+        named = f"version {version} is not there" if version else f"{CURRENT} names a version that is not there"
+        raise ArtifactError(f"{uri}: {named}; run pixrec embed again")
     return dict(storage.read_json(manifest, _FACTS))
 
 
-def load_index(uri: str, model_fingerprint: str | None = None, items: ItemTable | None = None) -> Index:
-    """The current version. Raises ArtifactError when absent, damaged, or made by another model than the one named.
+def load_index(
+    uri: str, model_fingerprint: str | None = None, items: ItemTable | None = None, version: str | None = None
+) -> Index:
+    """A version, by default the current one. Raises ArtifactError when absent, damaged, or made by another model than
+    the one named.
 
     With `items` that are those of the index, the vectors of a large one come in their order, mapped from a file that a
     node makes of them once: all processes share its pages.
     """
-    manifest = index_manifest(uri)
+    manifest = index_manifest(uri, version)
     if model_fingerprint not in (None, manifest["model_fingerprint"]):
         raise ArtifactError(
             f"{uri} was made by model {manifest['model_fingerprint'][:8]}, not {str(model_fingerprint)[:8]}; "
             "run pixrec embed with this model"
         )
-    version, rows, width = str(manifest["version"]), int(manifest["rows"]), int(manifest["width"])
+    name, rows, width = str(manifest["version"]), int(manifest["rows"]), int(manifest["width"])
     if items is not None and rows == len(items) and 4 * rows * width >= MAPPED_FROM:
         with contextlib.suppress(_OtherItems):
             write = partial(_write_ordered, uri=uri, manifest=manifest, items=items)
-            vectors = storage.node_file(uri, f"{version} {items.row_of.digest}", write, storage.map_array)
-            return Index(version, items.item_ids, vectors, manifest)
+            vectors = storage.node_file(uri, f"{name} {items.row_of.digest}", write, storage.map_array)
+            return Index(name, items.item_ids, vectors, manifest)
     vectors, item_ids, found = np.empty((rows, width), np.float32), list[pa.Array](), 0
     for ids, part in _parts(uri, manifest):  # so that what is read is never held twice
         room = vectors[found : found + len(part)]
@@ -165,7 +169,7 @@ def load_index(uri: str, model_fingerprint: str | None = None, items: ItemTable 
         item_ids += ids.chunks
         found += len(part)
     _check_rows(uri, manifest, found)
-    return Index(version, Ids(pa.chunked_array(item_ids, pa.string())), vectors, manifest)
+    return Index(name, Ids(pa.chunked_array(item_ids, pa.string())), vectors, manifest)
 
 
 def _parts(uri: str, manifest: dict[str, Any]) -> Iterator[tuple[pa.ChunkedArray, np.ndarray]]:

@@ -100,6 +100,7 @@ def _embed(model: ModelFacts, data: str, out: str, config: EmbedConfig, progress
         "data": storage.absolute(data),
         "data_from_index": _relative(data, out),
         "data_fingerprint": info["fingerprint"],
+        "model": model.uri,
         "reused": reused,
         "computed": total - reused,
         "resumed": resumed,

@@ -9,7 +9,7 @@ import datetime
 import decimal
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from pixrec.data.images import DECODER
 from pixrec.data.pictures import open_pictures
 from pixrec.data.text import item_text
 from pixrec.errors import ArtifactError, InputError
+from pixrec.query import Filters, Range
 from pixrec.schema import (
     DESCRIPTION,
     IMAGE,
@@ -70,6 +71,7 @@ class ItemTable:
         """table: with a column `image` unless `pictures` gives them; `arrays` saves reading it for ids and counts."""
         self._read, self._open, self._arrays = table, pictures, arrays
         self._filters: dict[str, _Filter] = {}
+        self._numbers: dict[str, np.ndarray] = {}
 
     @cached_property
     def _table(self) -> pa.Table:
@@ -141,6 +143,27 @@ class ItemTable:
             name for name, column in self._columns.items() if name not in _NOT_A_FILTER and _filterable(column.type)
         ]
 
+    @property
+    def range_fields(self) -> list[str]:
+        """Names of the columns of numbers, which `filter_mask` takes a Range for: price and the catalog's own."""
+        return [name for name, column in self._columns.items() if _is_number(column.type)]
+
+    def filter_problem(self, filters: Filters) -> str | None:
+        """What keeps the filters from being used on this catalog; None when all is well."""
+        for name, wanted in filters.items():
+            if isinstance(wanted, Range) and name in self.filter_fields and name not in self.range_fields:
+                return f"{name!r} holds no numbers: give a list of values"
+            usable = [*self.filter_fields, *(self.range_fields if isinstance(wanted, Range) else [])]
+            if name not in usable:
+                return (
+                    f"{name!r} is no filter field of this catalog; known: {', '.join(dict.fromkeys(usable)) or 'none'}"
+                )
+        return None
+
+    def values(self, name: str, rows: Sequence[int]) -> list[Any]:
+        """What the column `name` holds in each of the rows."""
+        return self._columns[name].take(pa.array(rows, pa.int64())).to_pylist()
+
     def filter_values(self, most: int) -> dict[str, list[tuple[Any, int]]]:
         """For each of `filter_fields` its `most` frequent values, each with the number of items that hold it.
 
@@ -156,23 +179,35 @@ class ItemTable:
             found[name] = list(zip(values.take(order).to_pylist(), numbers.take(order).to_pylist(), strict=True))
         return found
 
-    def filter_mask(self, filters: Mapping[str, Sequence[Any]]) -> np.ndarray:
-        """bool (N,): the items that hold, in every field named, one of the values given for it.
+    def filter_mask(self, filters: Filters) -> np.ndarray:
+        """bool (N,): the items that hold, in every field named, one of the values given for it, or a number within the
+        Range.
 
         A text field that joins several values with `|`, and a list field, match by any one of them or the whole.
         Raises InputError on an unknown field, and where a bare string stands for the list of values.
         """
+        problem = self.filter_problem(filters)
+        if problem is not None:
+            raise InputError(f"filters: {problem}")
         mask = np.ones(len(self), dtype=bool)
         for name, wanted in filters.items():
-            if name not in self._filters:
-                if name not in self.filter_fields:
-                    known = ", ".join(self.filter_fields) or "none"
-                    raise InputError(f"filters: {name!r} is no filter field of this catalog; known: {known}")
-                self._filters[name] = _Filter(self._columns[name])
             if isinstance(wanted, str):
                 raise InputError(f"filters: {name!r} must be a list of values, such as [{wanted!r}]")
+            if isinstance(wanted, Range):
+                mask &= self._within(name, wanted)
+                continue
+            if name not in self._filters:
+                self._filters[name] = _Filter(self._columns[name])
             mask &= self._filters[name].mask(wanted, len(self))
         return mask
+
+    def _within(self, name: str, wanted: Range) -> np.ndarray:
+        """bool (N,): the items whose number in the column lies in the range; one without a number does not."""
+        if name not in self._numbers:
+            self._numbers[name] = pc.cast(self._columns[name], pa.float64()).to_numpy()  # nulls become NaN
+        numbers = self._numbers[name]
+        least, most = (-math.inf if wanted.least is None else wanted.least), wanted.most
+        return (numbers >= least) & (numbers <= (math.inf if most is None else most))
 
     def _value(self, name: str, row: int) -> Any:
         return self._columns[name][row].as_py()
@@ -343,7 +378,11 @@ def _values(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray]:
 def _filterable(kind: pa.DataType) -> bool:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return kind.value_type == pa.string()
-    return kind == pa.string() or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    return kind == pa.string() or _is_number(kind) or pa.types.is_boolean(kind)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
 def _jsonable(value: Any) -> Any:

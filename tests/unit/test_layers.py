@@ -20,7 +20,7 @@ LAYERS = [
     ["storage"],
     ["data"],
     ["model"],
-    ["index", "metrics"],
+    ["index", "metrics", "rerank"],
     ["artifact"],
     ["training"],
     ["scorers"],
