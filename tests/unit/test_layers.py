@@ -17,7 +17,7 @@ ROOT = Path(pixrec.__file__).parent
 LAYERS = [
     ["errors", "schema"],
     ["config", "console", "query"],
-    ["storage"],
+    ["storage", "client"],
     ["data"],
     ["model"],
     ["index", "metrics", "rerank"],
@@ -50,6 +50,8 @@ KEPT_TO = {
     "bm25s": {"scorers"},
     "IPython": {"report"},
     "lance": {"data"},
+    "httpx": {"client"},
+    "prometheus_client": {"serving"},
 }
 CONVERTS = "pixrec.model.packages"
 """May read a checkpoint of torch, as weights alone, to keep it as safetensors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import dataclasses
 import json
@@ -9,15 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+import httpx
 import pytest
 from fakes import square
 
+from pixrec.client import AsyncClient, Rejected
+from pixrec.config import ServeConfig
 from pixrec.query import Answer, NewItem, Query, Range, ScoreKind
 from pixrec.schema import TEXT_FIELDS
 from pixrec.serving.backend import Overloaded, Unavailable
 from pixrec.serving.bodies import AnswerBody, FilterValue, NewItemBody, RangeBody, RankedItem, RecommendBody
 from pixrec.serving.gate import Rate
-from pixrec.serving.http import image_type, jsonable
+from pixrec.serving.http import create_api, image_type, jsonable
 from pixrec.serving.metrics import RequestMetrics
 
 RANKING_KEYS = {"items", "score_kind", "model_version", "index_version", "unknown_items", "fallback"}
@@ -547,3 +551,30 @@ def test_readiness_and_metrics(client: Any, backend: Any) -> None:
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     backend.trouble = Unavailable("starting")
     assert client("GET", "/readyz").status_code == 503
+
+
+def test_the_shipped_client_and_the_server_understand_each_other(backend: Any) -> None:
+    async def ask() -> None:
+        transport = httpx.ASGITransport(create_api(backend, ServeConfig()))
+        async with AsyncClient("http://pixrec", transport=transport) as client:
+            query = Query(
+                ["a"],
+                2,
+                filters={"brand": ["Acme"]},
+                new_items={"n": NewItem({"title": "x"}, b"picture")},
+                diversity=0.5,
+                max_per={"brand": 3},
+                reasons=True,
+            )
+            answer = await client.answer(query)
+            assert [item_id for item_id, _ in answer.items] == ["b/ä 1", "c"]
+            assert backend.request == dataclasses.replace(query, exclude=[])
+            assert (await client.similar("a", 1)).items == [("b/ä 1", 1.0)]
+            assert len((await client.search("lamp", b"picture")).items) == 4
+            assert (await client.embed(["lamp"])).texts == [[1.0, 0.0]]
+            assert (await client.item("b/ä 1"))["item_id"] == "b/ä 1"
+            assert (await client.version())["index_version"] == "index-1"
+            with pytest.raises(Rejected, match="k is 500"):
+                await client.recommend([], 500)
+
+    asyncio.run(ask())
