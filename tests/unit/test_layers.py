@@ -17,7 +17,7 @@ ROOT = Path(pixrec.__file__).parent
 LAYERS = [
     ["errors", "schema"],
     ["config", "console", "query"],
-    ["storage", "client"],
+    ["storage", "client", "loadtest"],
     ["data"],
     ["model"],
     ["index", "metrics", "rerank"],
@@ -45,7 +45,7 @@ KEPT_TO = {
     "s3fs": {"storage"},
     "peft": {"model"},
     "jinja2": {"report"},
-    "aiohttp": {"data"},
+    "aiohttp": {"data", "loadtest"},
     "simplejpeg": {"data"},
     "bm25s": {"scorers"},
     "IPython": {"report"},
