@@ -71,7 +71,7 @@ class Seen:
             "milliseconds": {f"p{100 * q:g}": round(quantile(good, q), 2) for q in QUANTILES}
             | {"max": round(good[-1], 2) if good else None},
             "histogram_ms": histogram(good),
-            "versions": len(self.versions),
+            "versions": [" ".join(pair) for pair in sorted(self.versions)],
         }
 
 

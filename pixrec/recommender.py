@@ -40,6 +40,8 @@ NEW_ITEMS_KEPT = 10_000
 LEAST_CANDIDATES = 100
 """Diversity and caps choose among at least so many."""
 
+_EVENTS_AT_A_TIME, _DAY_MS = 1_000_000, 86_400_000
+
 Ranked = list[tuple[str, float]]
 """(item_id, score), best first."""
 
@@ -98,7 +100,7 @@ class Recommender:
         self._mixture: Mixture | None = None
         self._temperature = model.temperature
         self._new_vectors: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self._popularity = (training_counts / max(1, int(training_counts.sum()))).astype(np.float32)
+        self._popularity = (training_counts / (training_counts.sum() or 1)).astype(np.float32)
         self._most_bought_first = np.argsort(-self._popularity, kind="stable").astype(np.int32)
 
     def blend_with(self, dataset: Dataset) -> None:
@@ -346,17 +348,37 @@ def _by_filters(queries: Sequence[Query], which: Sequence[int]) -> list[tuple[Fi
     return list(groups.values())
 
 
+def recent_counts(rows: np.ndarray, timestamps: np.ndarray, num_items: int, half_life_days: float) -> np.ndarray:
+    """float64 (N,): the events of each item, of which one that is `half_life_days` older than the newest of all counts
+    half. rows and timestamps (ms): of E events, in any order."""
+    counts, newest = np.zeros(num_items), timestamps.max(initial=0)
+    for start in range(0, len(rows), _EVENTS_AT_A_TIME):
+        block = slice(start, start + _EVENTS_AT_A_TIME)
+        age_days = (newest - timestamps[block]) / _DAY_MS
+        counts += np.bincount(rows[block], 0.5 ** (age_days / half_life_days), minlength=num_items)
+    return counts
+
+
 def load_recommender(
-    model: str, index: str, data: str | None = None, blend: bool | None = None, version: str | None = None
+    model: str,
+    index: str,
+    data: str | None = None,
+    blend: bool | None = None,
+    version: str | None = None,
+    half_life_days: float | None = None,
 ) -> Recommender:
-    """As `pixrec.load_recommender`; `version`: of the index, by default the current one."""
+    """As `pixrec.load_recommender`; `version`: of the index, by default the current one; `half_life_days`: as
+    `serve.popularity_half_life_days`."""
     loaded = load_model(model)
     uri = data or data_of(index, index_manifest(index, version))
     arrays = open_arrays(uri, str(read_info(uri).get("fingerprint", "")))
     items = open_items(uri, arrays)
     found = load_index(index, loaded.fingerprint, items, version)
     tokens = find_tokens(uri, loaded.config, loaded.tower.backbone)
-    recommender = Recommender(loaded, found, items, arrays["training_count"], tokens)
+    counts = arrays["training_count"]
+    if half_life_days is not None:
+        counts = recent_counts(arrays["item_row"], arrays["timestamp"], len(items), half_life_days)
+    recommender = Recommender(loaded, found, items, counts, tokens)
     if loaded.config.serve.blend if blend is None else blend:
         recommender.blend_with(load_dataset(uri))
     return recommender

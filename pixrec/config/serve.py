@@ -67,6 +67,9 @@ class ServeConfig:
     """How the logs of the replicas are written; each line of a request holds its id."""
     request_timeout_seconds: float = 30.0
     """A request the model has not answered by then is answered 503."""
+    popularity_half_life_days: float | None = None
+    """With it the fallback gives what sells best lately: an event that is so much older than the newest counts half.
+    None: what sold best in all training events."""
     max_k: int = 200
     """Largest k a request may ask for."""
     max_request_items: int = 1000
@@ -93,6 +96,7 @@ class ServeConfig:
         at_least(self, 0, "num_retrieval_replicas", "cpus_per_retrieval", "min_replicas", "poll_seconds")
         above_zero(self, "request_timeout_seconds", "load_timeout_seconds")
         above_zero(self, "requests_per_second", "target_ongoing_requests")
+        above_zero(self, "popularity_half_life_days")
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
             raise ConfigError(f"serve.max_replicas {self.max_replicas} is below serve.min_replicas {self.min_replicas}")
         if not all(self.api_keys):

@@ -40,7 +40,8 @@ def build_app(model: str, index: str, data: str | None, config: Config) -> serve
     """
     model, index = storage.absolute(model), storage.absolute(index)  # a replica's working directory is another one
     data = None if data is None else storage.absolute(data)
-    return bind(Published(model, index, data, config.serve.blend), with_keys(config).serve)
+    settings = with_keys(config).serve
+    return bind(Published(model, index, data, settings.blend, settings.popularity_half_life_days), settings)
 
 
 def builder(args: dict[str, Any]) -> serve.Application:

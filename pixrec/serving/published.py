@@ -50,6 +50,8 @@ class Published:
     """None: the data set that the index remembers."""
     blend: bool | None = None
     """As `serve.blend`."""
+    half_life_days: float | None = None
+    """As `serve.popularity_half_life_days`."""
 
     def wanted(self) -> Manifest:
         from pixrec.artifact import index_manifest
@@ -61,7 +63,7 @@ class Published:
         from pixrec.recommender import load_recommender
 
         place, data, version = self._model_of(manifest), self._data_of(manifest), str(manifest["version"])
-        return load_recommender(place, self.index, data, self.blend, version)
+        return load_recommender(place, self.index, data, self.blend, version, self.half_life_days)
 
     def pin(self, version: str | None) -> None:
         from pixrec.artifact import pin_version

@@ -31,7 +31,7 @@ from pixrec.index import top_k
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoding import Content
 from pixrec.query import Answer, NewItem, Query, Range
-from pixrec.recommender import Recommender
+from pixrec.recommender import Recommender, load_recommender, recent_counts
 from pixrec.schema import TEXT_FIELDS
 from pixrec.scorers.blend import Blend, fitted_mixture
 from pixrec.scorers.towers import TowerScorer
@@ -252,6 +252,18 @@ def test_without_a_known_history_the_most_bought_items_come(
     (filtered,) = recommender.answer([Query(history, 4, exclude=["i02"], filters={"brand": ["Ann"]})])
     assert "i02" not in ids(filtered)
     assert set(ids(filtered)) <= {f"i{row:02d}" for row in range(0, 12, 2)}
+
+
+def test_recent_events_count_more(made: Path):
+    day = 86_400_000
+    counts = recent_counts(np.array([0, 0, 1, 2]), np.array([0, 0, 2 * day, day]), 4, half_life_days=1.0)
+    assert counts.tolist() == [0.5, 1.0, 0.5, 0.0]
+    assert recent_counts(np.zeros(0, int), np.zeros(0, int), 2, 1.0).tolist() == [0, 0]
+    plain = load_recommender(str(made / "model"), str(made / "index"))
+    late = load_recommender(str(made / "model"), str(made / "index"), half_life_days=1e-5)
+    # Shoppers walk from item to item, one event a second: half of an event is left after .86 s.
+    assert ids(late.recommend([], 12)) != ids(plain.recommend([], 12))
+    assert sum(score for _, score in late.recommend([], 12)) == pytest.approx(1.0)
 
 
 def test_many_queries_at_once_are_answered_as_each_alone(recommender: Recommender):
