@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.verb == "bench-serve":  # which wants its cores for the load
+        return _bench_serve(arguments)
     from pixrec import verbs
     from pixrec.console import Console
 
@@ -96,6 +99,12 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
                 return verbs.serve(a.model, a.index, a.data, config, a.host, a.port)
             case _:
                 return verbs.demo(a.out, config=config, progress=console)
+
+
+def _bench_serve(a: argparse.Namespace) -> dict[str, Any]:
+    from pixrec.loadtest import Load, run
+
+    return run(Load(a.url, a.seconds, a.rate, a.clients, a.api_key, a.k, a.history_items))
 
 
 def _summary(made: Handle, *keys: str) -> dict[str, Any]:
@@ -203,5 +212,14 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("doctor", "Tell what the cluster has, what a run would use, and what is wrong.")
     sub.add_argument("--read", action="append", default=[], metavar="URI", help="a place that a run will read")
     sub.add_argument("--write", action="append", default=[], metavar="URI", help="a place that a run will write")
+    what = "Put load on a running server and measure its answers."
+    sub = verbs.add_parser("bench-serve", help=what, description=what, allow_abbrev=False)
+    sub.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default http://127.0.0.1:8000)")
+    sub.add_argument("--rate", type=float, metavar="N", help="requests a second, whether or not earlier are answered")
+    sub.add_argument("--clients", type=int, metavar="N", help="clients that send their next when the last is answered")
+    sub.add_argument("--seconds", type=float, default=30.0, metavar="S", help="how long (default 30)")
+    sub.add_argument("--api-key", default=os.environ.get("PIXREC_API_KEY"), help="default: PIXREC_API_KEY")
+    sub.add_argument("--history-items", type=int, default=10, metavar="N", help="mean length of a history (default 10)")
+    sub.add_argument("-k", type=int, default=10, metavar="N", help="how many items to ask for (default 10)")
     verb("demo", "Run everything on a synthetic catalog.", ("out", "folder for data, model, index and report"))
     return parser

@@ -11,9 +11,18 @@ from typing import Any, Literal
 
 from pixrec.errors import InputError
 
-Filters = Mapping[str, Sequence[Any] | Mapping[str, float]]
-"""Values by field: an item passes when it holds, in every field named, one of the values given for it, or a number
-within the range given, `{"min": x, "max": y}`."""
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `least` to `most`, both included; None: no bound."""
+
+    least: float | None = None
+    most: float | None = None
+
+
+Filters = Mapping[str, Sequence[Any] | Range]
+"""By field the values or the range wanted: an item passes when every field named holds one of its values, or a number
+within its range."""
 
 ScoreKind = Literal["cosine", "purchase_share", "probability"]
 """What a score is: the cosine of two vectors, the item's share of all training events, or its chance to be next where
@@ -53,6 +62,12 @@ class Query:
     """items of the history that the data set lacks, by id"""
     timestamps: Sequence[int] | None = None
     """when each event of the history was, milliseconds since the epoch, never falling; None: unknown"""
+    diversity: float = 0.0
+    """from 0, the best scores, to 1, items as unlike each other as can be (maximal marginal relevance)"""
+    max_per: Mapping[str, int] = field(default_factory=dict)
+    """how many answers may share a value of a field, such as {"brand": 2}; those without a value are not counted"""
+    reasons: bool = False
+    """whether each answer comes with the item of the history that is nearest to it"""
 
     def check(self) -> None:
         """Raise InputError unless `k` is at least 1 and the timestamps fit the history."""
@@ -64,6 +79,10 @@ class Query:
         """The field at fault and what is wrong with it; None when all is well."""
         if self.k < 1:
             return "k", f"k is {self.k}: must be at least 1"
+        if not 0 <= self.diversity <= 1:
+            return "diversity", f"diversity is {self.diversity}: must be between 0 and 1"
+        if any(most < 1 for most in self.max_per.values()):
+            return "max_per", "max_per holds a number below 1: leave the field out instead"
         message = _misfit(self.timestamps, len(self.history)) if self.timestamps is not None else None
         return None if message is None else ("timestamps", message)
 
@@ -81,11 +100,14 @@ class Answer:
     """items of the history that nobody knows"""
     fallback: bool = False
     """True when nothing of the history was known and the most bought items were given instead"""
+    reasons: Mapping[str, str] | None = None
+    """by item, the item of the history that is nearest to it; None where nobody asked"""
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer of `pixrec recommend` and of the HTTP routes."""
+        """The answer of `pixrec recommend` and of the HTTP routes; without `reasons` unless they were asked for."""
         items = [{"item_id": item_id, "score": score} for item_id, score in self.items]
-        return {**vars(self), "items": items}
+        told = {name: value for name, value in vars(self).items() if name != "reasons" or value is not None}
+        return {**told, "items": items}
 
 
 def _misfit(timestamps: Sequence[int], length: int) -> str | None:

@@ -5,10 +5,13 @@ Shapes: B histories · N items of the catalog · D width of the shared space.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
+import operator
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +30,7 @@ from pixrec.model.compact import UNKNOWN_TIME
 from pixrec.model.encoding import Content
 from pixrec.model.vision import PictureTokens, find_tokens
 from pixrec.query import COSINE, PROBABILITY, PURCHASE_SHARE, Answer, Filters, NewItem, Query, ScoreKind
+from pixrec.rerank import choose
 from pixrec.scorers.blend import Mixture, fitted_mixture
 from pixrec.scorers.towers import TowerScorer
 from pixrec.search import Searcher
@@ -34,8 +38,16 @@ from pixrec.search import Searcher
 NEW_ITEMS_KEPT = 10_000
 """Vectors of new items that are kept; the one not asked for the longest goes first."""
 
+LEAST_CANDIDATES = 100
+"""Diversity and caps choose among at least so many."""
 
-class _Asked(NamedTuple):
+_EVENTS_AT_A_TIME, _DAY_MS = 1_000_000, 86_400_000
+
+Ranked = list[tuple[str, float]]
+"""(item_id, score), best first."""
+
+
+class Asked(NamedTuple):
     """A query, and what of its history is known."""
 
     query: Query
@@ -51,6 +63,12 @@ class _Asked(NamedTuple):
         """rows that must not be among the answers"""
         ids = {*self.query.exclude, *(self.query.history if self.query.exclude_history else ())}
         return {self.rows[i] for i in ids if i in self.rows}
+
+    def widened(self) -> Asked:
+        """With as many answers as diversity and caps choose among."""
+        if not self.query.diversity and not self.query.max_per:
+            return self
+        return self._replace(query=dataclasses.replace(self.query, k=max(LEAST_CANDIDATES, 5 * self.query.k)))
 
 
 class Recommender:
@@ -91,7 +109,7 @@ class Recommender:
         self._mixture: Mixture | None = None
         self._temperature = model.temperature
         self._new_vectors: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self._popularity = (training_counts / max(1, int(training_counts.sum()))).astype(np.float32)
+        self._popularity = (training_counts / (training_counts.sum() or 1)).astype(np.float32)
         self._most_bought_first = np.argsort(-self._popularity, kind="stable").astype(np.int32)
 
     def blend_with(self, dataset: Dataset) -> None:
@@ -99,6 +117,10 @@ class Recommender:
         its weights are taken from the validation events."""
         scorer = TowerScorer("pixrec", self._embedder, self._catalog, self._vectors)
         self._mixture = fitted_mixture(dataset, self._temperature, scorer.scores)
+
+    def release_tower(self) -> None:
+        """Let go of the model: from now on only `rank` and `near` work, by vectors that another process computed."""
+        del self._embedder, self._catalog
 
     def recommend(
         self, history: Sequence[str], k: int = 10, *, exclude: Sequence[str] = (), exclude_history: bool = True
@@ -115,36 +137,106 @@ class Recommender:
 
         Raises InputError as `Query.check` and `encode_new` do.
         """
-        asked = [self._read(query) for query in queries]
+        asked = self.read(queries)
+        return self.rank(asked, self.encode(asked))
+
+    def read(self, queries: Sequence[Query]) -> list[Asked]:
+        """Look the items of the queries up and encode new ones. Raises InputError as `answer` does."""
+        return [self._read(query) for query in queries]
+
+    def encode(self, asked: Sequence[Asked]) -> np.ndarray:
+        """The user vectors (B, D), in one forward pass; zeros where nothing of a history is known."""
+        vectors = np.zeros((len(asked), self._vectors.shape[1]), np.float32)
         with_history = [i for i, one in enumerate(asked) if one.known]
-        ranked: dict[int, list[tuple[str, float]]] = {}
         if with_history:
-            vectors = self._user_vectors([asked[i] for i in with_history])
-            for filters, members in _by_filters(queries, with_history):
-                chosen = [asked[with_history[m]] for m in members]
-                found = (self._blended if self._mixture else self._nearest)(vectors[members], chosen, filters)
-                ranked |= dict(zip((with_history[m] for m in members), found, strict=True))
+            vectors[with_history] = self._user_vectors([asked[i] for i in with_history])
+        return vectors
+
+    def rank(self, asked: Sequence[Asked], vectors: np.ndarray) -> list[Answer]:
+        """Answer what was asked by the user vectors (B, D) that `encode` gave for it: filters aside, one search."""
+        found = self._ranked([one.widened() for one in asked], vectors)
         answers = []
         for i, one in enumerate(asked):
+            kind = (PROBABILITY if self._mixture else COSINE) if one.known else PURCHASE_SHARE
             unknown = [i for i in one.query.history if i not in one.rows and i not in one.new_vectors]
-            by_history = PROBABILITY if self._mixture else COSINE
-            items, kind = (ranked[i], by_history) if i in ranked else (self._most_bought(one), PURCHASE_SHARE)
-            answers.append(self._answer(items, kind, list(dict.fromkeys(unknown))))
+            items = self._choose(one, found[i], functools.partial(self._ranked_one, vectors[i : i + 1]))
+            reasons = self._reasons(one, items) if one.query.reasons else None
+            answers.append(self._answer(items, kind, list(dict.fromkeys(unknown)), reasons))
         return answers
 
-    def similar(self, item_id: str, k: int = 10, filters: Filters | None = None) -> Answer:
-        """Items whose vectors lie nearest to that item's. Raises KeyError when the item is unknown."""
-        return self._near(self._vectors[self.items.row_of[item_id]], Query([], k, [item_id], filters=filters or {}))
+    def _ranked(self, asked: Sequence[Asked], vectors: np.ndarray) -> list[Ranked]:
+        """The best k of each, by score alone."""
+        with_history = [i for i, one in enumerate(asked) if one.known]
+        ranked: dict[int, Ranked] = {}
+        for filters, members in _by_filters([one.query for one in asked], with_history):
+            chosen = [with_history[m] for m in members]
+            search = self._blended if self._mixture else self._nearest
+            ranked |= zip(chosen, search(vectors[chosen], [asked[i] for i in chosen], filters), strict=True)
+        return [ranked[i] if i in ranked else self._most_bought(one) for i, one in enumerate(asked)]
 
-    def search(self, text: str = "", image: bytes | None = None, k: int = 10, filters: Filters | None = None) -> Answer:
+    def _ranked_one(self, vector: np.ndarray, one: Asked) -> Ranked:
+        return self._ranked([one], vector)[0]
+
+    def _choose(self, one: Asked, found: Ranked, again: Callable[[Asked], Ranked]) -> Ranked:
+        """What the query's diversity and caps leave of the best `found`; looks `again`, wider, when that is too few."""
+        query, looked = one.query, one.widened().query.k
+        if not query.diversity and not query.max_per:
+            return found[: query.k]
+        while True:
+            rows = [self.items.row_of[item_id] for item_id, _ in found]
+            caps = [(self.items.values(name, rows), most) for name, most in query.max_per.items()]
+            scores = np.array([score for _, score in found], np.float32)
+            chosen = choose(scores, np.asarray(self._vectors[rows], np.float32), query.k, query.diversity, caps)
+            if len(chosen) == query.k or len(found) < looked:
+                return [found[place] for place in chosen]
+            looked *= 4
+            found = again(one._replace(query=dataclasses.replace(query, k=looked)))
+
+    def _reasons(self, one: Asked, items: Ranked) -> dict[str, str]:
+        """By answer the item of the history that is nearest to it; none where nothing of the history is known."""
+        known = list(dict.fromkeys(one.query.history[place] for place in one.known))
+        if not known or not items:
+            return {}
+        history = np.stack([self._vectors[one.rows[i]] if i in one.rows else one.new_vectors[i] for i in known])
+        rows = [self.items.row_of[item_id] for item_id, _ in items]
+        nearest = (self._vectors[rows].astype(np.float32) @ history.T.astype(np.float32)).argmax(axis=1)
+        return {item_id: known[place] for (item_id, _), place in zip(items, nearest.tolist(), strict=True)}
+
+    def similar(self, item_id: str, k: int = 10, filters: Filters | None = None, **options: Any) -> Answer:
+        """Items whose vectors lie nearest to that item's; `options` as in Query. Raises KeyError when the item is
+        unknown."""
+        query = Query([], k, [item_id], filters=filters or {}, **options)
+        return self.near(self._vectors[self.items.row_of[item_id]], query)
+
+    def search(
+        self, text: str = "", image: bytes | None = None, k: int = 10, filters: Filters | None = None, **options: Any
+    ) -> Answer:
         """Items nearest to a text, a picture or both, encoded as an item; where the model has frozen encoders, by the
-        mean of what these make of text and picture. Raises InputError when both are empty."""
+        mean of what these make of text and picture. `options` as in Query. Raises InputError when both are empty."""
         if not text.strip() and image is None:
             raise InputError("search needs a text or a picture")
-        content = Content(text, None if image is None else self._embedder.encoder.decode(image))
-        query = None if self._content is None else self._embedder.query(content)
-        vector = self._embedder.contents([content])[0] if query is None else query
-        return self._near(vector, Query([], k, filters=filters or {}), None if query is None else self._content)
+        query = Query([], k, filters=filters or {}, **options)
+        return self.near(self.search_vector(text, image), query, of_content=True)
+
+    def search_vector(self, text: str, image: bytes | None) -> np.ndarray:
+        """What a search compares: that of the encoders (C,) where the index has content vectors, or an item's vector
+        (D,). Raises UnreadableImage."""
+        if self._content is None:
+            return self.content_vectors([(text, image)])[0]
+        pixels = None if image is None else self._embedder.encoder.decode(image)
+        query = self._embedder.query(Content(text, pixels))
+        assert query is not None
+        return query
+
+    def content_vectors(self, contents: Sequence[tuple[str, bytes | None]]) -> np.ndarray:
+        """Vectors (U, D) of texts, pictures or both, encoded as items. Raises UnreadableImage."""
+        decode = self._embedder.encoder.decode
+        read = [Content(text, None if image is None else decode(image)) for text, image in contents]
+        return self._embedder.contents(read)
+
+    def item_vectors(self, item_ids: Sequence[str]) -> np.ndarray:
+        """Vectors (U, D) float32 of items of the catalog. Raises KeyError when one is unknown."""
+        return np.asarray(self._vectors[[self.items.row_of[item_id] for item_id in item_ids]], np.float32)
 
     def encode_new(self, new_items: Mapping[str, NewItem]) -> dict[str, np.ndarray]:
         """Vectors (D,) of items that the data set lacks; kept, so that each is encoded once.
@@ -177,15 +269,15 @@ class Recommender:
         except UnreadableImage as error:
             raise InputError(f"item {item_id!r}: {error}") from None
 
-    def _read(self, query: Query) -> _Asked:
+    def _read(self, query: Query) -> Asked:
         query.check()
         new = self.encode_new(query.new_items) if query.new_items else {}
         found = ((i, self.items.row_of.get(i)) for i in {*query.history, *query.exclude})
         rows = {item_id: row for item_id, row in found if row is not None}
         known = [place for place, i in enumerate(query.history) if i in rows or i in new]
-        return _Asked(query, rows, known, new)
+        return Asked(query, rows, known, new)
 
-    def _user_vectors(self, asked: Sequence[_Asked]) -> np.ndarray:
+    def _user_vectors(self, asked: Sequence[Asked]) -> np.ndarray:
         """Vectors (B, D) of users whose history holds at least one known item."""
         timed = any(one.query.timestamps is not None for one in asked)
         timestamps = [_timestamps(one.query, one.known) for one in asked] if timed else None
@@ -194,23 +286,34 @@ class Recommender:
             return self._embedder.users(self._catalog, rows, self._vectors, timestamps)
         return self._embedder.users_of_vectors([self._history_vectors(one) for one in asked], timestamps)
 
-    def _history_vectors(self, asked: _Asked) -> np.ndarray:
+    def _history_vectors(self, asked: Asked) -> np.ndarray:
         """Vectors (L, D) of the newest known items of a history."""
         newest = [asked.query.history[place] for place in asked.known[-self._embedder.max_history_items :]]
         return np.stack([self._vectors[asked.rows[i]] if i in asked.rows else asked.new_vectors[i] for i in newest])
 
-    def _near(self, vector: np.ndarray, query: Query, searcher: Searcher | None = None) -> Answer:
-        """The items nearest to one vector (D,), by their own vectors or by those of `searcher`."""
-        return self._answer(self._nearest(vector[None], [self._read(query)], query.filters, searcher)[0], COSINE)
+    def near(self, vector: np.ndarray, query: Query, of_content: bool = False) -> Answer:
+        """The items nearest to one vector (D,), whatever the query's history; `of_content`: to one of
+        `search_vector`."""
+        one, searcher = self._read(query), (self._content if of_content else None) or self._searcher
 
-    def _answer(self, items: list[tuple[str, float]], kind: ScoreKind, unknown: Sequence[str] = ()) -> Answer:
-        return Answer(
-            items, kind, self.model_version, self.index_version, list(unknown), fallback=kind == PURCHASE_SHARE
-        )
+        def find(wider: Asked) -> Ranked:
+            return self._nearest(vector[None], [wider], query.filters, searcher)[0]
+
+        return self._answer(self._choose(one, find(one.widened()), find), COSINE)
+
+    def _answer(
+        self,
+        items: Ranked,
+        kind: ScoreKind,
+        unknown: Sequence[str] = (),
+        reasons: Mapping[str, str] | None = None,
+    ) -> Answer:
+        fallback = kind == PURCHASE_SHARE
+        return Answer(items, kind, self.model_version, self.index_version, list(unknown), fallback, reasons)
 
     def _nearest(
-        self, vectors: np.ndarray, asked: Sequence[_Asked], filters: Filters, searcher: Searcher | None = None
-    ) -> list[list[tuple[str, float]]]:
+        self, vectors: np.ndarray, asked: Sequence[Asked], filters: Filters, searcher: Searcher | None = None
+    ) -> list[Ranked]:
         """For each vector (B, D) its query's k best of the items that pass the filters, by cosine; `searcher`: of other
         vectors than the items' own."""
         barred = [one.excluded for one in asked]
@@ -222,7 +325,7 @@ class Recommender:
             ranked.append(pairs[: one.query.k])
         return ranked
 
-    def _blended(self, vectors: np.ndarray, asked: Sequence[_Asked], filters: Filters) -> list[list[tuple[str, float]]]:
+    def _blended(self, vectors: np.ndarray, asked: Sequence[Asked], filters: Filters) -> list[list[tuple[str, float]]]:
         """As `_nearest`, by the chance of each item to be next."""
         assert self._mixture is not None
         allowed, ranked = self._allowed(filters), []
@@ -237,7 +340,7 @@ class Recommender:
             ranked.append([(self.items.item_ids[row], float(chances[row])) for row in found if chances[row] >= 0])
         return ranked
 
-    def _most_bought(self, asked: _Asked) -> list[tuple[str, float]]:
+    def _most_bought(self, asked: Asked) -> list[tuple[str, float]]:
         """What to give somebody of whom nothing is known: (item_id, share of all training events)."""
         allowed = self._allowed(asked.query.filters)
         allowed[list(asked.excluded)] = False
@@ -260,29 +363,50 @@ def _by_filters(queries: Sequence[Query], which: Sequence[int]) -> list[tuple[Fi
     groups: dict[str, tuple[Filters, list[int]]] = {}
     for position, i in enumerate(which):
         filters = queries[i].filters
-        key = repr(sorted((k, sorted(v.items()) if isinstance(v, Mapping) else list(v)) for k, v in filters.items()))
-        groups.setdefault(key, (filters, []))[1].append(position)
+        same = repr(sorted(filters.items(), key=operator.itemgetter(0)))
+        groups.setdefault(same, (filters, []))[1].append(position)
     return list(groups.values())
 
 
-def load_recommender(model: str, index: str, data: str | None = None, blend: bool | None = None) -> Recommender:
-    """As `pixrec.load_recommender`."""
+def recent_counts(rows: np.ndarray, timestamps: np.ndarray, num_items: int, half_life_days: float) -> np.ndarray:
+    """float64 (N,): the events of each item, of which one that is `half_life_days` older than the newest of all counts
+    half. rows and timestamps (ms): of E events, in any order."""
+    counts, newest = np.zeros(num_items), timestamps.max(initial=0)
+    for start in range(0, len(rows), _EVENTS_AT_A_TIME):
+        block = slice(start, start + _EVENTS_AT_A_TIME)
+        age_days = (newest - timestamps[block]) / _DAY_MS
+        counts += np.bincount(rows[block], 0.5 ** (age_days / half_life_days), minlength=num_items)
+    return counts
+
+
+def load_recommender(
+    model: str,
+    index: str,
+    data: str | None = None,
+    blend: bool | None = None,
+    version: str | None = None,
+    half_life_days: float | None = None,
+) -> Recommender:
+    """As `pixrec.load_recommender`; `version`: of the index, by default the current one; `half_life_days`: as
+    `serve.popularity_half_life_days`."""
     loaded = load_model(model)
-    uri = data or _data_of(index)
+    uri = data or data_of(index, index_manifest(index, version))
     arrays = open_arrays(uri, str(read_info(uri).get("fingerprint", "")))
     items = open_items(uri, arrays)
-    found = load_index(index, loaded.fingerprint, items)
+    found = load_index(index, loaded.fingerprint, items, version)
     content = load_content(index, found.manifest, items)
     tokens = find_tokens(uri, loaded.config, loaded.tower.backbone)
-    recommender = Recommender(loaded, found, items, arrays["training_count"], tokens, content)
+    counts = arrays["training_count"]
+    if half_life_days is not None:
+        counts = recent_counts(arrays["item_row"], arrays["timestamp"], len(items), half_life_days)
+    recommender = Recommender(loaded, found, items, counts, tokens, content)
     if loaded.config.serve.blend if blend is None else blend:
         recommender.blend_with(load_dataset(uri))
     return recommender
 
 
-def _data_of(index: str) -> str:
-    """Where the data set behind an index lies: where it lay, or as far from the index as it lay then."""
-    manifest = index_manifest(index)
+def data_of(index: str, manifest: Mapping[str, Any]) -> str:
+    """Where the data set behind an index version lies: where it lay, or as far from the index as it lay then."""
     places = [manifest["data"]]
     if manifest.get("data_from_index"):
         places.insert(0, storage.resolve(manifest["data_from_index"], storage.absolute(index)))

@@ -27,7 +27,7 @@ from pixrec.artifact.model import (
     untrained_model,
     with_compact,
 )
-from pixrec.artifact.versions import keep_newest, list_versions, rollback
+from pixrec.artifact.versions import keep_newest, list_versions, pin_version, pinned_version, rollback
 
 __all__ = [
     "DESCRIPTION",
@@ -51,6 +51,8 @@ __all__ = [
     "load_model",
     "new_model",
     "own_names",
+    "pin_version",
+    "pinned_version",
     "planned_model",
     "rollback",
     "save_model",

@@ -1,12 +1,16 @@
-"""The versions of an index: which there are, going back to one, deleting old ones. Knows manifests, no vectors."""
+"""The versions of an index: which there are, going back to one, deleting old ones, and the one that servers are pinned
+to. Knows manifests, no vectors."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from pixrec import storage
-from pixrec.artifact.index import CURRENT, MANIFEST, VERSIONS
+from pixrec.artifact.index import CURRENT, MANIFEST, VERSIONS, index_manifest
 from pixrec.errors import ArtifactError, InputError
+
+PINNED = "PINNED"
+"""The file beside CURRENT that names the version servers are to use instead."""
 
 
 def list_versions(uri: str) -> list[dict[str, Any]]:
@@ -29,11 +33,29 @@ def rollback(uri: str, version: str) -> str | None:
     return before
 
 
+def pinned_version(uri: str) -> str | None:
+    """The version that servers are pinned to; None: they use the current one."""
+    file = storage.join(uri, PINNED)
+    return storage.read_text(file).strip() or None if storage.exists(file) else None
+
+
+def pin_version(uri: str, version: str | None) -> None:
+    """Make servers use `version`, whatever is published later; None: the current one again.
+
+    Raises ArtifactError when there is no such version.
+    """
+    if version is not None:
+        index_manifest(uri, version)
+    storage.write_bytes(storage.join(uri, PINNED), (version or "").encode())
+
+
 def keep_newest(uri: str, count: int) -> list[str]:
-    """Delete all versions but the newest `count` and the one in use; returns those deleted, oldest first."""
+    """Delete all versions but the newest `count`, the one in use and the pinned one; returns those deleted, oldest
+    first."""
     if count < 1:
         raise InputError(f"--keep {count}: at least 1 version must stay")
-    old = [found["version"] for found in list_versions(uri)[:-count] if not found["current"]]
+    kept = pinned_version(uri)
+    old = [v["version"] for v in list_versions(uri)[:-count] if not v["current"] and v["version"] != kept]
     for version in old:
         folder = storage.join(uri, VERSIONS, version)
         storage.remove(storage.join(folder, MANIFEST))  # from here on it is no version

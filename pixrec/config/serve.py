@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pixrec.config.checks import above_zero, at_least
 from pixrec.errors import ConfigError
@@ -12,18 +13,37 @@ from pixrec.errors import ConfigError
 class ServeConfig:
     api_key: str | None = None
     """When set, every /v1 route wants it in `Authorization: Bearer` or `X-API-Key`."""
+    api_keys: tuple[str, ...] = ()
+    """Further keys, such as one for each client: what one may send in a second is counted for each key."""
+    admin_key: str | None = None
+    """The key of the /admin routes; None: those of the /v1 routes. Without any key the /admin routes are closed."""
+    requests_per_second: float | None = None
+    """What one key, or one address where no key is set, may send to each HTTP replica; more is answered 429."""
+    request_burst: int = 50
+    """Requests that may come at once before that rate counts."""
     max_batch_size: int = 32
     """Histories encoded in one forward pass."""
     batch_wait_seconds: float = 0.005
     """Longest time that a request waits for others to fill its batch."""
     num_replicas: int = 1
-    """Replicas of the model deployment."""
+    """Replicas of the model deployment, where `max_replicas` does not let their number follow the load."""
+    min_replicas: int = 1
+    """With `max_replicas`, the fewest; 0: none while nobody asks, and the first request waits until one has started."""
+    max_replicas: int | None = None
+    """With it Serve adds and removes replicas of the model deployment by the number of ongoing requests."""
+    target_ongoing_requests: float = 32.0
+    """With `max_replicas`, the ongoing requests that each replica should have."""
     cpus_per_replica: float = 0.5
     """CPUs Ray reserves for each model replica."""
     gpus_per_replica: float = 0.0
     """GPUs Ray reserves for each model replica."""
     threads_per_replica: int = 2
     """Torch threads in each model replica."""
+    num_retrieval_replicas: int = 0
+    """Replicas of a deployment of its own for ranking, which hold index and items and no model; 0: the replicas of the
+    model rank themselves. Vectors are mapped from one file by all processes of a node."""
+    cpus_per_retrieval: float = 0.5
+    """CPUs Ray reserves for each retrieval replica."""
     num_ingress_replicas: int = 1
     """Replicas of the HTTP deployment, which checks requests and holds no model."""
     cpus_per_ingress: float = 0.1
@@ -38,8 +58,18 @@ class ServeConfig:
     """Rank recommendations by the mixture of the model with what followed an item, what sells best and what the shopper
     had before, as the scorer `blend` of evaluation does. Its weights are taken when a replica starts, from the
     validation events of --data. None: where the model was trained by settings that say so."""
+    poll_seconds: float = 10.0
+    """Time between two looks for a newly published version, which is loaded beside the one in use and takes its place;
+    0: only when /admin/reload is called."""
+    load_timeout_seconds: float = 600.0
+    """Longest time that a call of an /admin route waits until all replicas have loaded a version."""
+    log_format: Literal["text", "json"] = "text"
+    """How the logs of the replicas are written; each line of a request holds its id."""
     request_timeout_seconds: float = 30.0
     """A request the model has not answered by then is answered 503."""
+    popularity_half_life_days: float | None = None
+    """With it the fallback gives what sells best lately: an event that is so much older than the newest counts half.
+    None: what sold best in all training events."""
     max_k: int = 200
     """Largest k a request may ask for."""
     max_request_items: int = 1000
@@ -50,15 +80,39 @@ class ServeConfig:
     """Longest text a search may hold."""
     max_body_bytes: int = 12_000_000
     """Largest request body."""
+    max_image_bytes: int = 8_000_000
+    """Largest picture in a request, in bytes of its file."""
+    max_image_pixels: int = 64_000_000
+    """Largest picture in a request, in pixels; what has more is not decoded."""
+    max_embedded: int = 64
+    """Most texts, pictures, items and histories, all together, in one request of /v1/embed."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_batch_size", "num_replicas", "max_ongoing_requests", "max_k", "max_request_items")
         at_least(self, 1, "threads_per_replica", "num_ingress_replicas", "max_queued_requests", "retry_after_seconds")
         at_least(self, 1, "max_text_characters", "max_body_bytes", "max_new_items")
         at_least(self, 0, "batch_wait_seconds", "cpus_per_replica", "gpus_per_replica", "cpus_per_ingress")
-        above_zero(self, "request_timeout_seconds")
+        at_least(self, 1, "max_image_bytes", "max_image_pixels", "max_embedded", "request_burst", "max_replicas")
+        at_least(self, 0, "num_retrieval_replicas", "cpus_per_retrieval", "min_replicas", "poll_seconds")
+        above_zero(self, "request_timeout_seconds", "load_timeout_seconds")
+        above_zero(self, "requests_per_second", "target_ongoing_requests")
+        above_zero(self, "popularity_half_life_days")
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ConfigError(f"serve.max_replicas {self.max_replicas} is below serve.min_replicas {self.min_replicas}")
+        if not all(self.api_keys):
+            raise ConfigError("serve.api_keys holds an empty key")
         if self.max_ongoing_requests < self.max_batch_size:
             raise ConfigError(
                 f"serve.max_ongoing_requests {self.max_ongoing_requests} is below serve.max_batch_size "
                 f"{self.max_batch_size}: batches would never fill"
             )
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every key of the /v1 routes; none: they are open."""
+        return (*([self.api_key] if self.api_key else []), *self.api_keys)
+
+    @property
+    def most_replicas(self) -> int:
+        """Replicas of the model deployment at most."""
+        return self.max_replicas or self.num_replicas

@@ -38,7 +38,7 @@ class Config:
     demo: SyntheticConfig = field(default_factory=SyntheticConfig)
 
 
-SECRET_KEYS = {"api_key"}
+SECRET_KEYS = {"api_key", "api_keys", "admin_key"}
 
 
 def load_config(text: str = "", overrides: typing.Sequence[str] = (), *, base: Config | None = None) -> Config:
@@ -99,9 +99,13 @@ def to_dict(node: Any, *, redact: bool = True) -> Any:
         return [to_dict(entry, redact=redact) for entry in node] if isinstance(node, tuple) else node
     values = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
     return {
-        key: "***" if redact and key in SECRET_KEYS and value else to_dict(value, redact=redact)
+        key: _redacted(value) if redact and key in SECRET_KEYS and value else to_dict(value, redact=redact)
         for key, value in values.items()
     }
+
+
+def _redacted(secret: Any) -> Any:
+    return ["***"] * len(secret) if isinstance(secret, tuple) else "***"
 
 
 def dump_config(config: Config) -> str:

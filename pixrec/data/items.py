@@ -20,12 +20,13 @@ import pyarrow.compute as pc
 
 from pixrec import storage
 from pixrec.data.arrays import Arrays, open_arrays
-from pixrec.data.filters import Filter, bounds_of, can_filter, is_number, single_values, turned
+from pixrec.data.filters import Filter, can_filter, is_number, single_values, turned
 from pixrec.data.ids import IdIndex, Ids
 from pixrec.data.images import DECODER
 from pixrec.data.pictures import open_pictures
 from pixrec.data.text import item_text
 from pixrec.errors import ArtifactError, InputError
+from pixrec.query import Filters, Range
 from pixrec.schema import (
     DESCRIPTION,
     IMAGE,
@@ -154,6 +155,22 @@ class ItemTable:
             if name not in _NOT_A_FILTER - {PRICE} and is_number(column.type)
         ]
 
+    def filter_problem(self, filters: Filters) -> str | None:
+        """What keeps the filters from being used on this catalog; None when all is well."""
+        for name, wanted in filters.items():
+            if isinstance(wanted, Range) and name in self.filter_fields and name not in self.range_fields:
+                return f"{name!r} holds no numbers: give a list of values"
+            usable = [*self.filter_fields, *(self.range_fields if isinstance(wanted, Range) else [])]
+            if name not in usable:
+                return (
+                    f"{name!r} is no filter field of this catalog; known: {', '.join(dict.fromkeys(usable)) or 'none'}"
+                )
+        return None
+
+    def values(self, name: str, rows: Sequence[int]) -> list[Any]:
+        """What the column `name` holds in each of the rows."""
+        return self._columns[name].take(pa.array(rows, pa.int64())).to_pylist()
+
     def filter_values(self, most: int) -> dict[str, list[tuple[Any, int]]]:
         """For each of `filter_fields` its `most` frequent values, each with the number of items that hold it.
 
@@ -169,29 +186,26 @@ class ItemTable:
             found[name] = list(zip(values.take(order).to_pylist(), numbers.take(order).to_pylist(), strict=True))
         return found
 
-    def filter_mask(self, filters: Mapping[str, Sequence[Any] | Mapping[str, Any]]) -> np.ndarray:
+    def filter_mask(self, filters: Filters) -> np.ndarray:
         """bool (N,): the items that hold, in every field named, one of the values given for it, or a number within the
-        range given, `{"min": x, "max": y}`, both included, either may be absent.
+        Range.
 
         A text field that joins several values with `|`, and a list field, match by any one of them or the whole.
         Raises InputError on an unknown field, and where something else stands for the list of values.
         """
+        problem = self.filter_problem(filters)
+        if problem is not None:
+            raise InputError(f"filters: {problem}")
         mask = np.ones(len(self), dtype=bool)
         for name, wanted in filters.items():
-            if isinstance(wanted, Mapping):
-                self._known(name, self.range_fields, "has no range")
-                mask &= self._filter(name).range_mask(*bounds_of(name, wanted), len(self))
-                continue
-            self._known(name, self.filter_fields, "is no filter field")
-            if isinstance(wanted, str):
-                raise InputError(f"filters: {name!r} must be a list of values, such as [{wanted!r}]")
-            mask &= self._filter(name).mask(wanted, len(self))
+            if isinstance(wanted, str | Mapping):
+                example = wanted if isinstance(wanted, str) else "1995"
+                raise InputError(f"filters: {name!r} must be a list of values, such as [{example!r}], or a Range")
+            if isinstance(wanted, Range):
+                mask &= self._filter(name).range_mask(wanted.least, wanted.most, len(self))
+            else:
+                mask &= self._filter(name).mask(wanted, len(self))
         return mask
-
-    def _known(self, name: str, fields: Sequence[str], trouble: str) -> None:
-        if name not in fields:
-            known = ", ".join(fields) or "none"
-            raise InputError(f"filters: {name!r} {trouble} of this catalog; known: {known}")
 
     def _filter(self, name: str) -> Filter:
         if name not in self._filters:

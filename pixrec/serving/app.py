@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import os
 import signal
 import socket
@@ -18,15 +16,16 @@ import yaml
 from ray import serve
 from ray.serve.schema import DeploymentStatus
 
-import pixrec
 from pixrec import errors, storage
 from pixrec.cluster.session import connect
-from pixrec.config import Config, load_config
+from pixrec.config import Config, change_config, load_config
 from pixrec.errors import ArtifactError, ConfigError, InputError
 from pixrec.serving.deployments import bind
+from pixrec.serving.published import Published
 
 APP_NAME = "pixrec"
 API_KEY_VARIABLE = "PIXREC_API_KEY"
+KEY_VARIABLES = {"api_key": API_KEY_VARIABLE, "admin_key": "PIXREC_ADMIN_KEY"}
 
 _STATUS_SECONDS = 5.0
 
@@ -41,14 +40,15 @@ def build_app(model: str, index: str, data: str | None, config: Config) -> serve
     """
     model, index = storage.absolute(model), storage.absolute(index)  # a replica's working directory is another one
     data = None if data is None else storage.absolute(data)
-    blend = {} if config.serve.blend is None else {"blend": config.serve.blend}  # as the model says
-    return bind(functools.partial(pixrec.load_recommender, model, index, data, **blend), with_key(config).serve)
+    settings = with_keys(config).serve
+    return bind(Published(model, index, data, settings.blend, settings.popularity_half_life_days), settings)
 
 
 def builder(args: dict[str, Any]) -> serve.Application:
     """For `serve deploy`: `args` holds `model`, `index`, `data` and, as a tree of sections, `config`.
 
-    Serve logs the args and keeps them, so the API key comes from PIXREC_API_KEY instead. Raises ConfigError.
+    Serve logs the args and keeps them, so the keys come from PIXREC_API_KEY and PIXREC_ADMIN_KEY instead. Raises
+    ConfigError.
     """
     unknown = set(args) - {"model", "index", "data", "config"}
     missing = {"model", "index"} - set(args)
@@ -102,12 +102,13 @@ def _last_words() -> str:
     return ""
 
 
-def with_key(config: Config) -> Config:
-    """The config with the API key from the environment, where it names none itself."""
-    key = os.environ.get(API_KEY_VARIABLE)
-    if config.serve.api_key or not key:
-        return config
-    return dataclasses.replace(config, serve=dataclasses.replace(config.serve, api_key=key))
+def with_keys(config: Config) -> Config:
+    """The config with the API key and the admin key from the environment, where it names none itself."""
+    for field, variable in KEY_VARIABLES.items():
+        key = os.environ.get(variable)
+        if key and not getattr(config.serve, field):
+            config = change_config(config, {f"serve.{field}": key})
+    return config
 
 
 def check_artifacts(model: str, index: str, data: str | None) -> None:

@@ -5,10 +5,11 @@ Knows plain values only: no torch, no Ray, no HTTP.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pixrec.query import Answer, Filters, Query
+from pixrec.query import Answer, Query
 
 FilterValues = dict[str, list[tuple[Any, int]]]
 """Most frequent values of each field that a request may filter by, and how many items hold each."""
@@ -20,6 +21,38 @@ class Versions:
 
     model_version: str
     index_version: str
+
+
+@dataclass(frozen=True)
+class ToEmbed:
+    """What /v1/embed is to give the vectors of."""
+
+    texts: Sequence[str] = ()
+    images: Sequence[bytes] = ()
+    item_ids: Sequence[str] = ()
+    histories: Sequence[Sequence[str]] = ()
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Vectors in the shared space, in the order they were asked for; None where nothing is known."""
+
+    texts: list[list[float]]
+    images: list[list[float]]
+    item_ids: list[list[float] | None]
+    histories: list[list[float] | None]
+    model_version: str
+    index_version: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a replica made of a call of an /admin route."""
+
+    outcome: str
+    """swapped, unchanged or refused"""
+    state: dict[str, Any]
+    """its versions, and why another one is refused"""
 
 
 @dataclass(frozen=True)
@@ -52,9 +85,11 @@ class Backend(Protocol):
 
     async def recommend(self, query: Query) -> Answer | Refusal: ...
 
-    async def similar(self, item_id: str, k: int, filters: Filters) -> Answer | Refusal | None: ...
+    async def similar(self, item_id: str, query: Query) -> Answer | Refusal | None: ...
 
-    async def search(self, text: str, image: bytes | None, k: int, filters: Filters) -> Answer | Refusal: ...
+    async def search(self, text: str, image: bytes | None, query: Query) -> Answer | Refusal: ...
+
+    async def embed(self, wanted: ToEmbed) -> Embedded | Refusal: ...
 
     async def filters(self) -> FilterValues: ...
 
@@ -63,3 +98,23 @@ class Backend(Protocol):
     async def image(self, item_id: str) -> bytes | None: ...
 
     async def versions(self) -> Versions: ...
+
+    async def state(self) -> dict[str, Any]:
+        """The versions of a replica, when its index was published, what recall it has, what is refused and why."""
+        ...
+
+    async def reload(self) -> list[Change]:
+        """Every replica looks for another version now."""
+        ...
+
+    async def pin(self, version: str | None) -> list[Change] | None:
+        """Every replica serves `version`, or with None what is current; None: there is no such version."""
+        ...
+
+    async def rollback(self) -> list[Change] | None:
+        """Every replica serves the version that was published before; None: there is none."""
+        ...
+
+    async def metrics(self) -> str:
+        """What all replicas count and measure, as Prometheus reads it."""
+        ...

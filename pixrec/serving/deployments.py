@@ -1,4 +1,4 @@
-"""The two Ray Serve deployments: one checks requests, one holds the model. Knows no route.
+"""The Ray Serve deployments: one checks requests, one holds the model, and where wanted one ranks. Knows no route.
 
 The ingress never imports torch, so it starts in seconds, stays small, and can have as many replicas as HTTP needs.
 """
@@ -7,125 +7,64 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.config import BackpressureConfig
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
 from pixrec.config import ServeConfig
-from pixrec.errors import InputError, UnreadableImage
-from pixrec.query import Answer, Filters, Query
-from pixrec.serving.backend import FilterValues, Overloaded, Refusal, Unavailable, Versions
+from pixrec.query import Answer, Query
+from pixrec.serving.backend import (
+    Change,
+    Embedded,
+    FilterValues,
+    Overloaded,
+    Refusal,
+    ToEmbed,
+    Unavailable,
+    Versions,
+)
 from pixrec.serving.http import create_api
+from pixrec.serving.metrics import RequestMetrics, merged
+from pixrec.serving.published import Source
+from pixrec.serving.replicas import RecommenderReplica, RetrievalReplica, replica_labels
 
-if TYPE_CHECKING:
-    from pixrec.recommender import Recommender
+logger = logging.getLogger("ray.serve.pixrec")  # Serve writes what goes there, with the id of the request
 
-logger = logging.getLogger(__name__)
+METRICS_SECONDS = 5.0
 
-FILTER_VALUES_OFFERED = 50
-
-RECOMMENDER, INGRESS = "Recommender", "Ingress"
-
-
-class RecommenderReplica:
-    """Holds one loaded recommender and answers for it; histories that arrive together share one forward pass."""
-
-    def __init__(self, load: Callable[[], Recommender], config: ServeConfig) -> None:
-        import torch  # here and below: only the replica that computes pays for torch
-
-        torch.set_num_threads(config.threads_per_replica)
-        self._recommender = load()
-        self._versions = Versions(self._recommender.model_version, self._recommender.index_version)
-        self._filter_fields = list(self._recommender.items.filter_fields)
-        self._filter_values: FilterValues | None = None
-        # One thread computes: two forward passes at once would fight over the same cores. The event loop stays free
-        # to gather the next batch.
-        self._computing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recommender")
-        batched = serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_seconds)
-        self._answer_together = batched(self.answer_all)
-
-    async def recommend(self, query: Query) -> Answer | Refusal:
-        # Refused before it joins a batch, where it would fail its neighbours.
-        refusal = self._refusal(query.filters)
-        if refusal is not None:
-            return refusal
-        problem = query.problem()
-        if problem is not None:
-            return Refusal(*problem)
-        if query.new_items:
-            try:
-                await self._compute(self._recommender.encode_new, query.new_items)  # which keeps the vectors
-            except InputError as error:
-                return Refusal("new_items", str(error))
-        return await self._answer_together(query)
-
-    async def answer_all(self, queries: list[Query]) -> list[Answer]:
-        return await self._compute(self._recommender.answer, queries)
-
-    async def similar(self, item_id: str, k: int, filters: Filters) -> Answer | Refusal | None:
-        if item_id not in self._recommender.items.row_of:
-            return None
-        refusal = self._refusal(filters)
-        return refusal or await self._compute(self._recommender.similar, item_id, k, filters)
-
-    async def search(self, text: str, image: bytes | None, k: int, filters: Filters) -> Answer | Refusal:
-        refusal = self._refusal(filters)
-        if refusal is not None:
-            return refusal
-        try:
-            return await self._compute(self._recommender.search, text, image, k, filters)
-        except UnreadableImage as error:
-            return Refusal("image_base64", str(error))
-
-    async def filters(self) -> FilterValues:
-        if self._filter_values is None:
-            self._filter_values = await asyncio.to_thread(self._recommender.items.filter_values, FILTER_VALUES_OFFERED)
-        return self._filter_values
-
-    async def fields(self, item_id: str) -> dict[str, Any] | None:
-        row = self._recommender.items.row_of.get(item_id)
-        return None if row is None else self._recommender.items.fields(row)
-
-    async def image(self, item_id: str) -> bytes | None:
-        row = self._recommender.items.row_of.get(item_id)
-        return None if row is None else self._recommender.items.image(row)
-
-    async def versions(self) -> Versions:
-        return self._versions
-
-    async def _compute(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._computing, function, *args)
-
-    def _refusal(self, filters: Filters) -> Refusal | None:
-        unknown = next((name for name in filters if name not in self._filter_fields), None)
-        if unknown is None:
-            return None
-        known = ", ".join(self._filter_fields) or "none"
-        return Refusal("filters", f"{unknown!r} is no filter field of this catalog; known: {known}")
+RECOMMENDER, RETRIEVAL, INGRESS = "Recommender", "Retrieval", "Ingress"
 
 
 class ServeBackend:
-    """A Backend that asks the recommender's replicas through a Serve handle, and says why when none answers."""
+    """A Backend that asks the replicas through Serve handles, and says why when none answers."""
 
-    def __init__(self, recommender: DeploymentHandle, timeout_seconds: float) -> None:
-        self._recommender = recommender
-        self._timeout_seconds = timeout_seconds
+    def __init__(
+        self,
+        recommender: DeploymentHandle,
+        config: ServeConfig,
+        metrics: RequestMetrics | None = None,
+        retrieval: DeploymentHandle | None = None,
+    ) -> None:
+        self._recommender, self._retrieval, self._config = recommender, retrieval, config
+        self._metrics = metrics or RequestMetrics()
 
     async def recommend(self, query: Query) -> Answer | Refusal:
         return await self._ask("recommend", query)
 
-    async def similar(self, item_id: str, k: int, filters: Filters) -> Answer | Refusal | None:
-        return await self._ask("similar", item_id, k, filters)
+    async def similar(self, item_id: str, query: Query) -> Answer | Refusal | None:
+        return await self._ask("similar", item_id, query)
 
-    async def search(self, text: str, image: bytes | None, k: int, filters: Filters) -> Answer | Refusal:
-        return await self._ask("search", text, image, k, filters)
+    async def search(self, text: str, image: bytes | None, query: Query) -> Answer | Refusal:
+        return await self._ask("search", text, image, query)
+
+    async def embed(self, wanted: ToEmbed) -> Embedded | Refusal:
+        return await self._ask("embed", wanted)
 
     async def filters(self) -> FilterValues:
         return await self._ask("filters")
@@ -139,14 +78,67 @@ class ServeBackend:
     async def versions(self) -> Versions:
         return await self._ask("versions")
 
-    async def _ask(self, method: str, *args: Any) -> Any:
+    async def state(self) -> dict[str, Any]:
+        return await self._ask("state")
+
+    async def reload(self) -> list[Change]:
+        # Retrieval first: it still has the version before when a batch of that comes.
+        changes: list[Change] = []
+        for handle in filter(None, (self._retrieval, self._recommender)):
+            found = await self._everywhere(handle, "reload", self._config.load_timeout_seconds)
+            changes += [change for change in found if isinstance(change, Change)]
+        if not changes:
+            raise Unavailable("no replica answered; try again")
+        return changes
+
+    async def pin(self, version: str | None) -> list[Change] | None:
+        return await self._then_reload(await self._ask("pin", version, timeout=self._config.load_timeout_seconds))
+
+    async def rollback(self) -> list[Change] | None:
+        return await self._then_reload(await self._ask("rollback", timeout=self._config.load_timeout_seconds))
+
+    async def _then_reload(self, first: Change | None) -> list[Change] | None:
+        """What one replica could do all others do; what it refused they are not asked for."""
+        if first is None:
+            return None
+        return [first] if first.outcome == "refused" else [first, *await self.reload()]
+
+    async def metrics(self) -> str:
+        texts = [(replica_labels(), self._metrics.text())]
+        handles = [handle for handle in (self._recommender, self._retrieval) if handle is not None]
+        found = await asyncio.gather(*(self._everywhere(handle, "metrics", METRICS_SECONDS) for handle in handles))
+        texts += [one for answers in found for one in answers if isinstance(one, tuple)]
+        if self._config.num_ingress_replicas > 1:
+            texts += await self._other_ingresses()
+        return merged(texts)
+
+    async def _other_ingresses(self) -> list[tuple[dict[str, str], str]]:
+        context = serve.get_replica_context()
+        handle = serve.get_deployment_handle(INGRESS, context.app_name)
+        found = await self._everywhere(handle, "own_metrics", METRICS_SECONDS)
+        mine = replica_labels()
+        return [one for one in found if isinstance(one, tuple) and one[0] != mine]
+
+    async def _everywhere(self, handle: DeploymentHandle, method: str, timeout: float) -> list[Any]:
+        """What every replica answers; those that fail are left out by the caller."""
         try:
-            async with asyncio.timeout(self._timeout_seconds):
+            return await handle.broadcast(method).results_async(timeout_s=timeout, return_exceptions=True)
+        except TimeoutError:
+            raise Unavailable(f"not every replica answered within {timeout:g} s") from None
+        except (RayError, RayServeException):
+            logger.exception("the replicas could not be asked for %s", method)
+            raise Unavailable("the model is not available; try again") from None
+
+    async def _ask(self, method: str, *args: Any, timeout: float | None = None) -> Any:
+        self._metrics.validated()
+        seconds = timeout or self._config.request_timeout_seconds
+        try:
+            async with asyncio.timeout(seconds):
                 return await getattr(self._recommender, method).remote(*args)
         except BackPressureError:
             raise Overloaded("too many requests are waiting; try again") from None
         except TimeoutError:
-            raise Unavailable(f"no answer within {self._timeout_seconds:g} s; try again") from None
+            raise Unavailable(f"no answer within {seconds:g} s; try again") from None
         except (RayError, RayServeException):
             logger.exception("the recommender failed to answer %s", method)
             raise Unavailable("the model is not available; try again") from None
@@ -155,34 +147,67 @@ class ServeBackend:
 class Ingress:
     """Serves the HTTP application; Serve calls the constructor, then asks for the application, both in the replica."""
 
-    def __init__(self, recommender: DeploymentHandle, config: ServeConfig) -> None:
-        self._backend = ServeBackend(recommender, config.request_timeout_seconds)
+    def __init__(
+        self, recommender: DeploymentHandle, config: ServeConfig, retrieval: DeploymentHandle | None = None
+    ) -> None:
+        self._metrics = RequestMetrics()
+        self._backend = ServeBackend(recommender, config, self._metrics, retrieval)
         self._config = config
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self._backend, self._config)
+        return create_api(self._backend, self._config, self._metrics)
+
+    async def own_metrics(self) -> tuple[dict[str, str], str]:
+        return replica_labels(), self._metrics.text()
 
 
-def bind(load: Callable[[], Recommender], config: ServeConfig) -> serve.Application:
-    """The application: `load` runs in every replica of the recommender and must be importable there."""
-    backpressure = BackpressureConfig(status_code=503, retry_after_s=config.retry_after_seconds)
+def bind(source: Source, config: ServeConfig) -> serve.Application:
+    """The application over what `source` publishes, which loads in the replicas and must be importable there."""
+    shared: dict[str, Any] = {
+        "max_queued_requests": config.max_queued_requests,
+        "backpressure_config": BackpressureConfig(status_code=503, retry_after_s=config.retry_after_seconds),
+        "logging_config": LoggingConfig(encoding=config.log_format.upper()),
+    }
+    holds_a_version = {
+        **shared,
+        "max_ongoing_requests": config.max_ongoing_requests,
+        "max_surge_percent": 100,  # a new deployment loads beside the old one, which answers until then
+        "max_constructor_retry_count": 2,  # a model that cannot be loaded will not load the twentieth time either
+    }
+    retrieval = None
+    if config.num_retrieval_replicas:
+        retrieval = serve.deployment(
+            name=RETRIEVAL,
+            num_replicas=config.num_retrieval_replicas,
+            ray_actor_options={"num_cpus": config.cpus_per_retrieval},
+            **holds_a_version,
+        )(RetrievalReplica).bind(source, config)
     recommender = serve.deployment(
         name=RECOMMENDER,
-        num_replicas=config.num_replicas,
+        **_scaling(config),
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
-        max_ongoing_requests=config.max_ongoing_requests,
-        max_queued_requests=config.max_queued_requests,
-        backpressure_config=backpressure,
-        max_surge_percent=100,  # a new index is loaded beside the old one, which answers until then
-        max_constructor_retry_count=2,  # a model that cannot be loaded will not load the twentieth time either
-    )(RecommenderReplica)
+        **holds_a_version,
+    )(RecommenderReplica).bind(source, config, retrieval)
     ingress = serve.deployment(
         name=INGRESS,
         num_replicas=config.num_ingress_replicas,
         ray_actor_options={"num_cpus": config.cpus_per_ingress},
         # Room for all that the recommender admits: whoever refuses first should be the one who knows why.
-        max_ongoing_requests=config.num_replicas * config.max_ongoing_requests + config.max_queued_requests,
-        max_queued_requests=config.max_queued_requests,
-        backpressure_config=backpressure,
+        max_ongoing_requests=config.most_replicas * config.max_ongoing_requests + config.max_queued_requests,
+        **shared,
     )(serve.ingress()(Ingress))
-    return ingress.bind(recommender.bind(load, config), config)
+    return ingress.bind(recommender, config, retrieval)
+
+
+def _scaling(config: ServeConfig) -> dict[str, Any]:
+    """A fixed number of replicas, or one that follows the requests."""
+    if config.max_replicas is None:
+        return {"num_replicas": config.num_replicas}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=config.min_replicas,
+            initial_replicas=max(1, config.min_replicas),
+            max_replicas=config.max_replicas,
+            target_ongoing_requests=config.target_ongoing_requests,
+        )
+    }

@@ -1,14 +1,20 @@
-"""What every request passes before a route sees it: the API key, the size limit, and a net under all defects.
+"""What every request passes before a route sees it: the key, the rate, the size limit, and a net under all defects.
 
 Plain ASGI, outermost: the key is checked before a byte of the body is read, and the body is counted before it is
-parsed. Knows no route but the prefix that wants a key.
+parsed. Counts and times what is answered. Knows no route but the prefixes that want a key.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 import logging
+import math
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import HTTPException
@@ -16,10 +22,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pixrec.config import ServeConfig
+from pixrec.serving.metrics import RequestMetrics, arrived
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve.pixrec")
 
-KEYED_PREFIX = "/v1/"
+KEYED_PREFIX, ADMIN_PREFIX = "/v1/", "/admin/"
+SENDERS_KEPT = 10_000
+"""Of so many keys or addresses the rate is known; the one that has been quiet the longest is forgotten first."""
 
 # Most clients send all of a body before they read the answer, and would see a reset connection instead of the 413. So
 # a body that is refused is still read, and thrown away, up to this many times the limit.
@@ -37,9 +46,12 @@ class JsonResponse(Response):
 
 
 class Gate:
-    def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
+    def __init__(self, app: ASGIApp, config: ServeConfig, metrics: RequestMetrics) -> None:
         self.app = app
-        self.key = config.api_key.encode() if config.api_key else None
+        self.metrics = metrics
+        self.keys = [key.encode() for key in config.keys]
+        self.admin_keys = [config.admin_key.encode()] if config.admin_key else self.keys
+        self.rate = Rate(config.requests_per_second, config.request_burst) if config.requests_per_second else None
         self.max_body_bytes = config.max_body_bytes
         self.retry_after_seconds = config.retry_after_seconds
 
@@ -47,34 +59,58 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        start = time.perf_counter()
+        arrived.set(start)
+        code = 0
+        # Ray Serve names each request and says so in its answer; without it the name is made here.
+        given = any(name == b"x-request-id" for name, _ in scope["headers"])
+        own_id = [] if given else [(b"x-request-id", uuid.uuid4().hex.encode())]
+
+        async def watched_send(message: Message) -> None:
+            nonlocal code
+            if message["type"] == "http.response.start":
+                code = message["status"]
+                message = {**message, "headers": [*message.get("headers", []), *own_id]}
+            await send(message)
+
+        with self.metrics.in_flight.track_inprogress():
+            try:
+                await self._answer(scope, receive, watched_send, lambda: code > 0)
+            finally:
+                self.metrics.answered(_route(scope), code, time.perf_counter() - start)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, started: Callable[[], bool]) -> None:
         refusal = self._refusal(scope)
         if refusal is not None:
             if not any(name == b"expect" for name, _ in scope["headers"]):  # who expects waits for leave to send
                 await self._drain(receive)
             await refusal(scope, receive, send)
             return
-        started = False
-
-        async def watched_send(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
-
         try:
-            await self.app(scope, self._limited(receive), watched_send)
+            await self.app(scope, self._limited(receive), send)
         except Exception:
             # A defect of ours must not look like the caller's fault, nor take the connection down without an answer.
-            logger.exception("%s %s failed", scope["method"], scope["path"])
-            if started:
+            logger.exception("%s %s failed", scope["method"], _route(scope))
+            if started():
                 raise
             await unavailable("the request could not be answered", self.retry_after_seconds)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = scope["headers"]
         # Anywhere in the path, not at its start only: a proxy in front may leave its own prefix before it.
-        if self.key is not None and KEYED_PREFIX in scope["path"] and not _holds_key(headers, self.key):
+        admin = ADMIN_PREFIX in scope["path"]
+        if admin and not self.admin_keys:
+            return JsonResponse({"detail": "this server has no key for its /admin routes: set serve.admin_key"}, 403)
+        keys = self.admin_keys if admin else self.keys if KEYED_PREFIX in scope["path"] else []
+        key = _held_key(headers, keys)
+        if keys and key is None:
             detail = "a valid API key is needed, in `Authorization: Bearer` or `X-API-Key`"
             return JsonResponse({"detail": detail}, 401, headers={"WWW-Authenticate": "Bearer"})
+        if self.rate is not None and KEYED_PREFIX in scope["path"]:
+            wait = self.rate.wait(key or str((scope.get("client") or ("",))[0]).encode())
+            if wait > 0:
+                retry = {"Retry-After": str(math.ceil(wait))}
+                return JsonResponse({"detail": "too many requests; see Retry-After"}, 429, headers=retry)
         for name, value in headers:
             if name == b"content-length" and value.isdigit() and int(value[:19]) > self.max_body_bytes:
                 return JsonResponse({"detail": self._too_large()}, 413)
@@ -112,13 +148,42 @@ def unavailable(detail: str, retry_after_seconds: int) -> Response:
     return JsonResponse({"detail": detail}, 503, headers={"Retry-After": str(retry_after_seconds)})
 
 
-def _holds_key(headers: list[tuple[bytes, bytes]], key: bytes) -> bool:
-    offered = b""
+class Rate:
+    """A token bucket for each sender: `per_second` requests, and a `burst` after a pause."""
+
+    def __init__(self, per_second: float, burst: int) -> None:
+        self._per_second, self._burst = per_second, burst
+        self._senders: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
+
+    def wait(self, sender: bytes, now: float | None = None) -> float:
+        """Seconds until the sender may send again; 0: this request counts and may pass."""
+        now = time.monotonic() if now is None else now
+        name = hashlib.blake2b(sender, digest_size=16).digest()  # one size, whatever was sent
+        left, seen = self._senders.pop(name, (float(self._burst), now))
+        left = min(self._burst, left + (now - seen) * self._per_second)
+        passes = left >= 1
+        self._senders[name] = (left - 1 if passes else left), now
+        if len(self._senders) > SENDERS_KEPT:
+            self._senders.popitem(last=False)
+        return 0.0 if passes else (1 - left) / self._per_second
+
+
+def _route(scope: Scope) -> str:
+    """The pattern of the route, never the path itself: that may hold an id, and there are any number of them."""
+    return str(getattr(scope.get("route"), "path", "none"))
+
+
+def _held_key(headers: list[tuple[bytes, bytes]], keys: Sequence[bytes]) -> bytes | None:
+    """The key that the headers hold; every one is compared, each in constant time."""
+    found = None
     for name, value in headers:
-        if name == b"x-api-key":
-            offered = value
-        elif name == b"authorization" and value[:7].lower() == b"bearer ":
+        if name == b"authorization" and value[:7].lower() == b"bearer ":
             offered = value[7:].strip()
-        if offered and hmac.compare_digest(offered, key):
-            return True
-    return False
+        elif name == b"x-api-key":
+            offered = value
+        else:
+            continue
+        for key in keys:
+            if hmac.compare_digest(offered, key):
+                found = key
+    return found

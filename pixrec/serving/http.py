@@ -1,33 +1,52 @@
-"""The HTTP interface: bodies, routes and what each failure answers. Knows no Ray and no model, only a Backend.
-
-Bodies are strict: a key that is unknown or a value of another type is refused with the field's name, never guessed at.
-Their fields, and those of the answers, are those of `pixrec.query`.
-"""
+"""The HTTP interface: routes and what each failure answers. Knows no Ray and no model, only a Backend."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import math
+import sys
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
 from fastapi.security import HTTPBearer
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 import pixrec
 from pixrec.config import ServeConfig
-from pixrec.query import Answer, NewItem, Query, ScoreKind
-from pixrec.serving.backend import Backend, BackendError, Overloaded, Refusal
+from pixrec.query import Answer, NewItem, Query, Range
+from pixrec.serving.backend import Backend, BackendError, Change, Overloaded, Refusal, ToEmbed
+from pixrec.serving.bodies import (
+    NO_VERSION,
+    PROBLEMS,
+    REFUSED,
+    UNKNOWN,
+    AnswerBody,
+    ChangesBody,
+    EmbedBody,
+    EmbeddedBody,
+    FiltersBody,
+    HealthBody,
+    PinBody,
+    RangeBody,
+    RankingBody,
+    ReadyBody,
+    RecommendBody,
+    SearchBody,
+    SimilarBody,
+)
 from pixrec.serving.gate import Gate, JsonResponse, unavailable
+from pixrec.serving.metrics import RequestMetrics
 
 MAX_REPORTED_ERRORS = 20
 IMAGE_MAX_AGE_SECONDS = 3600
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SOFTWARE = ("ray", "torch", "transformers")
 
 # The pages need no other host, and a picture or a title must not be able to reach one.
@@ -40,98 +59,8 @@ PAGE_POLICY = (
 IMAGE_TYPES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"GIF8": "image/gif", b"RIFF": "image/webp"}
 
 
-def _encodable(text: str) -> str:
-    text.encode()  # UnicodeEncodeError is a ValueError, which pydantic reports with the field
-    return text
-
-
-# JSON can spell half a character ("\\ud800"), which no tokenizer and no Parquet file takes.
-Text = Annotated[str, AfterValidator(_encodable)]
-# FailFast: a million wrong values are one error, not a million.
-Ids = Annotated[list[Text], FailFast()]
-Timestamps = Annotated[list[int] | None, FailFast()]
-FilterValue = Text | bool | int | Annotated[float, Field(allow_inf_nan=False)]
-FilterValues = dict[Text, Annotated[list[FilterValue], FailFast()]]
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    k: int = Field(10, ge=1, description="How many items to return at most; the server's limit is `serve.max_k`.")
-    filters: FilterValues = Field(
-        default_factory=dict, description="Keep items whose field has one of the values; all fields must match."
-    )
-
-
-class NewItemBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    title: Text | None = None
-    brand: Text | None = None
-    category: Text | None = None
-    price: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    description: Text | None = None
-    image_base64: str | None = Field(None, description="Its picture, base64 of an image file.")
-
-
-class RecommendBody(_Body):
-    history: Ids = Field(description="The shopper's items, oldest first. Ids the catalog does not hold are skipped.")
-    exclude: Ids = Field(default_factory=list, description="Never return these items.")
-    exclude_history: bool = Field(True, description="Do not return items of the history.")
-    new_items: dict[Text, NewItemBody] = Field(
-        default_factory=dict, description="Items of the history that the catalog does not hold yet, by id."
-    )
-    timestamps: Timestamps = Field(
-        None, description="When each item of the history was met, milliseconds since the epoch; null: unknown."
-    )
-
-
-class SimilarBody(_Body):
-    item_id: Text
-
-
-class SearchBody(_Body):
-    text: Text | None = Field(None, description="What the item looks like or says.")
-    image_base64: str | None = Field(None, description="A picture, base64 of a JPEG, PNG, WebP or GIF file.")
-
-
-class RankedItem(BaseModel):
-    item_id: str
-    score: float
-
-
-class AnswerBody(BaseModel):
-    items: list[RankedItem]
-    score_kind: ScoreKind = Field(description="What a score is: a cosine, a share of all purchases or a chance.")
-    model_version: str
-    index_version: str
-    unknown_items: list[str]
-    fallback: bool = Field(description="No item of the history is known: these are the popular ones.")
-
-
-class FilterValueCount(BaseModel):
-    value: str | bool | int | float
-    items: int = Field(description="How many items hold it.")
-
-
-class FiltersBody(BaseModel):
-    filters: dict[str, list[FilterValueCount]] = Field(description="By field, the most frequent values first.")
-
-
-class Problem(BaseModel):
-    detail: str
-
-
-PROBLEMS: dict[int | str, dict[str, Any]] = {
-    401: {"model": Problem, "description": "The API key is missing or wrong"},
-    413: {"model": Problem, "description": "The body is too large"},
-    503: {"model": Problem, "description": "Overloaded or starting; see Retry-After"},
-}
-UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "The item is unknown"}}
-
-
-def create_api(backend: Backend, config: ServeConfig) -> FastAPI:
-    """The whole HTTP application over a backend."""
+def create_api(backend: Backend, config: ServeConfig, metrics: RequestMetrics | None = None) -> FastAPI:
+    """The whole HTTP application over a backend; `metrics` counts its requests."""
     api = FastAPI(
         title="PixRec",
         version=pixrec.__version__,
@@ -140,7 +69,7 @@ def create_api(backend: Backend, config: ServeConfig) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    api.add_middleware(Gate, config=config)
+    api.add_middleware(Gate, config=config, metrics=metrics or RequestMetrics())
     api.add_exception_handler(RequestValidationError, _invalid)
     api.add_exception_handler(StarletteHTTPException, _refused)
 
@@ -151,6 +80,7 @@ def create_api(backend: Backend, config: ServeConfig) -> FastAPI:
     keyed = [Security(HTTPBearer(auto_error=False))] if config.api_key else []  # shows the key's field in /docs
     api.include_router(_ranking_routes(backend, config), responses=PROBLEMS, dependencies=keyed, tags=["rankings"])
     api.include_router(_item_routes(backend), responses=PROBLEMS | UNKNOWN, dependencies=keyed, tags=["items"])
+    api.include_router(_admin_routes(backend), responses=PROBLEMS | REFUSED, dependencies=keyed, tags=["admin"])
     api.include_router(_state_routes(backend), tags=["state"])
     return api
 
@@ -161,20 +91,27 @@ def _ranking_routes(backend: Backend, config: ServeConfig) -> APIRouter:
     @router.post("/recommend", response_model=AnswerBody)
     async def recommend(body: RecommendBody) -> Response:
         """The items that fit best after this history."""
-        k = _checked_k(body, config)
         for name in ("history", "exclude"):
             _check_length(name, len(getattr(body, name)), config.max_request_items, "items")
         if body.timestamps is not None:
             _check_length("timestamps", len(body.timestamps), config.max_request_items, "values")
         new_items = _new_items(body, config)
-        query = Query(body.history, k, body.exclude, body.exclude_history, body.filters, new_items, body.timestamps)
+        query = _query(
+            body,
+            config,
+            history=body.history,
+            exclude=body.exclude,
+            exclude_history=body.exclude_history,
+            new_items=new_items,
+            timestamps=body.timestamps,
+            reasons=body.reasons,
+        )
         return _answered(await backend.recommend(query))
 
     @router.post("/similar", response_model=AnswerBody, responses=UNKNOWN)
     async def similar(body: SimilarBody) -> Response:
         """The items closest to one item."""
-        k = _checked_k(body, config)
-        answer = await backend.similar(body.item_id, k, body.filters)
+        answer = await backend.similar(body.item_id, _query(body, config, exclude=[body.item_id]))
         if answer is None:
             raise _unknown(body.item_id)
         return _answered(answer)
@@ -182,13 +119,34 @@ def _ranking_routes(backend: Backend, config: ServeConfig) -> APIRouter:
     @router.post("/search", response_model=AnswerBody)
     async def search(body: SearchBody) -> Response:
         """The items closest to a text, a picture, or both."""
-        k = _checked_k(body, config)
+        query = _query(body, config)
         text = (body.text or "").strip()
         _check_length("text", len(text), config.max_text_characters, "characters")
-        image = _decoded(body.image_base64) if body.image_base64 else None
+        image = _decoded(body.image_base64, config) if body.image_base64 else None
         if not text and not image:
             raise _field_error("text", "text and image_base64 are both empty: give one of them")
-        return _answered(await backend.search(text, image, k, body.filters))
+        return _answered(await backend.search(text, image, query))
+
+    @router.post("/embed", response_model=EmbeddedBody)
+    async def embed(body: EmbedBody) -> Response:
+        """Vectors in the space in which the nearest items are the best, to be used elsewhere."""
+        fields = {name: getattr(body, name) for name in EmbedBody.model_fields}
+        together = sum(map(len, fields.values()))
+        if not together:
+            raise _field_error("texts", f"give at least one of {', '.join(fields)}")
+        largest = max(fields, key=lambda name: len(fields[name]))
+        _check_length(largest, together, config.max_embedded, "entries, together with the other fields")
+        for name, most, unit in (
+            ("texts", config.max_text_characters, "characters"),
+            ("histories", config.max_request_items, "items"),
+        ):
+            for entry in fields[name]:
+                _check_length(name, len(entry), most, f"{unit} in one entry")
+        images = [_decoded(image, config, "images_base64") for image in body.images_base64]
+        found = await backend.embed(ToEmbed(body.texts, images, body.item_ids, body.histories))
+        if isinstance(found, Refusal):
+            raise _field_error(found.field, found.message)
+        return JsonResponse(vars(found))
 
     @router.get("/filters", response_model=FiltersBody)
     async def filters() -> Response:
@@ -233,12 +191,42 @@ def _item_routes(backend: Backend) -> APIRouter:
     return router
 
 
+def _admin_routes(backend: Backend) -> APIRouter:
+    router = APIRouter(prefix="/admin")
+
+    @router.post("/reload", response_model=ChangesBody)
+    async def reload() -> Response:
+        """Look for a newly published version now: every replica loads it and then swaps."""
+        return _changed(await backend.reload())
+
+    @router.post("/pin", response_model=ChangesBody, responses=NO_VERSION)
+    async def pin(body: PinBody) -> Response:
+        """Serve one version whatever is published later, or again what is current."""
+        return _changed(await backend.pin(body.index_version))
+
+    @router.post("/rollback", response_model=ChangesBody, responses=NO_VERSION)
+    async def rollback() -> Response:
+        """Pin the version that was published before the one in use."""
+        return _changed(await backend.rollback())
+
+    return router
+
+
+def _changed(changes: list[Change] | None) -> Response:
+    if changes is None:
+        raise HTTPException(404, "there is no such version")
+    refused = [change.state["refused"] for change in changes if change.outcome == "refused"]
+    if refused:
+        raise HTTPException(409, f"the version before stays in use: {refused[0]}")
+    return JsonResponse({"replicas": [vars(change) for change in changes]})
+
+
 def _state_routes(backend: Backend) -> APIRouter:
     router = APIRouter()
     static = files("pixrec.serving").joinpath("static")
     pages = {name: static.joinpath(f"{name}.html").read_text("utf-8") for name in ("index", "docs")}
 
-    @router.get("/healthz", responses={503: PROBLEMS[503]})
+    @router.get("/healthz", response_model=HealthBody, responses={503: PROBLEMS[503]})
     async def healthz() -> Response:
         """Whether the model answers. A replica that is merely busy is healthy: restarting it would not help."""
         try:
@@ -247,10 +235,24 @@ def _state_routes(backend: Backend) -> APIRouter:
             return JsonResponse({"status": "ok", "overloaded": True})
         return JsonResponse({"status": "ok", "overloaded": False, **vars(versions)})
 
-    @router.get("/version", responses={503: PROBLEMS[503]})
+    @router.get("/readyz", response_model=ReadyBody, responses={503: PROBLEMS[503]})
+    async def readyz() -> Response:
+        """Whether a model and its index are loaded; with the reason where a newer version is refused."""
+        return JsonResponse({"ready": True, **jsonable(await backend.state())})
+
+    @router.get("/version", response_model=dict[str, Any], responses={503: PROBLEMS[503]})
     async def software_versions() -> Response:
-        """Versions of the model, the index and the software."""
-        return JsonResponse(vars(await backend.versions()) | software())
+        """Versions of the model, the index and the software, and what recall of the index was measured."""
+        state = await backend.state()
+        recall = {name: value for name, value in state.items() if name.startswith("recall")}
+        return JsonResponse(vars(await backend.versions()) | software() | jsonable(recall))
+
+    @router.get(
+        "/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, 503: PROBLEMS[503]}
+    )
+    async def metrics() -> Response:
+        """What all replicas count and measure, for Prometheus."""
+        return Response(await backend.metrics(), headers={"Content-Type": METRICS_TYPE})
 
     @router.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def try_it() -> Response:
@@ -302,9 +304,21 @@ def _answered(answer: Answer | Refusal) -> Response:
     return JsonResponse(jsonable(answer.to_dict()))
 
 
-def _checked_k(body: _Body, config: ServeConfig) -> int:
-    for values in body.filters.values():
-        _check_length("filters", len(values), config.max_request_items, "values of one field")
+def _query(body: RankingBody, config: ServeConfig, **fields: Any) -> Query:
+    """What the body asks for, of `fields` and of what all rankings know."""
+    filters: dict[str, Any] = {}
+    for name, wanted in body.filters.items():
+        if isinstance(wanted, RangeBody):
+            filters[name] = Range(wanted.least, wanted.most)
+        else:
+            _check_length("filters", len(wanted), config.max_request_items, "values of one field")
+            filters[name] = wanted
+    k = _checked_k(body, config)
+    history = fields.pop("history", [])
+    return Query(history, k, filters=filters, diversity=body.diversity, max_per=body.max_per, **fields)
+
+
+def _checked_k(body: RankingBody, config: ServeConfig) -> int:
     if "k" not in body.model_fields_set:
         return min(body.k, config.max_k)
     if body.k > config.max_k:
@@ -325,15 +339,33 @@ def _new_items(body: RecommendBody, config: ServeConfig) -> dict[str, NewItem]:
         _check_length("new_items", sum(len(str(v)) for v in fields.values()), config.max_text_characters, "characters")
         if not fields and not item.image_base64:
             raise _field_error("new_items", f"item {item_id!r} has neither text nor a picture")
-        found[item_id] = NewItem(fields, _decoded(item.image_base64, "new_items") if item.image_base64 else None)
+        found[item_id] = NewItem(
+            fields, _decoded(item.image_base64, config, "new_items") if item.image_base64 else None
+        )
     return found
 
 
-def _decoded(image_base64: str, field: str = "image_base64") -> bytes:
+def _decoded(image_base64: str, config: ServeConfig, field: str = "image_base64") -> bytes:
     try:
-        return base64.b64decode(image_base64, validate=True)
+        image = base64.b64decode(image_base64, validate=True)
     except ValueError:
         raise _field_error(field, "image_base64 is not base64") from None
+    _check_length(field, len(image), config.max_image_bytes, "bytes of a picture")
+    _check_length(field, _pixels(image), config.max_image_pixels, "pixels")
+    return image
+
+
+def _pixels(image: bytes) -> int:
+    """The size that a picture claims to have; 0 where that cannot be read, which decoding will say better."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(image)) as opened:
+            return opened.width * opened.height
+    except Image.DecompressionBombError:
+        return sys.maxsize
+    except (OSError, ValueError, SyntaxError):
+        return 0
 
 
 def _field_error(field: str, message: str) -> RequestValidationError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from ray import serve
 
 import pixrec
 from pixrec import storage
-from pixrec.artifact import index_version, new_model, save_model
+from pixrec.artifact import index_version, list_versions, new_model, pin_version, save_model
 from pixrec.config import Config, ModelConfig, ServeConfig, TinyConfig
 from pixrec.data.items import ItemTable
 from pixrec.data.synthetic import build_world, picture
@@ -29,6 +31,15 @@ from pixrec.serving.app import APP_NAME, build_app
 
 NUM_ITEMS, NUM_USERS = 30, 8
 TINY = TinyConfig(hidden_width=16, num_layers=1, num_heads=2, vision_width=16, vision_layers=1, image_size_px=32)
+
+
+SMALL: dict[str, Any] = {
+    "max_batch_size": 8,
+    "cpus_per_replica": 0.1,
+    "threads_per_replica": 1,
+    "max_body_bytes": 100_000,
+    "admin_key": "boss",
+}
 
 
 class Artifacts(NamedTuple):
@@ -47,9 +58,15 @@ def artifacts(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> Artifact
     facts = save_model(local, model, {})
     storage.copy_folder(local, made.model)
     vectors = model.embedder().items(Catalog(items, model.encoder), np.arange(len(items)))
-    with index_version(made.index, facts["fingerprint"], vectors.shape[1], "float32", {"data": made.data}) as writer:
-        writer.add(items.item_ids, vectors, [items.content_hash(row) for row in range(len(items))])
+    publish(made, facts["fingerprint"], items, vectors)
     return made
+
+
+def publish(place: Artifacts, fingerprint: str, items: ItemTable, vectors: np.ndarray) -> str:
+    """A new version of the index; returns its name."""
+    with index_version(place.index, fingerprint, vectors.shape[1], "float32", {"data": place.data}) as writer:
+        writer.add(items.item_ids, vectors, [items.content_hash(row) for row in range(len(items))])
+    return str(writer.manifest["version"])
 
 
 def write_data(uri: str, config: Config) -> ItemTable:
@@ -75,7 +92,8 @@ class Client:
 
     def __call__(self, path: str, body: Any = None, data: bytes | None = None) -> tuple[int, Any]:
         sent = data if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self._url}{path}", sent, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", "X-API-Key": "boss"}
+        request = urllib.request.Request(f"{self._url}{path}", sent, headers)
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 status, kind, content = answer.status, answer.headers["Content-Type"], answer.read()
@@ -90,7 +108,7 @@ def client(ray_session: Any, artifacts: Artifacts) -> Iterator[Client]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    small = ServeConfig(max_batch_size=8, cpus_per_replica=0.1, threads_per_replica=1, max_body_bytes=100_000)
+    small = ServeConfig(poll_seconds=0, **SMALL)
     serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
     try:
         serve.run(build_app(*artifacts, Config(serve=small)), name=APP_NAME, route_prefix="/")
@@ -151,3 +169,87 @@ def test_refusals_reach_the_client_as_they_are(client: Client) -> None:
     assert client("/v1/recommend", data=b" " * 500_000)[0] == 413
     status, popular = client("/v1/recommend", {"history": [], "k": 200, "filters": {"brand": ["Øre"]}})
     assert (status, popular["fallback"], len(popular["items"])) == (200, True, NUM_ITEMS // 2)
+
+
+class Load:
+    """Shoppers who ask one request after the other until the block ends; `answers` holds all of theirs."""
+
+    def __init__(self, client: Client, shoppers: int = 4) -> None:
+        self._client, self._shoppers = client, shoppers
+        self._stop = threading.Event()
+        self.answers: list[tuple[int, Any]] = []
+
+    def __enter__(self) -> Load:
+        self._pool = ThreadPoolExecutor(self._shoppers)
+        self._asking = [self._pool.submit(self._ask) for _ in range(self._shoppers)]
+        return self
+
+    def _ask(self) -> None:
+        while not self._stop.is_set():
+            self.answers.append(self._client("/v1/recommend", {"history": ["item/1", "item/2"], "k": 3}))
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+        for shopper in self._asking:
+            shopper.result()
+        self._pool.shutdown()
+
+
+def post(client: Client, path: str, body: Any = None) -> tuple[int, Any]:
+    return client(path, body, data=b"")
+
+
+def test_versions_change_under_load(client: Client, artifacts: Artifacts, recommender: Any) -> None:
+    """A new index is served after one call, one of another model never, and one call goes back."""
+    first, model = recommender.index_version, recommender.model_version
+    items, vectors = recommender.items, recommender.item_vectors(list(recommender.items.item_ids))
+    with Load(client) as load:
+        second = publish(artifacts, model, items, vectors[::-1].copy())
+        status, changed = post(client, "/admin/reload")
+        assert (status, [change["outcome"] for change in changed["replicas"]]) == (200, ["swapped"])
+        assert client("/v1/recommend", {"history": ["item/1"]})[1]["index_version"] == second
+        foreign = publish(artifacts, "f" * 32, items, vectors)
+        status, refused = post(client, "/admin/reload")
+        assert (status, "was made by model ffffffff" in refused["detail"]) == (409, True)
+        state = client("/readyz")[1]
+        assert (state["index_version"], "ffffffff" in state["refused"]) == (second, True)
+        assert b"pixrec_version_refused" in client("/metrics")[1]
+        assert post(client, "/admin/pin", {"index_version": foreign})[0] == 409
+        assert post(client, "/admin/rollback")[0] == 200
+        assert client("/version")[1]["index_version"] == first
+    assert {status for status, _ in load.answers} == {200}
+    assert {answer["model_version"] for _, answer in load.answers} == {model}
+    best = {first: set[str](), second: set[str]()}
+    for _, answer in load.answers:
+        best[answer["index_version"]].add(answer["items"][0]["item_id"])
+    assert [len(found) for found in best.values()] == [1, 1], "each version has its own answer"
+    assert best[first] != best[second]
+    assert post(client, "/admin/pin", {"index_version": second})[0] == 200
+
+
+def test_retrieval_apart_gives_the_same_answers(client: Client, artifacts: Artifacts) -> None:
+    """The application is deployed anew, with replicas that only rank, and follows what is published by itself."""
+    asked = [
+        ("/v1/recommend", {"history": ["item/1", "ghost"], "k": 4, "reasons": True, "max_per": {"brand": 1}}),
+        ("/v1/similar", {"item_id": "item/3", "k": 4, "diversity": 0.5}),
+        ("/v1/search", {"text": "Lamp 3", "k": 4, "filters": {"brand": ["Acme"]}}),
+    ]
+    before = [client(path, body) for path, body in asked]
+    apart = ServeConfig(num_retrieval_replicas=1, cpus_per_retrieval=0.1, poll_seconds=0.2, **SMALL)
+    serve.run(build_app(*artifacts, Config(serve=apart)), name=APP_NAME, route_prefix="/")
+    assert [client(path, body) for path, body in asked] == before
+    vectors = client("/v1/embed", {"item_ids": ["item/3", "ghost"], "histories": [["item/3"]], "texts": ["Lamp 3"]})[1]
+    assert [len(vectors["texts"][0]), vectors["item_ids"][1]] == [16, None]
+    told = client("/metrics")[1].decode()
+    for deployment in ("Ingress", "Recommender", "Retrieval"):
+        assert f'deployment="{deployment}"' in told
+    served = client("/version")[1]["index_version"]
+    earlier = min(version["version"] for version in list_versions(artifacts.index))
+    assert served != earlier
+    pin_version(artifacts.index, earlier)
+    with Load(client, 2) as load:
+        deadline = time.monotonic() + 30
+        while client("/version")[1]["index_version"] != earlier:
+            assert time.monotonic() < deadline
+    assert {status for status, _ in load.answers} == {200}
+    assert {answer["index_version"] for _, answer in load.answers} <= {served, earlier}

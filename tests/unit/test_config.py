@@ -222,6 +222,9 @@ def test_an_override_names_a_key_of_a_section(override: str):
         (["train.stages=[{name: a, histories_per_step: 1}]"], "train.stages a: .*one history to contrast at a time"),
         (["embed.batch_size=0"], "embed.batch_size is 0: must be at least 1"),
         (["evaluate.ks=[0, 10]"], r"evaluate.ks is \[0, 10\]: every cut-off must be at least 1"),
+        (["serve.max_replicas=1", "serve.min_replicas=2"], r"serve.max_replicas 1 is below serve.min_replicas 2"),
+        (["serve.api_keys=[a, '']"], r"serve.api_keys holds an empty key"),
+        (["serve.requests_per_second=0"], r"serve.requests_per_second is 0.0: must be above 0"),
         (["serve.max_batch_size=9999"], r"serve.max_ongoing_requests \d+ is below serve.max_batch_size 9999"),
         (["demo.min_events=99"], r"demo.max_events \d+ is below demo.min_events 99"),
         (["demo.num_items=0"], "demo.num_items is 0: must be at least 1"),
@@ -275,3 +278,7 @@ def test_a_secret_is_never_dumped():
     assert to_dict(made)["serve"]["api_key"] == "***"
     assert to_dict(made, redact=False)["serve"]["api_key"] == "s3cr3t"
     assert to_dict(Config())["serve"]["api_key"] is None
+    several = load_config("", ["serve.api_keys=[s3cr3t, other]", "serve.admin_key=b055"])
+    assert several.serve.keys == ("s3cr3t", "other")
+    assert not {"s3cr3t", "other", "b055"} & set(dump_config(several).replace("'", "").split())
+    assert load_config(dump_config(several)).serve.api_keys == ("***", "***")

@@ -17,10 +17,10 @@ ROOT = Path(pixrec.__file__).parent
 LAYERS = [
     ["errors", "schema"],
     ["config", "console", "query"],
-    ["storage"],
+    ["storage", "client", "loadtest"],
     ["data"],
     ["model"],
-    ["index", "metrics"],
+    ["index", "metrics", "rerank"],
     ["approximate", "search"],
     ["artifact"],
     ["training"],
@@ -47,12 +47,14 @@ KEPT_TO = {
     "s3fs": {"storage"},
     "peft": {"model"},
     "jinja2": {"report"},
-    "aiohttp": {"data"},
+    "aiohttp": {"data", "loadtest"},
     "simplejpeg": {"data"},
     "bm25s": {"scorers"},
     "IPython": {"report"},
     "lance": {"data"},
     "faiss": {"approximate"},
+    "httpx": {"client"},
+    "prometheus_client": {"serving"},
 }
 CONVERTS = "pixrec.model.packages"
 """May read a checkpoint of torch, as weights alone, to keep it as safetensors."""

@@ -17,7 +17,7 @@ FEW_STATEMENTS = 10
 TESTED_ELSEWHERE = {
     # one tree: fields, checks and loading are tested together
     **dict.fromkeys(
-        (f"pixrec/config/{name}.py" for name in ("checks", "evaluate", "model", "prepare", "train", "tree")),
+        (f"pixrec/config/{name}.py" for name in ("checks", "evaluate", "model", "prepare", "serve", "train", "tree")),
         "tests/unit/test_config.py",
     ),
     # a model and an index, saved and loaded as units
@@ -41,7 +41,9 @@ TESTED_ELSEWHERE = {
     ),
     "pixrec/model/catalog.py": "tests/unit/model/test_towers.py",
     "pixrec/scorers/sasrec.py": "tests/unit/training/test_compact.py",
+    "pixrec/serving/backend.py": "tests/unit/serving/test_http.py",
     "pixrec/serving/gate.py": "tests/unit/serving/test_http.py",
+    "pixrec/serving/replicas.py": "tests/unit/serving/test_deployments.py",
     "pixrec/training/phases.py": "tests/cluster/test_train.py",
     "pixrec/training/validation.py": "tests/unit/training/test_interleaved.py",
     # used by every test that needs Ray

@@ -55,6 +55,9 @@ def test_what_is_asked_for_when_nothing_is_said():
         "filters": {},
         "new_items": {},
         "timestamps": None,
+        "diversity": 0.0,
+        "max_per": {},
+        "reasons": False,
     }
 
 
@@ -68,6 +71,7 @@ def test_an_answer_as_json_has_every_field_once():
         "unknown_items": ["ghost"],
         "fallback": False,
     }
+    answer = dataclasses.replace(answer, reasons={"a": "b"})
     assert list(answer.to_dict()) == [field.name for field in dataclasses.fields(Answer)]
 
 

@@ -30,8 +30,8 @@ from pixrec.errors import ArtifactError, InputError, UnreadableImage
 from pixrec.index import top_k
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoding import Content
-from pixrec.query import Answer, NewItem, Query
-from pixrec.recommender import Recommender
+from pixrec.query import Answer, NewItem, Query, Range
+from pixrec.recommender import Recommender, load_recommender, recent_counts
 from pixrec.schema import TEXT_FIELDS
 from pixrec.scorers.blend import Blend, fitted_mixture
 from pixrec.scorers.towers import TowerScorer
@@ -170,7 +170,7 @@ def test_filters(recommender: Recommender):
 
 
 def test_ranges_and_values_of_one_batch_are_kept_apart(recommender: Recommender):
-    filters = [{"year": {"min": 2001, "max": 2003}}, {"year": {"min": 2003}}, {"year": [2001, 2003]}, {}]
+    filters = [{"year": Range(2001, 2003)}, {"year": Range(2003)}, {"year": [2001, 2003]}, {}]
     answers = recommender.answer([Query(["i00"], 12, filters=each) for each in filters])
     (everything,) = recommender.answer([Query(["i00"], 12)])
     years = {f"i{row:02d}": recommender.items.fields(row)["year"] for row in range(len(recommender.items))}
@@ -195,6 +195,67 @@ def test_the_structure_of_an_index_in_another_order_is_renumbered(model: Model, 
     assert asked == [backwards.tolist()]
 
 
+def test_a_range_keeps_the_numbers_within_it(recommender: Recommender):
+    def found(**filters: Any) -> set[str]:
+        (answer,) = recommender.answer([Query(["i00"], 12, filters=filters)])
+        return set(ids(answer))
+
+    assert found(year=Range(2003, 2005)) == {"i03", "i04", "i05"}
+    assert found(year=Range(2009.5)) == {"i10", "i11"}
+    assert found(price=Range(most=10.0), year=Range(2001)) == {"i03", "i06", "i09"}
+    assert found(year=Range(3000)) == set()
+    with pytest.raises(InputError, match="'brand' holds no numbers"):
+        found(brand=Range(1))
+    with pytest.raises(InputError, match=r"'colour' is no filter field of this catalog; known: .*year.*price"):
+        found(colour=Range(1))
+
+
+def test_diversity_and_caps_choose_among_the_best(recommender: Recommender):
+    plain, capped, diverse = recommender.answer(
+        [Query(["i00"], 12), Query(["i00"], 6, max_per={"brand": 2}), Query(["i00"], 5, diversity=0.9)]
+    )
+    ann, bob = ([i for i in ids(plain) if int(i[1:]) % 2 == odd] for odd in (0, 1))
+    assert ids(capped) == [i for i in ids(plain) if i in {*ann[:2], *bob[:2]}]
+    assert dict(capped.items).items() <= dict(plain.items).items(), "scores stay what they are"
+    assert ids(diverse)[0] == ids(plain)[0]
+    assert ids(diverse) != ids(plain)[:5]
+    (popular,) = recommender.answer([Query([], 4, max_per={"brand": 1})])
+    assert (popular.fallback, len(popular.items)) == (True, 2)
+    assert len(recommender.similar("i00", 9, max_per={"year": 1}).items) == 9
+
+
+def test_a_cap_looks_further_than_the_first_candidates(recommender: Recommender, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pixrec.recommender.LEAST_CANDIDATES", 1)
+    (plain,) = recommender.answer([Query(["i00"], 12)])
+    (capped,) = recommender.answer([Query(["i00"], 2, max_per={"brand": 1})])
+    first = ids(plain)[0]
+    other = next(i for i in ids(plain) if int(i[1:]) % 2 != int(first[1:]) % 2)
+    assert ids(capped) == [first, other]
+
+
+def test_reasons_name_the_nearest_item_of_the_history(recommender: Recommender, model: Model, items: ItemTable):
+    vectors = index_of(model, items).vectors
+    (answer,) = recommender.answer([Query(["ghost", "i03", "i07"], 4, reasons=True)])
+    assert answer.reasons is not None
+    for item_id in ids(answer):
+        row = int(item_id[1:])
+        nearest = max((3, 7), key=lambda known: float(vectors[known] @ vectors[row]))
+        assert answer.reasons[item_id] == f"i{nearest:02d}"
+    without, unknown = recommender.answer([Query(["i03"], 4), Query(["ghost"], 4, reasons=True)])
+    assert (without.reasons, unknown.reasons) == (None, {})
+
+
+def test_without_its_model_a_recommender_still_ranks(made: Path):
+    whole = pixrec.load_recommender(made / "model", made / "index")
+    rest = pixrec.load_recommender(made / "model", made / "index")
+    rest.release_tower()
+    queries = [Query(["i03", "i07"], 4), Query([], 2)]
+    asked = whole.read(queries)
+    assert rest.rank(asked, whole.encode(asked)) == whole.answer(queries)
+    vector = whole.item_vectors(["i03"])[0]
+    assert rest.near(vector, Query([], 4, ["i03"])) == whole.similar("i03", 4)
+
+
 def test_unknown_items_are_passed_over_and_named(recommender: Recommender):
     (answer,) = recommender.answer([Query(["new", "i01", "newer", "new"], 3)])
     assert answer.unknown_items == ["new", "newer"]
@@ -217,6 +278,18 @@ def test_without_a_known_history_the_most_bought_items_come(
     (filtered,) = recommender.answer([Query(history, 4, exclude=["i02"], filters={"brand": ["Ann"]})])
     assert "i02" not in ids(filtered)
     assert set(ids(filtered)) <= {f"i{row:02d}" for row in range(0, 12, 2)}
+
+
+def test_recent_events_count_more(made: Path):
+    day = 86_400_000
+    counts = recent_counts(np.array([0, 0, 1, 2]), np.array([0, 0, 2 * day, day]), 4, half_life_days=1.0)
+    assert counts.tolist() == [0.5, 1.0, 0.5, 0.0]
+    assert recent_counts(np.zeros(0, int), np.zeros(0, int), 2, 1.0).tolist() == [0, 0]
+    plain = load_recommender(str(made / "model"), str(made / "index"))
+    late = load_recommender(str(made / "model"), str(made / "index"), half_life_days=1e-5)
+    # Shoppers walk from item to item, one event a second: half of an event is left after .86 s.
+    assert ids(late.recommend([], 12)) != ids(plain.recommend([], 12))
+    assert sum(score for _, score in late.recommend([], 12)) == pytest.approx(1.0)
 
 
 def test_many_queries_at_once_are_answered_as_each_alone(recommender: Recommender):

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from pixrec import cli
-from pixrec.artifact import index_version, keep_newest, list_versions, load_index, rollback
+from pixrec.artifact import (
+    index_version,
+    keep_newest,
+    list_versions,
+    load_index,
+    pin_version,
+    pinned_version,
+    rollback,
+)
 from pixrec.errors import ArtifactError, InputError
 
 
@@ -106,3 +114,17 @@ def test_refusals(index: tuple[Path, list[str]], capfd: pytest.CaptureFixture[st
     assert (code, out, len(err.splitlines())) == (2, [], 1)
     assert re.search(message, err)
     assert [version["version"] for version in list_versions(str(uri))] == names
+
+
+def test_a_pinned_version_stays_and_must_exist(tmp_path: Path):
+    names, uri = publish(tmp_path, 3), str(tmp_path)
+    assert pinned_version(uri) is None
+    pin_version(uri, names[0])
+    assert pinned_version(uri) == names[0]
+    assert keep_newest(uri, 1) == [names[1]]
+    with pytest.raises(ArtifactError, match="version ghost is not there"):
+        pin_version(uri, "ghost")
+    pin_version(uri, None)
+    assert pinned_version(uri) is None
+    assert len(load_index(uri, version=names[0]).item_ids) == 1
+    assert len(load_index(uri).item_ids) == 3

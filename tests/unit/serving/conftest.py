@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from pixrec.config import ServeConfig
 from pixrec.query import COSINE, PURCHASE_SHARE, Answer, Filters, Query
-from pixrec.serving.backend import FilterValues, Refusal, Versions
+from pixrec.serving.backend import Change, Embedded, FilterValues, Refusal, ToEmbed, Versions
 from pixrec.serving.http import create_api
 
 JPEG = b"\xff\xd8\xff and so on"
@@ -39,13 +39,50 @@ class FakeBackend:
         kind = COSINE if known else PURCHASE_SHARE
         return dataclasses.replace(answer, unknown_items=unknown, fallback=not known, score_kind=kind)
 
-    async def similar(self, item_id: str, k: int, filters: Filters) -> Answer | Refusal | None:
-        return self._rank("similar", k, filters, {item_id}) if item_id in self.catalog else None
+    async def similar(self, item_id: str, query: Query) -> Answer | Refusal | None:
+        self.request = query
+        return self._rank("similar", query.k, query.filters, {item_id}) if item_id in self.catalog else None
 
-    async def search(self, text: str, image: bytes | None, k: int, filters: Filters) -> Answer | Refusal:
+    async def search(self, text: str, image: bytes | None, query: Query) -> Answer | Refusal:
+        self.request = query
         if image == b"not a picture":
             return Refusal("image_base64", "unreadable picture: not a picture")
-        return self._rank("search", k, filters, set(), text, image)
+        return self._rank("search", query.k, query.filters, set(), text, image)
+
+    async def embed(self, wanted: ToEmbed) -> Embedded | Refusal:
+        self._ask("embed", wanted)
+        if b"not a picture" in wanted.images:
+            return Refusal("images_base64", "unreadable picture: not a picture")
+        return Embedded(
+            [[1.0, 0.0] for _ in wanted.texts],
+            [[0.0, 1.0] for _ in wanted.images],
+            [[0.6, 0.8] if item_id in self.catalog else None for item_id in wanted.item_ids],
+            [[0.8, 0.6] if set(history) & set(self.catalog) else None for history in wanted.histories],
+            "model-1",
+            "index-1",
+        )
+
+    async def state(self) -> dict[str, Any]:
+        self._ask("state")
+        return {"model_version": "model-1", "index_version": "index-1", "published": None, "refused": None}
+
+    async def reload(self) -> list[Change]:
+        self._ask("reload")
+        return [Change("swapped", await self.state())]
+
+    async def pin(self, version: str | None) -> list[Change] | None:
+        self._ask("pin", version)
+        if version == "of-another-model":
+            return [Change("refused", {**await self.state(), "refused": "made by another model"})]
+        return None if version == "ghost" else [Change("unchanged", await self.state())]
+
+    async def rollback(self) -> list[Change] | None:
+        self._ask("rollback")
+        return None
+
+    async def metrics(self) -> str:
+        self._ask("metrics")
+        return "# HELP a_total b\n"
 
     async def filters(self) -> FilterValues:
         self._ask("filters")
@@ -104,7 +141,7 @@ def backend() -> FakeBackend:
 @pytest.fixture
 def client_for(backend: FakeBackend) -> Callable[..., Client]:
     """A client of the application under this `serve` config."""
-    return lambda **config: Client(create_api(backend, ServeConfig(**config)))
+    return lambda metrics=None, **config: Client(create_api(backend, ServeConfig(**config), metrics))
 
 
 @pytest.fixture

@@ -73,17 +73,18 @@ def test_the_builder_takes_the_config_and_absolute_places(monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(app.API_KEY_VARIABLE, raising=False)
     built = app.builder({"model": "m", "index": "s3://bucket/i", "config": {"serve": {"num_replicas": 4}}})
-    recommender, config = built._bound_deployment.init_args
+    recommender, config, _ = built._bound_deployment.init_args
     assert config == load_config("serve: {num_replicas: 4}").serve
-    assert recommender._bound_deployment.init_args[0].args == (str(tmp_path / "m"), "s3://bucket/i", None)
+    source = recommender._bound_deployment.init_args[0]
+    assert (source.model, source.index, source.data) == (str(tmp_path / "m"), "s3://bucket/i", None)
 
 
 def test_the_api_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(app.API_KEY_VARIABLE, "from the environment")
-    assert app.with_key(Config()).serve.api_key == "from the environment"
-    assert app.with_key(load_config("serve: {api_key: own}")).serve.api_key == "own"
+    assert app.with_keys(Config()).serve.api_key == "from the environment"
+    assert app.with_keys(load_config("serve: {api_key: own}")).serve.api_key == "own"
     monkeypatch.delenv(app.API_KEY_VARIABLE)
-    assert app.with_key(Config()) == Config()
+    assert app.with_keys(Config()) == Config()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -7,6 +7,7 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from ray.exceptions import RayActorError
@@ -16,8 +17,9 @@ from pixrec.config import ServeConfig
 from pixrec.data.items import ItemTable
 from pixrec.errors import InputError, UnreadableImage
 from pixrec.query import COSINE, PURCHASE_SHARE, Answer, NewItem, Query
-from pixrec.serving.backend import Overloaded, Refusal, Unavailable, Versions
-from pixrec.serving.deployments import RecommenderReplica, ServeBackend, bind
+from pixrec.serving.backend import Change, Embedded, Overloaded, Refusal, ToEmbed, Unavailable, Versions
+from pixrec.serving.deployments import ServeBackend, bind
+from pixrec.serving.replicas import RecommenderReplica, RetrievalReplica
 
 
 def answer_of(item_id: str, score: float) -> Answer:
@@ -35,6 +37,16 @@ class FakeRecommender:
         self.batches: list[int] = []
         self.encoded: list[tuple[str, Any, Any]] = []
         self.threads: set[str] = set()
+        self.released = False
+
+    def release_tower(self) -> None:
+        self.released = True
+
+    def read(self, queries: list[Query]) -> list[Query]:
+        return queries
+
+    def encode(self, asked: list[Query]) -> Any:
+        return np.zeros((len(asked), 2), np.float32)
 
     def encode_new(self, new_items: Any) -> dict[str, Any]:
         for item_id, item in new_items.items():
@@ -43,18 +55,46 @@ class FakeRecommender:
             self.encoded.append((item_id, item.fields, item.image))
         return {item_id: [1.0] for item_id in new_items}
 
-    def answer(self, queries: list[Query]) -> list[Answer]:
+    def rank(self, queries: list[Query], vectors: Any) -> list[Answer]:
         self.batches.append(len(queries))
         self.threads.add(threading.current_thread().name)
         return [answer_of("b", 0.5) if query.history else FALLBACK for query in queries]
 
-    def similar(self, item_id: str, k: int, filters: Any) -> Answer:
-        return answer_of("b", 0.25)
+    def item_vectors(self, item_ids: list[str]) -> Any:
+        return np.full((len(item_ids), 2), 0.25, np.float32)
 
-    def search(self, text: str, image: bytes | None, k: int, filters: Any) -> Answer:
-        if image is not None:
+    def search_vector(self, text: str, image: bytes | None) -> Any:
+        return self.content_vectors([(text, image)])[0]
+
+    def content_vectors(self, contents: list[tuple[str, bytes | None]]) -> Any:
+        if any(image is not None for _, image in contents):
             raise UnreadableImage("not a picture")
-        return answer_of("a", 0.75)
+        return np.full((len(contents), 2), 0.75, np.float32)
+
+    def near(self, vector: Any, query: Query, of_content: bool = False) -> Answer:
+        return answer_of("b" if vector[0] < 0.5 else "a", float(vector[0]))
+
+
+class FakeSource:
+    """Publishes one version."""
+
+    def __init__(self, recommender: Any) -> None:
+        self.recommender, self.pins = recommender, [None]
+
+    def wanted(self) -> dict[str, Any]:
+        return {"model_fingerprint": "model-1", "version": "index-1", "rows": 2, "recall": {"recall@10": 0.98}}
+
+    def load(self, manifest: Any) -> Any:
+        return self.recommender
+
+    def pin(self, version: str | None) -> None:
+        self.pins.append(version)
+
+    def pinned(self) -> str | None:
+        return self.pins[-1]
+
+    def before(self, version: str) -> str | None:
+        return None
 
 
 @pytest.fixture
@@ -65,7 +105,7 @@ def recommender() -> FakeRecommender:
 @pytest.fixture
 def replica(recommender: FakeRecommender, monkeypatch: pytest.MonkeyPatch) -> RecommenderReplica:
     monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
-    return RecommenderReplica(lambda: recommender, ServeConfig())  # type: ignore[arg-type, return-value]
+    return RecommenderReplica(FakeSource(recommender), ServeConfig(poll_seconds=0))
 
 
 def test_a_batch_is_one_call_off_the_event_loop(replica: RecommenderReplica, recommender: FakeRecommender) -> None:
@@ -81,8 +121,8 @@ def test_a_bad_filter_is_refused_before_it_joins_a_batch(
     colour = {"colour": ["red"]}
     for refusal in (
         asyncio.run(replica.recommend(Query([], 3, filters=colour))),
-        asyncio.run(replica.similar("a", 3, colour)),
-        asyncio.run(replica.search("x", None, 3, colour)),
+        asyncio.run(replica.similar("a", Query([], 3, filters=colour))),
+        asyncio.run(replica.search("x", None, Query([], 3, filters=colour))),
     ):
         assert refusal == Refusal("filters", "'colour' is no filter field of this catalog; known: brand")
     assert recommender.batches == []
@@ -113,9 +153,9 @@ def test_new_items_are_encoded_before_the_batch(replica: RecommenderReplica, rec
 
 def test_the_replica_answers_with_its_versions(replica: RecommenderReplica) -> None:
     assert asyncio.run(replica.versions()) == Versions("model-1", "index-1")
-    assert asyncio.run(replica.similar("a", 3, {})) == answer_of("b", 0.25)
-    assert asyncio.run(replica.search("x", None, 3, {"brand": ["Acme"]})) == answer_of("a", 0.75)
-    refusal = asyncio.run(replica.search("", b"?", 3, {}))
+    assert asyncio.run(replica.similar("a", Query([], 3))) == answer_of("b", 0.25)
+    assert asyncio.run(replica.search("x", None, Query([], 3, filters={"brand": ["Acme"]}))) == answer_of("a", 0.75)
+    refusal = asyncio.run(replica.search("", b"?", Query([], 3)))
     assert refusal == Refusal("image_base64", "unreadable picture: not a picture")
 
 
@@ -123,14 +163,19 @@ def test_what_the_catalog_lacks_is_none(replica: RecommenderReplica) -> None:
     assert asyncio.run(replica.fields("a")) == {"item_id": "a", "brand": "Acme"}
     assert asyncio.run(replica.image("a")) == b"jpeg"
     assert asyncio.run(replica.filters()) == {"brand": [("Acme", 1)]}
-    missing = (replica.similar("ghost", 1, {}), replica.fields("ghost"), replica.image("ghost"), replica.image("b"))
+    missing = (
+        replica.similar("ghost", Query([], 1)),
+        replica.fields("ghost"),
+        replica.image("ghost"),
+        replica.image("b"),
+    )
     for answer in missing:
         assert asyncio.run(answer) is None
 
 
 def backend_whose_handle(remote: Any) -> ServeBackend:
     handle = SimpleNamespace(versions=SimpleNamespace(remote=remote))
-    return ServeBackend(handle, timeout_seconds=0.01)  # type: ignore[arg-type]
+    return ServeBackend(handle, ServeConfig(request_timeout_seconds=0.01))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +213,7 @@ def test_every_resource_number_comes_from_the_config() -> None:
         max_queued_requests=20,
         retry_after_seconds=7,
     )
-    ingress = bind(lambda: FakeRecommender(), config)._bound_deployment  # type: ignore[arg-type, return-value]
+    ingress = bind(FakeSource(FakeRecommender()), config)._bound_deployment
     recommender = ingress.init_args[0]._bound_deployment
     assert (recommender.num_replicas, recommender.max_ongoing_requests, recommender.max_queued_requests) == (3, 64, 20)
     assert recommender.ray_actor_options == {"num_cpus": 1.5, "num_gpus": 0.5}
@@ -176,3 +221,146 @@ def test_every_resource_number_comes_from_the_config() -> None:
     assert ingress.max_ongoing_requests == 3 * 64 + 20
     for deployment in (ingress, recommender):
         assert deployment.backpressure_config.retry_after_s == 7
+
+
+def test_the_number_of_replicas_may_follow_the_load() -> None:
+    config = ServeConfig(min_replicas=0, max_replicas=4, target_ongoing_requests=8, log_format="json")
+    ingress = bind(FakeSource(FakeRecommender()), config)._bound_deployment
+    recommender = ingress.init_args[0]._bound_deployment
+    scaling = recommender._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (0, 4, 8)
+    assert ingress.max_ongoing_requests == 4 * 256 + 512
+    assert recommender._deployment_config.logging_config["encoding"] == "JSON"
+
+
+def test_retrieval_may_have_replicas_of_its_own() -> None:
+    config = ServeConfig(num_retrieval_replicas=2, cpus_per_retrieval=0.75)
+    ingress = bind(FakeSource(FakeRecommender()), config)._bound_deployment
+    recommender, _, retrieval = ingress.init_args
+    assert recommender._bound_deployment.init_args[2] is retrieval
+    assert retrieval._bound_deployment.num_replicas == 2
+    assert retrieval._bound_deployment.ray_actor_options == {"num_cpus": 0.75}
+
+
+class Handle:
+    """What a replica sees of another one's deployment, in this process."""
+
+    def __init__(self, replica: Any) -> None:
+        for name in ("rank", "near"):
+            setattr(self, name, SimpleNamespace(remote=getattr(replica, name)))
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> tuple[RecommenderReplica, RetrievalReplica, dict[str, Any]]:
+    """A replica with the model, one that ranks for it, and what is published for both."""
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
+    published = {"version": "index-1"}
+
+    class Source(FakeSource):
+        def wanted(self) -> dict[str, Any]:
+            return {"model_fingerprint": "model-1", **published}
+
+        def load(self, manifest: Any) -> Any:
+            made = FakeRecommender()
+            made.index_version = manifest["version"]
+            return made
+
+    config = ServeConfig(poll_seconds=0)
+    retrieval = RetrievalReplica(Source(None), config)
+    return RecommenderReplica(Source(None), config, Handle(retrieval)), retrieval, published  # type: ignore[arg-type]
+
+
+def test_a_replica_that_ranks_elsewhere_gives_the_same_answers(apart: Any) -> None:
+    replica, retrieval, _ = apart
+    answers = asyncio.run(replica.answer_all([Query(["a"]), Query([])]))
+    assert answers == [answer_of("b", 0.5), FALLBACK]
+    assert asyncio.run(replica.similar("a", Query([], 3))) == answer_of("b", 0.25)
+    assert retrieval._recommender.released
+    assert retrieval._recommender.batches == [2]
+    assert replica._recommender.batches == []
+
+
+def test_a_batch_is_ranked_by_the_index_that_it_was_encoded_for(apart: Any) -> None:
+    replica, retrieval, published = apart
+    published["version"] = "index-2"
+    assert asyncio.run(retrieval.reload()).outcome == "swapped"
+    asyncio.run(replica.answer_all([Query(["a"])]))
+    assert retrieval._recommender.batches == [], "the version before was asked"
+    assert asyncio.run(replica.reload()).outcome == "swapped"
+    asyncio.run(replica.answer_all([Query(["a"])]))
+    assert retrieval._recommender.batches == [1]
+
+
+def test_who_is_ahead_of_retrieval_makes_it_follow_and_who_is_behind_follows(apart: Any) -> None:
+    replica, retrieval, published = apart
+    published["version"] = "index-2"
+    asyncio.run(replica.reload())
+    asyncio.run(replica.answer_all([Query(["a"])]))
+    assert retrieval._recommender.index_version == "index-2"
+    published["version"] = "index-3"
+    asyncio.run(retrieval.reload())
+    retrieval._rollout._before = None  # it was kept for long enough
+    asyncio.run(replica.answer_all([Query(["a"])]))
+    assert replica._recommender.index_version == "index-3"
+
+
+def test_vectors_in_the_order_asked_for(replica: RecommenderReplica) -> None:
+    wanted = ToEmbed(["lamp"], [], ["ghost", "a"], [])
+    found = asyncio.run(replica.embed(wanted))
+    assert found == Embedded([[0.75, 0.75]], [], [None, [0.25, 0.25]], [], "model-1", "index-1")
+    refusal = asyncio.run(replica.embed(ToEmbed(images=[b"?"])))
+    assert refusal == Refusal("images_base64", "unreadable picture: not a picture")
+
+
+def test_caps_by_a_field_that_is_none_are_refused(replica: RecommenderReplica) -> None:
+    refusal = asyncio.run(replica.recommend(Query([], 3, max_per={"colour": 1})))
+    assert refusal == Refusal("max_per", "'colour' is no field of this catalog to count by; known: brand")
+
+
+def test_pins_of_a_replica(replica: RecommenderReplica) -> None:
+    change = asyncio.run(replica.pin("index-1"))
+    assert change is not None
+    assert (change.outcome, change.state["index_version"], change.state["recall"]) == (
+        "unchanged",
+        "index-1",
+        {"recall@10": 0.98},
+    )
+    assert asyncio.run(replica.rollback()) is None
+
+
+class Everywhere:
+    """A handle whose replicas answer `answers` each."""
+
+    def __init__(self, **answers: Any) -> None:
+        self._answers = answers
+
+    def broadcast(self, method: str) -> Any:
+        async def results_async(**_: Any) -> list[Any]:
+            if isinstance(self._answers[method], Exception):
+                raise self._answers[method]
+            return self._answers[method]
+
+        return SimpleNamespace(results_async=results_async)
+
+
+def test_a_reload_reaches_every_replica_and_passes_over_the_dead() -> None:
+    swapped = Change("swapped", {})
+    recommender, retrieval = Everywhere(reload=[swapped, RayActorError()]), Everywhere(reload=[swapped])
+    backend = ServeBackend(recommender, ServeConfig(), retrieval=retrieval)  # type: ignore[arg-type]
+    assert asyncio.run(backend.reload()) == [swapped, swapped]
+    for trouble in (TimeoutError(), RayActorError(), [RayActorError()]):
+        with pytest.raises(Unavailable):
+            asyncio.run(ServeBackend(Everywhere(reload=trouble), ServeConfig()).reload())  # type: ignore[arg-type]
+
+
+def test_the_metrics_of_all_replicas_are_one_page() -> None:
+    answers = [
+        ({"replica": "r1"}, "# TYPE a gauge\na 1\n"),
+        RayActorError(),
+        ({"replica": "r2"}, "# TYPE a gauge\na 2\n"),
+    ]
+    backend = ServeBackend(Everywhere(metrics=answers), ServeConfig())  # type: ignore[arg-type]
+    text = asyncio.run(backend.metrics())
+    assert 'a{replica="r1"} 1.0' in text
+    assert 'a{replica="r2"} 2.0' in text
+    assert 'pixrec_requests_in_flight{deployment="none",replica="none"} 0.0' in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import dataclasses
 import json
@@ -9,18 +10,25 @@ from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+import httpx
 import pytest
+from fakes import square
 
-from pixrec.query import Answer, NewItem, Query, ScoreKind
+from pixrec.client import AsyncClient, Rejected
+from pixrec.config import ServeConfig
+from pixrec.query import Answer, NewItem, Query, Range, ScoreKind
 from pixrec.schema import TEXT_FIELDS
 from pixrec.serving.backend import Overloaded, Unavailable
-from pixrec.serving.http import AnswerBody, FilterValue, NewItemBody, RankedItem, RecommendBody, image_type, jsonable
+from pixrec.serving.bodies import AnswerBody, FilterValue, NewItemBody, RangeBody, RankedItem, RecommendBody
+from pixrec.serving.gate import Rate
+from pixrec.serving.http import create_api, image_type, jsonable
+from pixrec.serving.metrics import RequestMetrics
 
 RANKING_KEYS = {"items", "score_kind", "model_version", "index_version", "unknown_items", "fallback"}
 
 
 # What stands at the edge for a type within: a value of JSON, and objects that are told apart by their keys.
-AT_THE_EDGE = [(FilterValue, Any), (NewItemBody, NewItem), (RankedItem, tuple[str, float])]
+AT_THE_EDGE = [(FilterValue, Any), (NewItemBody, NewItem), (RankedItem, tuple[str, float]), (RangeBody, Range)]
 
 
 def shape(kind: Any) -> Any:
@@ -264,8 +272,14 @@ def test_state_version_page_and_documentation(client: Any) -> None:
         "/v1/filters",
         "/v1/items/{item_id}",
         "/v1/items/{item_id}/image",
+        "/v1/embed",
+        "/admin/reload",
+        "/admin/pin",
+        "/admin/rollback",
         "/healthz",
+        "/readyz",
         "/version",
+        "/metrics",
     }
     assert {"200", "401", "413", "422", "503"} <= set(described["/v1/search"]["post"]["responses"])
 
@@ -372,3 +386,195 @@ def test_jsonable_has_no_nan_and_no_surprises() -> None:
 )
 def test_image_type_goes_by_the_first_bytes(data: bytes, kind: str) -> None:
     assert image_type(data) == kind
+
+
+def test_what_rankings_may_be_asked_for_reaches_the_backend(client: Any, backend: Any) -> None:
+    options = {"filters": {"brand": ["Acme"]}, "diversity": 0.5, "max_per": {"brand": 2}}
+    for path, body in [
+        ("/v1/recommend", {"history": ["a"], "reasons": True}),
+        ("/v1/similar", {"item_id": "a"}),
+        ("/v1/search", {"text": "lamp"}),
+    ]:
+        assert client("POST", path, json=body | options).status_code == 200
+        assert (backend.request.diversity, backend.request.max_per) == (0.5, {"brand": 2})
+    client("POST", "/v1/recommend", json={"history": [], "filters": {"price": {"least": 3}}})
+    assert backend.request.filters == {"price": Range(3.0, None)}
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"diversity": 1.5}, "diversity"),
+        ({"diversity": "much"}, "diversity"),
+        ({"max_per": {"brand": 0}}, "max_per"),
+        ({"max_per": ["brand"]}, "max_per"),
+        ({"reasons": 1}, "reasons"),
+        ({"filters": {"price": {"leest": 3}}}, "filters"),
+        ({"filters": {"price": {"least": "3"}}}, "filters"),
+    ],
+)
+def test_options_at_fault_name_the_field(client: Any, body: Any, field: str) -> None:
+    answer = client("POST", "/v1/recommend", json={"history": []} | body)
+    assert answer.status_code == 422
+    assert field in answer.json()["detail"][0]["loc"]
+
+
+def test_embed_gives_vectors_in_the_order_asked_for(client: Any, backend: Any) -> None:
+    picture = base64.b64encode(b"a picture").decode()
+    body = {"texts": ["lamp"], "images_base64": [picture], "item_ids": ["ghost", "a"], "histories": [["a"], []]}
+    answer = client("POST", "/v1/embed", json=body)
+    assert answer.json() == {
+        "texts": [[1.0, 0.0]],
+        "images": [[0.0, 1.0]],
+        "item_ids": [None, [0.6, 0.8]],
+        "histories": [[0.8, 0.6], None],
+        "model_version": "model-1",
+        "index_version": "index-1",
+    }
+    assert backend.asked[-1][1].images == [b"a picture"]
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, "texts"),
+        ({"texts": ["x"] * 40, "item_ids": ["a"] * 30}, "texts"),
+        ({"texts": ["x" * 10_001]}, "texts"),
+        ({"histories": [["a"] * 1001]}, "histories"),
+        ({"histories": ["a"]}, "histories"),
+        ({"images_base64": ["no base64!"]}, "images_base64"),
+        ({"images_base64": [base64.b64encode(b"not a picture").decode()]}, "images_base64"),
+        ({"vectors": []}, "vectors"),
+    ],
+)
+def test_what_cannot_be_embedded_names_the_field(client: Any, body: Any, field: str) -> None:
+    answer = client("POST", "/v1/embed", json=body)
+    assert answer.status_code == 422, answer.text
+    assert field in answer.json()["detail"][0]["loc"]
+
+
+def test_large_pictures_are_refused_before_they_are_decoded(client_for: Callable[..., Any], backend: Any) -> None:
+    picture = base64.b64encode(square(0.5, size=40)).decode()
+    for limit in ({"max_image_bytes": 100}, {"max_image_pixels": 1599}):
+        for path, body in [
+            ("/v1/search", {"image_base64": picture}),
+            ("/v1/embed", {"images_base64": [picture]}),
+            ("/v1/recommend", {"history": ["n"], "new_items": {"n": {"image_base64": picture}}}),
+        ]:
+            answer = client_for(**limit)("POST", path, json=body)
+            assert answer.status_code == 422
+            assert f"at most {next(iter(limit.values()))}" in answer.json()["detail"][0]["msg"]
+    assert backend.asked == []
+    assert client_for(max_image_pixels=1600)("POST", "/v1/search", json={"image_base64": picture}).status_code == 200
+
+
+def test_the_admin_routes_want_their_key_and_are_closed_without_one(client_for: Callable[..., Any]) -> None:
+    assert client_for()("POST", "/admin/reload").status_code == 403
+    for config in ({"admin_key": "boss", "api_key": "shop"}, {"api_key": "boss"}):
+        client = client_for(**config)
+        for key in ("", "shop", "bos"):
+            assert client("POST", "/admin/reload", headers={"x-api-key": key}).status_code == 401
+        answer = client("POST", "/admin/reload", headers={"authorization": "Bearer boss"})
+        assert answer.status_code == 200
+        assert answer.json()["replicas"][0]["outcome"] == "swapped"
+    assert client_for(admin_key="boss")("GET", "/v1/items/a").status_code == 200
+
+
+def test_pins_and_rollbacks_say_what_happened(client_for: Callable[..., Any], backend: Any) -> None:
+    client, key = client_for(admin_key="boss"), {"x-api-key": "boss"}
+    for version in ("20261128T000000-abc", None):
+        assert client("POST", "/admin/pin", json={"index_version": version}, headers=key).status_code == 200
+        assert backend.asked[-2] == ("pin", version)
+    assert client("POST", "/admin/pin", json={"index_version": "ghost"}, headers=key).status_code == 404
+    refused = client("POST", "/admin/pin", json={"index_version": "of-another-model"}, headers=key)
+    assert (refused.status_code, "another model" in refused.json()["detail"]) == (409, True)
+    for body in ({}, {"index_version": "../.."}, {"index_version": 7}):
+        assert client("POST", "/admin/pin", json=body, headers=key).status_code == 422
+    assert client("POST", "/admin/rollback", headers=key).status_code == 404
+
+
+def test_any_of_several_keys_opens(client_for: Callable[..., Any]) -> None:
+    client = client_for(api_key="one", api_keys=("two", "three"))
+    for key, code in [("one", 200), ("three", 200), ("four", 401)]:
+        assert client("GET", "/v1/items/a", headers={"x-api-key": key}).status_code == code
+
+
+def test_each_key_has_its_own_rate(client_for: Callable[..., Any]) -> None:
+    client = client_for(api_keys=("one", "two"), requests_per_second=0.01, request_burst=2)
+    for key in ("one", "two"):
+        codes = [client("GET", "/v1/items/a", headers={"x-api-key": key}).status_code for _ in range(3)]
+        assert codes == [200, 200, 429]
+    answer = client("GET", "/v1/items/a", headers={"x-api-key": "one"})
+    assert int(answer.headers["retry-after"]) > 50
+    assert client("GET", "/healthz").status_code == 200
+
+
+def test_a_bucket_fills_with_time() -> None:
+    rate = Rate(2.0, 3)
+    assert [rate.wait(b"a", 0.0) for _ in range(4)] == [0, 0, 0, 0.5]
+    assert rate.wait(b"a", 0.25) == 0.25
+    assert rate.wait(b"a", 0.5) == 0
+    assert rate.wait(b"b", 0.5) == 0
+    assert [rate.wait(b"a", 100.0) for _ in range(4)] == [0, 0, 0, 0.5], "no more than a burst after a pause"
+
+
+def test_every_answer_has_an_id_and_is_counted(client_for: Callable[..., Any], backend: Any) -> None:
+    metrics = RequestMetrics()
+    client = client_for(metrics, api_key="k")
+    key = {"x-api-key": "k"}
+    ids = {client("GET", path, headers=key).headers["x-request-id"] for path in ("/v1/items/a", "/v1/items/ghost", "/")}
+    assert len(ids) == 3
+    assert client("GET", "/v1/items/a").status_code == 401
+    given = client("GET", "/healthz", headers={"x-request-id": "of the caller"})
+    assert "x-request-id" not in given.headers  # Ray Serve says it again
+    told = metrics.text()
+    for line in [
+        'pixrec_requests_total{code="200",route="/v1/items/{item_id:path}"} 1.0',
+        'pixrec_requests_total{code="404",route="/v1/items/{item_id:path}"} 1.0',
+        'pixrec_requests_total{code="401",route="none"} 1.0',
+        'pixrec_requests_total{code="200",route="/healthz"} 1.0',
+        "pixrec_requests_in_flight 0.0",
+    ]:
+        assert line in told
+    assert "ghost" not in told
+
+
+def test_readiness_and_metrics(client: Any, backend: Any) -> None:
+    assert client("GET", "/readyz").json() == {
+        "ready": True,
+        "model_version": "model-1",
+        "index_version": "index-1",
+        "published": None,
+        "refused": None,
+    }
+    answer = client("GET", "/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    backend.trouble = Unavailable("starting")
+    assert client("GET", "/readyz").status_code == 503
+
+
+def test_the_shipped_client_and_the_server_understand_each_other(backend: Any) -> None:
+    async def ask() -> None:
+        transport = httpx.ASGITransport(create_api(backend, ServeConfig()))
+        async with AsyncClient("http://pixrec", transport=transport) as client:
+            query = Query(
+                ["a"],
+                2,
+                filters={"brand": ["Acme"]},
+                new_items={"n": NewItem({"title": "x"}, b"picture")},
+                diversity=0.5,
+                max_per={"brand": 3},
+                reasons=True,
+            )
+            answer = await client.answer(query)
+            assert [item_id for item_id, _ in answer.items] == ["b/ä 1", "c"]
+            assert backend.request == dataclasses.replace(query, exclude=[])
+            assert (await client.similar("a", 1)).items == [("b/ä 1", 1.0)]
+            assert len((await client.search("lamp", b"picture")).items) == 4
+            assert (await client.embed(["lamp"])).texts == [[1.0, 0.0]]
+            assert (await client.item("b/ä 1"))["item_id"] == "b/ä 1"
+            assert (await client.version())["index_version"] == "index-1"
+            with pytest.raises(Rejected, match="k is 500"):
+                await client.recommend([], 500)
+
+    asyncio.run(ask())

@@ -1,0 +1,189 @@
+"""What requests and answers hold, as HTTP checks it. Knows pydantic, and nothing behind it.
+
+Bodies are strict: a key that is unknown or a value of another type is refused with the field's name, never guessed at.
+Their fields, and those of the answers, are those of `pixrec.query`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
+
+from pixrec.query import ScoreKind
+
+
+def _encodable(text: str) -> str:
+    text.encode()  # UnicodeEncodeError is a ValueError, which pydantic reports with the field
+    return text
+
+
+# JSON can spell half a character ("\\ud800"), which no tokenizer and no Parquet file takes.
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
+class _FailFast(FailFast):
+    """A million wrong values are one error, not a million."""
+
+    __hash__ = object.__hash__  # what stands in a union must have one
+
+
+Ids = Annotated[list[Text], _FailFast()]
+Timestamps = Annotated[list[int] | None, _FailFast()]
+FilterValue = Text | bool | int | Annotated[float, Field(allow_inf_nan=False)]
+
+
+class RangeBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    least: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    most: Annotated[float, Field(allow_inf_nan=False)] | None = None
+
+
+FilterValues = dict[Text, Annotated[list[FilterValue], _FailFast()] | RangeBody]
+MaxPer = dict[Text, Annotated[int, Field(ge=1)]]
+
+
+class RankingBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    k: int = Field(10, ge=1, description="How many items to return at most; the server's limit is `serve.max_k`.")
+    filters: FilterValues = Field(
+        default_factory=dict,
+        description="Keep items whose field has one of the values, or a number in the range; all fields must match.",
+    )
+    diversity: float = Field(
+        0.0, ge=0, le=1, description="0: the best scores; 1: items as unlike each other as can be."
+    )
+    max_per: MaxPer = Field(
+        default_factory=dict, description="How many answers may share a value of a field, such as a brand."
+    )
+
+
+class NewItemBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    title: Text | None = None
+    brand: Text | None = None
+    category: Text | None = None
+    price: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    description: Text | None = None
+    image_base64: str | None = Field(None, description="Its picture, base64 of an image file.")
+
+
+class RecommendBody(RankingBody):
+    history: Ids = Field(description="The shopper's items, oldest first. Ids the catalog does not hold are skipped.")
+    exclude: Ids = Field(default_factory=list, description="Never return these items.")
+    exclude_history: bool = Field(True, description="Do not return items of the history.")
+    new_items: dict[Text, NewItemBody] = Field(
+        default_factory=dict, description="Items of the history that the catalog does not hold yet, by id."
+    )
+    timestamps: Timestamps = Field(
+        None, description="When each item of the history was met, milliseconds since the epoch; null: unknown."
+    )
+    reasons: bool = Field(False, description="Say with each answer which item of the history is nearest to it.")
+
+
+class SimilarBody(RankingBody):
+    item_id: Text
+
+
+class SearchBody(RankingBody):
+    text: Text | None = Field(None, description="What the item looks like or says.")
+    image_base64: str | None = Field(None, description="A picture, base64 of a JPEG, PNG, WebP or GIF file.")
+
+
+class RankedItem(BaseModel):
+    item_id: str
+    score: float
+
+
+class AnswerBody(BaseModel):
+    items: list[RankedItem]
+    score_kind: ScoreKind = Field(description="What a score is: a cosine, a share of all purchases or a chance.")
+    model_version: str
+    index_version: str
+    unknown_items: list[str]
+    fallback: bool = Field(description="No item of the history is known: these are the popular ones.")
+    reasons: dict[str, str] | None = Field(None, description="By item the nearest one of the history; if asked for.")
+
+
+class EmbedBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    texts: Ids = Field(default_factory=list, description="What an item could look like or say.")
+    images_base64: Annotated[list[str], _FailFast()] = Field(
+        default_factory=list, description="Pictures, base64 of JPEG, PNG, WebP or GIF files."
+    )
+    item_ids: Ids = Field(default_factory=list, description="Items of the catalog.")
+    histories: Annotated[list[Ids], _FailFast()] = Field(
+        default_factory=list, description="Items of shoppers, oldest first."
+    )
+
+
+class EmbeddedBody(BaseModel):
+    texts: list[list[float]]
+    images: list[list[float]]
+    item_ids: list[list[float] | None] = Field(description="null: the item is unknown.")
+    histories: list[list[float] | None] = Field(description="null: no item of the history is known.")
+    model_version: str
+    index_version: str
+
+
+class PinBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    index_version: Annotated[str, Field(pattern=r"^[0-9A-Za-z-]{1,80}$")] | None = Field(
+        description="The version to serve whatever is published later; null: the current one again."
+    )
+
+
+class ChangeBody(BaseModel):
+    outcome: Literal["swapped", "unchanged", "refused"]
+    state: dict[str, Any] = Field(description="The versions of the replica, and why another one is refused.")
+
+
+class ChangesBody(BaseModel):
+    replicas: list[ChangeBody]
+
+
+class HealthBody(BaseModel):
+    status: str
+    overloaded: bool
+    model_version: str | None = None
+    index_version: str | None = None
+
+
+class ReadyBody(BaseModel):
+    ready: bool
+    model_version: str
+    index_version: str
+    refused: str | None = Field(description="Why a published version is not served.")
+    published: str | None = Field(description="When the index was published.")
+
+
+class FilterValueCount(BaseModel):
+    value: str | bool | int | float
+    items: int = Field(description="How many items hold it.")
+
+
+class FiltersBody(BaseModel):
+    filters: dict[str, list[FilterValueCount]] = Field(description="By field, the most frequent values first.")
+
+
+class Problem(BaseModel):
+    detail: str
+
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    401: {"model": Problem, "description": "The API key is missing or wrong"},
+    413: {"model": Problem, "description": "The body is too large"},
+    429: {"model": Problem, "description": "Too many requests; see Retry-After"},
+    503: {"model": Problem, "description": "Overloaded or starting; see Retry-After"},
+}
+REFUSED: dict[int | str, dict[str, Any]] = {
+    403: {"model": Problem, "description": "The server has no key for its /admin routes"},
+    409: {"model": Problem, "description": "The version cannot be served; the one before stays in use"},
+}
+NO_VERSION: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "There is no such version"}}
+UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "The item is unknown"}}

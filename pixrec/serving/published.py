@@ -1,0 +1,241 @@
+"""The versions that servers use: which one is wanted now, and how it is loaded. Knows no Ray and no HTTP."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import pixrec
+from pixrec import storage
+from pixrec.errors import ArtifactError, InputError
+
+if TYPE_CHECKING:
+    from pixrec.recommender import Recommender
+
+logger = logging.getLogger("ray.serve.pixrec")
+
+Outcome = Literal["swapped", "unchanged", "refused"]
+Manifest = Mapping[str, Any]
+
+
+class Source(Protocol):
+    """Where versions come from."""
+
+    def wanted(self) -> Manifest:
+        """What the manifest of the version to serve says: of the pinned one, else of the current one."""
+        ...
+
+    def load(self, manifest: Manifest) -> Recommender: ...
+
+    def pin(self, version: str | None) -> None: ...
+
+    def pinned(self) -> str | None: ...
+
+    def before(self, version: str) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Published:
+    """The versions of an index on storage, each with the model that made it."""
+
+    model: str
+    index: str
+    data: str | None = None
+    """None: the data set that the index remembers."""
+    blend: bool | None = None
+    """As `serve.blend`."""
+    half_life_days: float | None = None
+    """As `serve.popularity_half_life_days`."""
+
+    def wanted(self) -> Manifest:
+        from pixrec.artifact import index_manifest
+
+        return index_manifest(self.index, self.pinned())
+
+    def load(self, manifest: Manifest) -> Recommender:
+        """Raises ArtifactError where the version's model is not to be had, or anything is absent or damaged."""
+        from pixrec.recommender import load_recommender
+
+        place, data, version = self._model_of(manifest), self._data_of(manifest), str(manifest["version"])
+        return load_recommender(place, self.index, data, self.blend, version, self.half_life_days)
+
+    def pin(self, version: str | None) -> None:
+        from pixrec.artifact import pin_version
+
+        pin_version(self.index, version)
+
+    def pinned(self) -> str | None:
+        from pixrec.artifact import pinned_version
+
+        return pinned_version(self.index)
+
+    def before(self, version: str) -> str | None:
+        """The version that was published before this one."""
+        from pixrec.artifact import list_versions
+
+        earlier = [str(found["version"]) for found in list_versions(self.index) if str(found["version"]) < version]
+        return earlier[-1] if earlier else None
+
+    def _model_of(self, manifest: Manifest) -> str:
+        """The model named when the server was started, or where the index says that its model lay."""
+        wanted = str(manifest["model_fingerprint"])
+        found = {place: _said(place, "model.json") for place in (self.model, manifest.get("model")) if place}
+        for place, fingerprint in found.items():
+            if fingerprint == wanted:
+                return place
+        here = str(found[self.model])[:8]
+        raise ArtifactError(
+            f"{self.index} was made by model {wanted[:8]}, not {here}; run pixrec embed with this model"
+        )
+
+    def _data_of(self, manifest: Manifest) -> str | None:
+        """The data set named when the server was started, unless the index was made of another one that is there."""
+        made_of = manifest.get("data_fingerprint")
+        if self.data is None or made_of is None or _said(self.data, "dataset.json") == made_of:
+            return self.data
+        from pixrec.recommender import data_of
+
+        try:
+            remembered = data_of(self.index, manifest)
+        except ArtifactError:
+            return self.data
+        return remembered if _said(remembered, "dataset.json") == made_of else self.data
+
+
+def _said(place: str, marker: str) -> str | None:
+    """The fingerprint in the JSON file of a published folder; None where there is none."""
+    try:
+        return str(storage.read_json(storage.join(place, marker), ("fingerprint",))["fingerprint"])
+    except InputError:
+        return None
+
+
+class Rollout:
+    """The recommender in use. What is published later is loaded beside it and takes its place in one step; what cannot
+    be loaded is refused, and the one in use stays.
+
+    A user of `current` takes it once for each piece of work: tower and index of one recommender belong together.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        keep_seconds: float = 0.0,
+        loaded: Callable[[Recommender], None] = lambda recommender: None,
+    ) -> None:
+        """keep_seconds: for so long the version that was in use before stays, for those who still ask for it. `loaded`
+        is called with each recommender before it is used.
+
+        Raises what loading raises: without a first version there is nothing to serve.
+        """
+        self._source, self._keep_seconds, self._loaded = source, keep_seconds, loaded
+        self._one_at_a_time = threading.Lock()
+        self._before: tuple[Recommender, float] | None = None
+        self.refused: str | None = None
+        """Why the wanted version is not the one in use."""
+        self._refused_version: str | None = None
+        self.outcomes: Counter[Outcome] = Counter()
+        manifest = source.wanted()
+        self.in_use: tuple[Recommender, Manifest] = (self._load(manifest), manifest)
+
+    @property
+    def current(self) -> Recommender:
+        return self.in_use[0]
+
+    def of(self, model_version: str, index_version: str) -> Recommender | None:
+        """The recommender of these versions: the one in use, the one before, or what is wanted now. None: neither."""
+        wanted = (model_version, index_version)
+        for attempt in range(2):
+            held = [self.current, *([self._before[0]] if self._before else [])]
+            for recommender in held:
+                if (recommender.model_version, recommender.index_version) == wanted:
+                    return recommender
+            if attempt == 0:
+                self.refresh()
+        return None
+
+    def watch(self, seconds: float) -> None:
+        """Look for another version every `seconds`, from now on."""
+
+        def look() -> None:
+            while True:
+                time.sleep(seconds * random.uniform(0.9, 1.1))  # replicas that started together look apart
+                self.refresh()
+
+        if seconds > 0:
+            threading.Thread(target=look, name="versions", daemon=True).start()
+
+    def refresh(self, again: bool = False) -> Outcome:
+        """Look for another version, load it and swap; takes as long as loading. One refused before is tried once more
+        only if `again`."""
+        with self._one_at_a_time:
+            outcome = self._refresh(again)
+            self.outcomes[outcome] += 1
+            return outcome
+
+    def _load(self, manifest: Manifest) -> Recommender:
+        recommender = self._source.load(manifest)
+        self._loaded(recommender)
+        return recommender
+
+    def _refresh(self, again: bool) -> Outcome:
+        version = None
+        if self._before is not None and time.monotonic() > self._before[1]:
+            self._before = None
+        try:
+            manifest = self._source.wanted()
+            version = f"{manifest['model_fingerprint']} {manifest['version']}"
+            if version == f"{self.current.model_version} {self.current.index_version}":
+                self.refused = self._refused_version = None
+                return "unchanged"
+            if version == self._refused_version and not again:
+                return "refused"
+            loaded = self._load(manifest)
+        except Exception as error:  # whatever is wrong with the new version, the old one answers on
+            self.refused, self._refused_version = " ".join(str(error).split()) or type(error).__name__, version
+            logger.error("a published version is refused: %s", self.refused, exc_info=not _expected(error))
+            return "refused"
+        if self._keep_seconds:
+            self._before = self.current, time.monotonic() + self._keep_seconds
+        self.in_use = loaded, manifest
+        self.refused = self._refused_version = None
+        logger.info("now serving index %s", manifest["version"])
+        return "swapped"
+
+    def pin(self, version: str | None) -> Outcome:
+        """Serve `version` whatever is published, or with None what is current again. One that is refused is unpinned.
+
+        Raises ArtifactError when there is no such version.
+        """
+        earlier = self._source.pinned()
+        self._source.pin(version)
+        outcome = self.refresh(again=True)
+        if outcome == "refused":
+            self._source.pin(earlier)
+        return outcome
+
+    def rollback(self) -> Outcome | None:
+        """Pin the version that was published before the one in use; None where there is none."""
+        earlier = self._source.before(self.current.index_version)
+        return None if earlier is None else self.pin(earlier)
+
+    def state(self) -> dict[str, Any]:
+        """What /readyz and the /admin routes say of a replica."""
+        recommender, manifest = self.in_use
+        return {
+            "model_version": recommender.model_version,
+            "index_version": recommender.index_version,
+            "published": manifest.get("time"),
+            "refused": self.refused,
+            **{name: value for name, value in manifest.items() if name.startswith("recall")},
+        }
+
+
+def _expected(error: Exception) -> bool:
+    return isinstance(error, pixrec.errors.PixRecError)

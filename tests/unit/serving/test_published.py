@@ -1,0 +1,174 @@
+"""Which version is served: swaps, refusals, pins, and the model that belongs to an index. No Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fakes import tiny_config, tiny_dataset, tiny_items, tiny_model, write_index, write_model, write_prepared
+
+from pixrec.artifact import index_manifest, list_versions, pinned_version
+from pixrec.errors import ArtifactError
+from pixrec.serving.published import Published, Rollout
+
+
+class Shelf:
+    """Versions in memory: `wanted` names one, `broken` are those that cannot be loaded."""
+
+    def __init__(self) -> None:
+        self.current, self.pin_at, self.broken, self.loads = "1", None, set(), 0
+        self.models = {"1": "m", "2": "m", "3": "other"}
+
+    def wanted(self) -> dict[str, Any]:
+        version = self.pin_at or self.current
+        if version not in self.models:
+            raise ArtifactError(f"no version {version}")
+        return {"version": version, "model_fingerprint": self.models[version], "time": "2026-11-28T00:00:00+00:00"}
+
+    def load(self, manifest: Any) -> Any:
+        self.loads += 1
+        if manifest["version"] in self.broken:
+            raise ArtifactError(f"version {manifest['version']} was made by another model")
+        return SimpleNamespace(model_version=manifest["model_fingerprint"], index_version=manifest["version"])
+
+    def pin(self, version: str | None) -> None:
+        if version is not None and version not in self.models:
+            raise ArtifactError("no such version")
+        self.pin_at = version
+
+    def pinned(self) -> str | None:
+        return self.pin_at
+
+    def before(self, version: str) -> str | None:
+        earlier = [known for known in self.models if known < version]
+        return earlier[-1] if earlier else None
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    return Shelf()
+
+
+def test_a_new_version_takes_the_place_of_the_old_one(shelf: Shelf) -> None:
+    rollout = Rollout(shelf)
+    assert rollout.refresh() == "unchanged"
+    before = rollout.in_use
+    shelf.current = "3"
+    assert rollout.refresh() == "swapped"
+    assert (rollout.current.model_version, rollout.current.index_version) == ("other", "3")
+    assert rollout.in_use[1]["version"] == "3"
+    assert before[0].index_version == "1", "who took the old one goes on with it"
+    assert rollout.of("m", "1") is None
+
+
+def test_what_cannot_be_loaded_is_refused_and_tried_again_only_when_told(shelf: Shelf) -> None:
+    rollout = Rollout(shelf)
+    shelf.current, shelf.broken = "2", {"2"}
+    assert rollout.refresh() == "refused"
+    assert rollout.refresh() == "refused"
+    assert shelf.loads == 2, "a poll does not load what it knows to be broken"
+    assert rollout.current.index_version == "1"
+    assert "another model" in rollout.state()["refused"]
+    assert rollout.refresh(again=True) == "refused"
+    assert shelf.loads == 3
+    shelf.broken.clear()
+    assert rollout.refresh(again=True) == "swapped"
+    assert rollout.state()["refused"] is None
+    assert rollout.outcomes == {"refused": 3, "swapped": 1}
+
+
+def test_storage_that_fails_for_a_while_costs_nothing(shelf: Shelf) -> None:
+    rollout = Rollout(shelf)
+    shelf.current = "gone"
+    assert rollout.refresh() == "refused"
+    shelf.current = "2"
+    assert rollout.refresh() == "swapped"
+
+
+def test_a_version_that_goes_back_in_time_is_no_longer_refused(shelf: Shelf) -> None:
+    rollout = Rollout(shelf)
+    shelf.current, shelf.broken = "2", {"2"}
+    rollout.refresh()
+    shelf.current = "1"
+    assert rollout.refresh() == "unchanged"
+    assert rollout.refused is None
+
+
+def test_pins_and_rollbacks(shelf: Shelf) -> None:
+    rollout = Rollout(shelf)
+    assert rollout.rollback() is None
+    shelf.current = "2"
+    rollout.refresh()
+    assert rollout.rollback() == "swapped"
+    assert (rollout.current.index_version, shelf.pin_at) == ("1", "1")
+    shelf.current = "3"
+    assert rollout.refresh() == "unchanged", "what is published does not matter while pinned"
+    with pytest.raises(ArtifactError):
+        rollout.pin("ghost")
+    shelf.broken = {"2"}
+    assert rollout.pin("2") == "refused"
+    assert (rollout.current.index_version, shelf.pin_at) == ("1", "1"), "a pin that cannot be served is taken back"
+    assert rollout.pin(None) == "swapped"
+    assert rollout.current.index_version == "3"
+
+
+def test_the_version_before_stays_for_those_who_still_ask_for_it(shelf: Shelf) -> None:
+    rollout = Rollout(shelf, keep_seconds=60)
+    shelf.current = "2"
+    found = rollout.of("m", "2")  # newer than what is in use: looked for
+    assert found is rollout.current
+    assert rollout.of("m", "1").index_version == "1"  # type: ignore[union-attr]
+    rollout._before = rollout._before[0], 0.0  # type: ignore[index]
+    rollout.refresh()
+    assert rollout.of("m", "1") is None
+
+
+def test_without_a_first_version_there_is_nothing_to_serve(shelf: Shelf) -> None:
+    shelf.broken = {"1"}
+    with pytest.raises(ArtifactError):
+        Rollout(shelf)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    items = tiny_items()
+    dataset = write_prepared(tmp_path / "data", tiny_dataset(items))
+    model = write_model(tmp_path / "model", tiny_model(items=items))
+    write_index(tmp_path / "index", model, dataset)
+    return tmp_path
+
+
+def test_each_version_is_served_by_the_model_that_made_it(place: Path) -> None:
+    source = Published(str(place / "model"), str(place / "index"), str(place / "data"))
+    rollout = Rollout(source)
+    first = rollout.current.index_version
+    dataset = tiny_dataset(tiny_items(), uri=str(place / "data"))
+    other = tiny_model(tiny_config(model={"embedding_width": 8}), tiny_items())
+    write_index(place / "index", other, dataset)
+    assert rollout.refresh() == "refused", "no model of that index is to be had"
+    assert "run pixrec embed with this model" in rollout.state()["refused"]
+    assert rollout.current.index_version == first
+
+    write_model(place / "model2", other)
+    manifest = index_manifest(str(place / "index"))
+    assert Rollout(Published(str(place / "model2"), str(place / "index"))).current.model_version == other.fingerprint
+    manifest |= {"model": str(place / "model2")}  # as pixrec embed writes it
+    assert source.load(manifest).model_version == other.fingerprint
+
+    assert rollout.rollback() is None, "nothing came before the first"
+    assert [version["current"] for version in list_versions(source.index)] == [False, True]
+    assert rollout.pin(first) == "unchanged"
+    assert pinned_version(source.index) == first
+    assert Rollout(source).current.index_version == first, "a new replica begins with the pinned version"
+
+
+def test_an_index_of_new_items_is_served_with_their_data(place: Path) -> None:
+    source = Published(str(place / "model"), str(place / "index"), str(place / "data"))
+    rollout = Rollout(source)
+    items = tiny_items(14)
+    more = write_prepared(place / "data2", tiny_dataset(items))
+    write_index(place / "index", tiny_model(items=tiny_items()), more)
+    assert rollout.refresh() == "swapped"
+    assert len(rollout.current.items) == 14
