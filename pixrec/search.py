@@ -19,7 +19,7 @@ from pixrec.index import top_k
 CANDIDATES = 4
 """So many for each result are taken from the compressed vectors and ranked again by the full ones."""
 LEAST_CANDIDATES = 64
-EXACT_SHARE = 0.02
+EXACT_SHARE = 0.05
 """Where no more of the items pass a filter, all that do are compared: reading the lists they lie in takes as long."""
 
 Found = tuple[np.ndarray, np.ndarray]

@@ -41,8 +41,8 @@ class EmbedConfig:
     """How that structure holds a vector: in 2 bytes a value, in 1, or in a quarter (product quantization). The items it
     proposes are ranked again by their full vectors."""
     approximate_recall: float = 0.98
-    """Share of an item's ten nearest items that a search is to find; measured when the index is published, by which the
-    number of lists that a search reads is chosen."""
+    """Share of the ten nearest items that a search is to find. Measured when the index is published; how many lists a
+    search reads is chosen by it."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size", "num_actors", "threads_per_actor", "max_part_items")

@@ -30,7 +30,8 @@ from fakes import (
 from processes import die_once, wait_for_the_end_of
 
 from pixrec import cli, storage
-from pixrec.artifact import Index, list_versions, load_index
+from pixrec.artifact import Index, index_version, list_versions, load_index
+from pixrec.artifact.approximate import add_structure
 from pixrec.artifact.unfinished import Unfinished
 from pixrec.cluster import embed as embedding
 from pixrec.cluster.embed import embed
@@ -153,6 +154,18 @@ def test_a_version_gets_its_structure_for_approximate_search(tmp_path: Path, ray
     structure = place.index.structure()
     assert len(structure) == 70
     assert (structure.candidates(place.index.vectors[:5], 10) == np.arange(5)[:, None]).any(1).all()
+
+
+def test_a_structure_on_s3_is_copied_to_the_node(bucket: str):
+    vectors = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32)
+    with index_version(f"{bucket}/structured", "0123456789", 4, "float32", {}) as writer:
+        writer.add([f"i{row}" for row in range(40)], vectors, ["hash"] * 40)
+        writer.flush()
+        config = EmbedConfig(approximate_recall=0.01, threads_per_actor=1)
+        writer.facts["approximate"] = add_structure(writer.folder, 40, 4, "float32", config)
+    for _ in range(2):  # copied, and found copied
+        structure = load_index(f"{bucket}/structured").structure()
+        assert (structure.candidates(vectors[:5], 10) == np.arange(5)[:, None]).any(1).all()
 
 
 def test_stored_picture_tokens_are_used_and_not_for_a_changed_picture(place: Place, bucket: str):
