@@ -324,8 +324,9 @@ class Run:
 
     def _read(self) -> None:
         assert self._process.stderr is not None
-        for line in self._process.stderr:
-            self.log.append(line.rstrip())
+        with self._process.stderr as lines:
+            for line in lines:
+                self.log.append(line.rstrip())
 
     def said(self, pattern: str) -> bool:
         return any(re.search(pattern, line) for line in self.log)
@@ -350,7 +351,8 @@ class Run:
         assert self._process.stdout is not None
         if self._process.returncode:
             raise RuntimeError(f"{self.name} exited with {self._process.returncode}:\n" + "\n".join(self.log[-40:]))
-        return dict(json.loads(self._process.stdout.read().splitlines()[-1]))
+        with self._process.stdout as lines:
+            return dict(json.loads(lines.read().splitlines()[-1]))
 
 
 @contextlib.contextmanager
