@@ -79,7 +79,10 @@ class Host:
         mounts = f"mount --bind {self.folder}/tmp /tmp && mount -t tmpfs -o size=2g tmpfs /dev/shm"
         # Not `ray start --block`, which ends the node with whatever part of it ends, such as the server of Ray Client,
         # which gives up on a machine so busy that a node takes half a minute to start.
-        shell = f'{mounts} && "$@" && exec sleep infinity'
+        # A node that has not started within half a minute gives up too: another try, when all that it left has ended
+        # (-1 is all processes of the host).
+        clear = "kill -9 -1; rm -rf /tmp/ray"
+        shell = f'{mounts} || exit 1; for attempt in 1 2 3 4 5; do "$@" && exec sleep infinity; {clear}; done; exit 1'
         own = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", shell, "host"]
         start = [str(BIN / "ray"), "start", f"--node-ip-address={self.address}", *ray]
         with open(self.folder / "ray.log", "ab") as log:
@@ -321,8 +324,9 @@ class Run:
 
     def _read(self) -> None:
         assert self._process.stderr is not None
-        for line in self._process.stderr:
-            self.log.append(line.rstrip())
+        with self._process.stderr as lines:
+            for line in lines:
+                self.log.append(line.rstrip())
 
     def said(self, pattern: str) -> bool:
         return any(re.search(pattern, line) for line in self.log)
@@ -347,7 +351,8 @@ class Run:
         assert self._process.stdout is not None
         if self._process.returncode:
             raise RuntimeError(f"{self.name} exited with {self._process.returncode}:\n" + "\n".join(self.log[-40:]))
-        return dict(json.loads(self._process.stdout.read().splitlines()[-1]))
+        with self._process.stdout as lines:
+            return dict(json.loads(lines.read().splitlines()[-1]))
 
 
 @contextlib.contextmanager
