@@ -1,4 +1,4 @@
-"""The command `pixrec`: eight verbs. Parses, calls one function, prints one JSON line.
+"""The command `pixrec`: nine verbs. Parses, calls one function, prints one JSON line.
 
 Progress and logs go to stderr; the last line of stdout is one JSON object. Exit 0: done; 2: the input or the
 arguments are at fault, said in one line; 1: anything else.
@@ -51,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.verb == "bench-serve":  # which wants its cores for the load
         return _bench_serve(arguments)
+    if arguments.verb == "events":
+        from pixrec.events import export
+
+        return {"out": arguments.out, "events": export(arguments.events, arguments.out)}
     from pixrec import verbs
     from pixrec.console import Console
 
@@ -181,6 +185,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("serve", "Answer requests over HTTP.", model, index, data)
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     sub.add_argument("--port", type=int, default=8000, help="port to listen on (default 8000)")
+    what = "Write the events that a server has stored as an interactions table, for prepare."
+    sub = verbs.add_parser("events", help=what, description=what, allow_abbrev=False)
+    sub.add_argument("action", choices=["export"])
+    sub.add_argument("--events", required=True, metavar="FILE", help="serve.events, such as INDEX/events.sqlite")
+    sub.add_argument("--out", required=True, metavar="FILE", help="the Parquet file")
     what = "Put load on a running server and measure its answers."
     sub = verbs.add_parser("bench-serve", help=what, description=what, allow_abbrev=False)
     sub.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default http://127.0.0.1:8000)")
