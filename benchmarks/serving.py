@@ -116,7 +116,7 @@ def serving(shop: Shop, **settings: Any) -> Iterator[Server]:
         process = subprocess.Popen([*PIXREC, "serve", *places, "--port", str(port), *chosen], stderr=log)
     server = Server(f"http://127.0.0.1:{port}", process.pid)
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while True:
             with contextlib.suppress(OSError):
                 server.ask("/readyz", "GET")

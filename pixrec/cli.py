@@ -54,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.verb == "bench-serve":  # which wants its cores for the load
         return _bench_serve(arguments)
+    if arguments.verb == "events":
+        from pixrec.events import export
+
+        return {"out": arguments.out, "events": export(arguments.events, arguments.out)}
     from pixrec import verbs
     from pixrec.console import Console
 
@@ -212,6 +216,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("doctor", "Tell what the cluster has, what a run would use, and what is wrong.")
     sub.add_argument("--read", action="append", default=[], metavar="URI", help="a place that a run will read")
     sub.add_argument("--write", action="append", default=[], metavar="URI", help="a place that a run will write")
+    what = "Write the events that a server has stored as an interactions table, for prepare."
+    sub = verbs.add_parser("events", help=what, description=what, allow_abbrev=False)
+    sub.add_argument("action", choices=["export"])
+    sub.add_argument("--events", required=True, metavar="FILE", help="serve.events, such as INDEX/events.sqlite")
+    sub.add_argument("--out", required=True, metavar="FILE", help="the Parquet file")
     what = "Put load on a running server and measure its answers."
     sub = verbs.add_parser("bench-serve", help=what, description=what, allow_abbrev=False)
     sub.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default http://127.0.0.1:8000)")

@@ -119,13 +119,14 @@ def _recommend(query: Query) -> _Call[Answer]:
         item_id: {**item.fields, **({"image_base64": _text(item.image)} if item.image is not None else {})}
         for item_id, item in query.new_items.items()
     }
+    timestamps = None if query.timestamps is None else list(query.timestamps)
+    whose = {"history": list(query.history), "timestamps": timestamps}
     body = {
         **_ranking(query),
-        "history": list(query.history),
+        **(whose if query.user_id is None else {"user_id": query.user_id}),
         "exclude": list(query.exclude),
         "exclude_history": query.exclude_history,
         "new_items": items,
-        "timestamps": None if query.timestamps is None else list(query.timestamps),
         "reasons": query.reasons,
     }
     return _Call("POST", "/v1/recommend", _answer, body)
@@ -150,6 +151,18 @@ def _embed(
         "histories": [list(history) for history in histories],
     }
     return _Call("POST", "/v1/embed", lambda answer: Vectors(**answer.json()), body)
+
+
+def _add_events(events: Sequence[Mapping[str, Any]]) -> _Call[int]:
+    # Sent again they are stored once, as long as their times are theirs and not those of their arrival.
+    now = int(1000 * time.time())
+    body = {"events": [{"timestamp": now, **event} for event in events]}
+    return _Call("POST", "/v1/events", lambda answer: int(answer.json()["stored"]), body)
+
+
+def _forget(user_id: str) -> _Call[int]:
+    path = f"/v1/users/{quote(user_id, safe='')}"
+    return _Call("DELETE", path, lambda answer: int(answer.json()["deleted"]))
 
 
 def _item(item_id: str) -> _Call[dict[str, Any]]:
@@ -250,6 +263,14 @@ class Client:
         """Vectors in the space in which the nearest items are the best."""
         return self._send(_embed(texts, images, item_ids, histories))
 
+    def add_events(self, events: Sequence[Mapping[str, Any]]) -> int:
+        """Store what shoppers did: each `user_id`, `item_id` and, where known, `event` and `timestamp` (ms; now)."""
+        return self._send(_add_events(events))
+
+    def forget(self, user_id: str) -> int:
+        """Delete all that is stored of a user; returns how many events were there."""
+        return self._send(_forget(user_id))
+
     def item(self, item_id: str) -> dict[str, Any]:
         """Everything the catalog says about the item. Raises Rejected where it is unknown."""
         return self._send(_item(item_id))
@@ -327,6 +348,12 @@ class AsyncClient:
         histories: Sequence[Sequence[str]] = (),
     ) -> Vectors:
         return await self._send(_embed(texts, images, item_ids, histories))
+
+    async def add_events(self, events: Sequence[Mapping[str, Any]]) -> int:
+        return await self._send(_add_events(events))
+
+    async def forget(self, user_id: str) -> int:
+        return await self._send(_forget(user_id))
 
     async def item(self, item_id: str) -> dict[str, Any]:
         return await self._send(_item(item_id))

@@ -49,7 +49,7 @@ class NewItem:
 class Query:
     """A shopper's history and what is wanted for it."""
 
-    history: Sequence[str]
+    history: Sequence[str] = ()
     """item ids, oldest first; unknown ones are passed over"""
     k: int = 10
     """how many items to return at most"""
@@ -68,6 +68,8 @@ class Query:
     """how many answers may share a value of a field, such as {"brand": 2}; those without a value are not counted"""
     reasons: bool = False
     """whether each answer comes with the item of the history that is nearest to it"""
+    user_id: str | None = None
+    """over HTTP: whose stored events are the history, in place of one"""
 
     def check(self) -> None:
         """Raise InputError unless `k` is at least 1 and the timestamps fit the history."""

@@ -70,6 +70,13 @@ class ServeConfig:
     popularity_half_life_days: float | None = None
     """With it the fallback gives what sells best lately: an event that is so much older than the newest counts half.
     None: what sold best in all training events."""
+    events: str = "index"
+    """The SQLite file of events sent to /v1/events, on the node of the HTTP replicas; `index`: events.sqlite in the
+    index folder where that is local and can be written; `none`: no events are stored."""
+    max_events: int = 1000
+    """Most events in one request."""
+    max_events_kept: int = 1000
+    """Events kept of each user, the newest."""
     max_k: int = 200
     """Largest k a request may ask for."""
     max_request_items: int = 1000
@@ -93,6 +100,7 @@ class ServeConfig:
         at_least(self, 1, "max_text_characters", "max_body_bytes", "max_new_items")
         at_least(self, 0, "batch_wait_seconds", "cpus_per_replica", "gpus_per_replica", "cpus_per_ingress")
         at_least(self, 1, "max_image_bytes", "max_image_pixels", "max_embedded", "request_burst", "max_replicas")
+        at_least(self, 1, "max_events", "max_events_kept")
         at_least(self, 0, "num_retrieval_replicas", "cpus_per_retrieval", "min_replicas", "poll_seconds")
         above_zero(self, "request_timeout_seconds", "load_timeout_seconds")
         above_zero(self, "requests_per_second", "target_ongoing_requests")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ from pixrec.serving.deployments import bind
 from pixrec.serving.published import Published
 
 APP_NAME = "pixrec"
+EVENTS_FILE = "events.sqlite"
 API_KEY_VARIABLE = "PIXREC_API_KEY"
 KEY_VARIABLES = {"api_key": API_KEY_VARIABLE, "admin_key": "PIXREC_ADMIN_KEY"}
 
@@ -41,6 +43,7 @@ def build_app(model: str, index: str, data: str | None, config: Config) -> serve
     model, index = storage.absolute(model), storage.absolute(index)  # a replica's working directory is another one
     data = None if data is None else storage.absolute(data)
     settings = with_keys(config).serve
+    settings = dataclasses.replace(settings, events=events_place(settings.events, index))
     return bind(Published(model, index, data, settings.blend, settings.popularity_half_life_days), settings)
 
 
@@ -109,6 +112,14 @@ def with_keys(config: Config) -> Config:
         if key and not getattr(config.serve, field):
             config = change_config(config, {f"serve.{field}": key})
     return config
+
+
+def events_place(events: str, index: str) -> str:
+    """The absolute path of the events file; `none` where there is none."""
+    if events == "index":
+        usable = not storage.is_remote(index) and os.access(index, os.W_OK)
+        return storage.join(index, EVENTS_FILE) if usable else "none"
+    return events if events == "none" else storage.absolute(events)
 
 
 def check_artifacts(model: str, index: str, data: str | None) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
-from pixrec.query import ScoreKind
+from pixrec.query import MAX_TIMESTAMP, ScoreKind
 
 
 def _encodable(text: str) -> str:
@@ -41,6 +41,7 @@ class RangeBody(BaseModel):
 
 
 FilterValues = dict[Text, Annotated[list[FilterValue], _FailFast()] | RangeBody]
+UserId = Annotated[Text, Field(min_length=1, max_length=500)]
 MaxPer = dict[Text, Annotated[int, Field(ge=1)]]
 
 
@@ -72,7 +73,11 @@ class NewItemBody(BaseModel):
 
 
 class RecommendBody(RankingBody):
-    history: Ids = Field(description="The shopper's items, oldest first. Ids the catalog does not hold are skipped.")
+    history: Ids = Field(
+        default_factory=list,
+        description="The shopper's items, oldest first. Ids the catalog does not hold are skipped. Must be given, if "
+        "only as [], unless user_id is.",
+    )
     exclude: Ids = Field(default_factory=list, description="Never return these items.")
     exclude_history: bool = Field(True, description="Do not return items of the history.")
     new_items: dict[Text, NewItemBody] = Field(
@@ -81,7 +86,35 @@ class RecommendBody(RankingBody):
     timestamps: Timestamps = Field(
         None, description="When each item of the history was met, milliseconds since the epoch; null: unknown."
     )
+    user_id: UserId | None = Field(
+        None, description="Whose stored events are the history, in place of `history` and `timestamps`."
+    )
     reasons: bool = Field(False, description="Say with each answer which item of the history is nearest to it.")
+
+
+class EventBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    user_id: UserId
+    item_id: Annotated[Text, Field(min_length=1, max_length=500)]
+    event: Annotated[Text, Field(max_length=100)] | None = Field(None, description="view, cart, purchase, or any word.")
+    timestamp: Annotated[int, Field(ge=-MAX_TIMESTAMP, le=MAX_TIMESTAMP)] | None = Field(
+        None, description="Milliseconds since the epoch; null: now."
+    )
+
+
+class EventsBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    events: Annotated[list[EventBody], _FailFast()]
+
+
+class StoredBody(BaseModel):
+    stored: int
+
+
+class DeletedBody(BaseModel):
+    deleted: int = Field(description="How many events there were.")
 
 
 class SimilarBody(RankingBody):
@@ -186,4 +219,5 @@ REFUSED: dict[int | str, dict[str, Any]] = {
     409: {"model": Problem, "description": "The version cannot be served; the one before stays in use"},
 }
 NO_VERSION: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "There is no such version"}}
+NOT_STORED: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "The server stores no events"}}
 UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "The item is unknown"}}

@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from pixrec.config import ServeConfig
+from pixrec.events import EventStore
 from pixrec.query import Answer, Query
 from pixrec.serving.backend import (
     Change,
@@ -155,7 +156,9 @@ class Ingress:
         self._config = config
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self._backend, self._config, self._metrics)
+        path = self._config.events
+        events = None if path == "none" else EventStore(path, self._config.max_events_kept)
+        return create_api(self._backend, self._config, self._metrics, events)
 
     async def own_metrics(self) -> tuple[dict[str, str], str]:
         return replica_labels(), self._metrics.text()

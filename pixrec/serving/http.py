@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import io
 import math
 import sys
+import time
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
@@ -20,17 +22,21 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 import pixrec
 from pixrec.config import ServeConfig
+from pixrec.events import Event, EventStore
 from pixrec.query import Answer, NewItem, Query, Range
 from pixrec.serving.backend import Backend, BackendError, Change, Overloaded, Refusal, ToEmbed
 from pixrec.serving.bodies import (
     NO_VERSION,
+    NOT_STORED,
     PROBLEMS,
     REFUSED,
     UNKNOWN,
     AnswerBody,
     ChangesBody,
+    DeletedBody,
     EmbedBody,
     EmbeddedBody,
+    EventsBody,
     FiltersBody,
     HealthBody,
     PinBody,
@@ -40,11 +46,13 @@ from pixrec.serving.bodies import (
     RecommendBody,
     SearchBody,
     SimilarBody,
+    StoredBody,
 )
 from pixrec.serving.gate import Gate, JsonResponse, unavailable
 from pixrec.serving.metrics import RequestMetrics
 
 MAX_REPORTED_ERRORS = 20
+NO_EVENTS = "this server stores no events: set serve.events"
 IMAGE_MAX_AGE_SECONDS = 3600
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SOFTWARE = ("ray", "torch", "transformers")
@@ -59,8 +67,13 @@ PAGE_POLICY = (
 IMAGE_TYPES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"GIF8": "image/gif", b"RIFF": "image/webp"}
 
 
-def create_api(backend: Backend, config: ServeConfig, metrics: RequestMetrics | None = None) -> FastAPI:
-    """The whole HTTP application over a backend; `metrics` counts its requests."""
+def create_api(
+    backend: Backend,
+    config: ServeConfig,
+    metrics: RequestMetrics | None = None,
+    events: EventStore | None = None,
+) -> FastAPI:
+    """The whole HTTP application over a backend; `metrics` counts its requests, `events` holds what shoppers did."""
     api = FastAPI(
         title="PixRec",
         version=pixrec.__version__,
@@ -78,14 +91,17 @@ def create_api(backend: Backend, config: ServeConfig, metrics: RequestMetrics | 
 
     api.add_exception_handler(BackendError, no_answer)
     keyed = [Security(HTTPBearer(auto_error=False))] if config.api_key else []  # shows the key's field in /docs
-    api.include_router(_ranking_routes(backend, config), responses=PROBLEMS, dependencies=keyed, tags=["rankings"])
+    rankings = _ranking_routes(backend, config, events)
+    api.include_router(rankings, responses=PROBLEMS, dependencies=keyed, tags=["rankings"])
+    told = _event_routes(events, config)
+    api.include_router(told, responses=PROBLEMS | NOT_STORED, dependencies=keyed, tags=["events"])
     api.include_router(_item_routes(backend), responses=PROBLEMS | UNKNOWN, dependencies=keyed, tags=["items"])
     api.include_router(_admin_routes(backend), responses=PROBLEMS | REFUSED, dependencies=keyed, tags=["admin"])
     api.include_router(_state_routes(backend), tags=["state"])
     return api
 
 
-def _ranking_routes(backend: Backend, config: ServeConfig) -> APIRouter:
+def _ranking_routes(backend: Backend, config: ServeConfig, events: EventStore | None) -> APIRouter:
     router = APIRouter(prefix="/v1")
 
     @router.post("/recommend", response_model=AnswerBody)
@@ -96,15 +112,17 @@ def _ranking_routes(backend: Backend, config: ServeConfig) -> APIRouter:
         if body.timestamps is not None:
             _check_length("timestamps", len(body.timestamps), config.max_request_items, "values")
         new_items = _new_items(body, config)
+        history, timestamps = await _history(body, events, config)
         query = _query(
             body,
             config,
-            history=body.history,
+            history=history,
             exclude=body.exclude,
             exclude_history=body.exclude_history,
             new_items=new_items,
-            timestamps=body.timestamps,
+            timestamps=timestamps,
             reasons=body.reasons,
+            user_id=body.user_id,
         )
         return _answered(await backend.recommend(query))
 
@@ -154,6 +172,48 @@ def _ranking_routes(backend: Backend, config: ServeConfig) -> APIRouter:
         found = await backend.filters()
         counted = {name: [{"value": v, "items": n} for v, n in values] for name, values in found.items()}
         return JsonResponse(jsonable({"filters": counted}))
+
+    return router
+
+
+async def _history(
+    body: RecommendBody, events: EventStore | None, config: ServeConfig
+) -> tuple[list[str], list[int] | None]:
+    """Items and times of the history: of the body, or of what is stored of the user."""
+    given = body.model_fields_set
+    if body.user_id is None:
+        if "history" not in given:
+            raise _field_error("history", "give a history, or a user_id")
+        return body.history, body.timestamps
+    if "history" in given or body.timestamps is not None:
+        raise _field_error("user_id", "give a history with its timestamps, or a user_id: not both")
+    if events is None:
+        raise _field_error("user_id", NO_EVENTS)
+    found = await asyncio.to_thread(events.history, body.user_id, config.max_request_items)
+    return [item_id for item_id, _ in found], [timestamp for _, timestamp in found]
+
+
+def _event_routes(events: EventStore | None, config: ServeConfig) -> APIRouter:
+    router = APIRouter(prefix="/v1")
+
+    def store() -> EventStore:
+        if events is None:
+            raise HTTPException(404, NO_EVENTS)
+        return events
+
+    @router.post("/events", response_model=StoredBody)
+    async def add_events(body: EventsBody) -> Response:
+        """Store what shoppers did; the same event sent again is stored once."""
+        _check_length("events", len(body.events), config.max_events, "events")
+        now = int(1000 * time.time())
+        added = [Event(e.user_id, e.item_id, now if e.timestamp is None else e.timestamp, e.event) for e in body.events]
+        await asyncio.to_thread(store().add, added)
+        return JsonResponse({"stored": len(added)})
+
+    @router.delete("/users/{user_id:path}", response_model=DeletedBody)
+    async def forget(user_id: str) -> Response:
+        """Delete all that is stored of a user."""
+        return JsonResponse({"deleted": await asyncio.to_thread(store().forget, user_id)})
 
     return router
 

@@ -21,6 +21,7 @@ from pixrec import cli, storage, verbs
 from pixrec.artifact import Model
 from pixrec.data.sequences import Dataset
 from pixrec.errors import InputError
+from pixrec.events import Event, EventStore
 
 
 class Ran(NamedTuple):
@@ -376,6 +377,15 @@ def test_evaluate_refuses(run: Run, made: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Dataset, "training_histories", leaking)
     refused(run("evaluate", *options), "leak: 10 events held out are visible too early", "prepare")
     assert not (tmp_path / "report").exists()
+
+
+def test_stored_events_are_exported(tmp_path, capsys):
+    EventStore(str(tmp_path / "events"), 9).add([Event("u", "a", 1)])
+    out = str(tmp_path / "out.parquet")
+    assert cli.main(["events", "export", "--events", str(tmp_path / "events"), "--out", out]) == 0
+    assert json.loads(capsys.readouterr().out) == {"out": out, "events": 1}
+    assert cli.main(["events", "export", "--events", str(tmp_path / "ghost"), "--out", out]) == 2
+    assert "there is no such file" in capsys.readouterr().err
 
 
 def test_version(run: Run):

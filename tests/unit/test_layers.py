@@ -18,7 +18,7 @@ LAYERS = [
     ["errors", "schema"],
     ["config", "console", "query"],
     ["storage", "client", "loadtest"],
-    ["data"],
+    ["data", "events"],
     ["model"],
     ["index", "metrics", "rerank"],
     ["approximate", "search"],

@@ -58,6 +58,7 @@ def test_what_is_asked_for_when_nothing_is_said():
         "diversity": 0.0,
         "max_per": {},
         "reasons": False,
+        "user_id": None,
     }
 
 

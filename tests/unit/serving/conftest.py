@@ -141,7 +141,11 @@ def backend() -> FakeBackend:
 @pytest.fixture
 def client_for(backend: FakeBackend) -> Callable[..., Client]:
     """A client of the application under this `serve` config."""
-    return lambda metrics=None, **config: Client(create_api(backend, ServeConfig(**config), metrics))
+
+    def make(metrics: Any = None, events: Any = None, **config: Any) -> Client:
+        return Client(create_api(backend, ServeConfig(**config), metrics, events))
+
+    return make
 
 
 @pytest.fixture

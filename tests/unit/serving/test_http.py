@@ -6,7 +6,9 @@ import asyncio
 import base64
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -16,6 +18,7 @@ from fakes import square
 
 from pixrec.client import AsyncClient, Rejected
 from pixrec.config import ServeConfig
+from pixrec.events import EventStore
 from pixrec.query import Answer, NewItem, Query, Range, ScoreKind
 from pixrec.schema import TEXT_FIELDS
 from pixrec.serving.backend import Overloaded, Unavailable
@@ -273,6 +276,8 @@ def test_state_version_page_and_documentation(client: Any) -> None:
         "/v1/items/{item_id}",
         "/v1/items/{item_id}/image",
         "/v1/embed",
+        "/v1/events",
+        "/v1/users/{user_id}",
         "/admin/reload",
         "/admin/pin",
         "/admin/rollback",
@@ -574,7 +579,61 @@ def test_the_shipped_client_and_the_server_understand_each_other(backend: Any) -
             assert (await client.embed(["lamp"])).texts == [[1.0, 0.0]]
             assert (await client.item("b/ä 1"))["item_id"] == "b/ä 1"
             assert (await client.version())["index_version"] == "index-1"
+            with pytest.raises(Rejected, match="stores no events"):
+                await client.recommend([], user_id="u")
             with pytest.raises(Rejected, match="k is 500"):
                 await client.recommend([], 500)
 
     asyncio.run(ask())
+
+
+@pytest.fixture
+def shop(client_for: Callable[..., Any], tmp_path: Path) -> Any:
+    """A client of a server that stores events."""
+    return client_for(events=EventStore(str(tmp_path / "events"), 100), max_events=3)
+
+
+def test_stored_events_are_the_history_of_their_user(shop: Any, backend: Any) -> None:
+    events = [
+        {"user_id": "u/1", "item_id": "c", "timestamp": 2000, "event": "view"},
+        {"user_id": "u/1", "item_id": "a"},
+    ]
+    for _ in range(2):
+        assert shop("POST", "/v1/events", json={"events": events[:1]}).json() == {"stored": 1}
+    assert shop("POST", "/v1/events", json={"events": events[1:]}).json() == {"stored": 1}
+    assert shop("POST", "/v1/recommend", json={"user_id": "u/1"}).status_code == 200
+    assert backend.request.history == ["c", "a"]
+    assert backend.request.timestamps[0] == 2000
+    assert abs(backend.request.timestamps[1] / 1000 - time.time()) < 60
+    assert shop("POST", "/v1/recommend", json={"user_id": "nobody"}).json()["fallback"] is True
+    assert shop("DELETE", "/v1/users/u%2F1").json() == {"deleted": 2}
+    shop("POST", "/v1/recommend", json={"user_id": "u/1"})
+    assert backend.request.history == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/recommend", {"user_id": "u", "history": []}, "user_id"),
+        ("/v1/recommend", {"user_id": "u", "timestamps": []}, "user_id"),
+        ("/v1/recommend", {"user_id": ""}, "user_id"),
+        ("/v1/recommend", {"user_id": None}, "history"),
+        ("/v1/events", {}, "events"),
+        ("/v1/events", {"events": [{"item_id": "a"}]}, "user_id"),
+        ("/v1/events", {"events": [{"user_id": "u", "item_id": ""}]}, "item_id"),
+        ("/v1/events", {"events": [{"user_id": "u", "item_id": "a", "timestamp": 1.5}]}, "timestamp"),
+        ("/v1/events", {"events": [{"user_id": "u", "item_id": "a", "timestamp": 10**16}]}, "timestamp"),
+        ("/v1/events", {"events": [{"user_id": "u", "item_id": "a"}] * 4}, "events"),
+    ],
+)
+def test_events_at_fault_name_the_field(shop: Any, path: str, body: Any, field: str) -> None:
+    answer = shop("POST", path, json=body)
+    assert answer.status_code == 422, answer.text
+    assert field in answer.json()["detail"][0]["loc"]
+
+
+def test_a_server_without_a_store_says_so(client: Any) -> None:
+    event = {"user_id": "u", "item_id": "a"}
+    for answer in (client("POST", "/v1/events", json={"events": [event]}), client("DELETE", "/v1/users/u")):
+        assert (answer.status_code, "stores no events" in answer.json()["detail"]) == (404, True)
+    assert client("POST", "/v1/recommend", json={"user_id": "u"}).status_code == 422
