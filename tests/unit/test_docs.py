@@ -134,6 +134,12 @@ def test_links_of_the_assembled_pages_lead_somewhere(site: Path) -> None:
         assert "<!-- generated:" not in text
 
 
+def test_benchmarks_named_are_there() -> None:
+    named = {m for text in PAGES.values() for m in re.findall(r"python -m (benchmarks(?:\.\w+)+)", text)}
+    assert named
+    assert [m for m in named if not (ROOT / f"{m.replace('.', '/')}.py").exists()] == []
+
+
 def test_formulas_are_drawn_without_a_script() -> None:
     made = page("docs/x.md", "$$a_1$$ and $b$, but `$c` and\n```sh\necho $HOME $PATH\n```\n")
     assert made.count("<math") == 2
