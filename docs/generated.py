@@ -175,7 +175,7 @@ def http_reference() -> str:
                 parts.append(f"Body: [{body}](#{body.lower()})\n")
                 bodies[body] = None
             answers = []
-            for status, answer in route["responses"].items():
+            for status, answer in sorted(route["responses"].items()):
                 name = _schema_of(answer)
                 bodies |= {name: None} if name else {}
                 linked = f"[{name}](#{name.lower()})" if name else ""

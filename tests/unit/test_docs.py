@@ -188,7 +188,7 @@ def test_json(name: str, text: str) -> None:
 @pytest.mark.parametrize(("name", "text"), blocks("", "sh"))
 def test_shell(name: str, text: str) -> None:
     """Every line runs something that is there. What `pixrec`, `jobs/` and `make` are given, `test_readme` checks."""
-    routes = generated.openapi()["paths"]
+    routes = [*generated.openapi()["paths"], "/", "/docs", "/openapi.json", "/metrics"]
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if not words:
@@ -198,8 +198,8 @@ def test_shell(name: str, text: str) -> None:
             for extra in re.findall(r"\[(\w+)\]", line):
                 assert extra in EXTRAS, line
         elif program == "curl":
-            (path,) = re.findall(r"localhost:8000(/[\w/.-]*)", line)
-            assert any(re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", route), path) for route in routes), line
+            for path in re.findall(r"(?:localhost|127\.0\.0\.1):8000(/[\w/.-]*)", line):
+                assert any(re.fullmatch(re.sub(r"\{[\w:]+\}", ".+", route), path) for route in routes), line
             for body in re.findall(r"-d '([^']*)'", line):
                 json.loads(body)
         else:
