@@ -24,9 +24,11 @@ ROOT = Path(__file__).parents[1]
 LISTED = ("benchmarks/RESULTS.md", "benchmarks/LOG.md", "recipes/README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 """Pages outside docs/ that the navigation names."""
 LINK = re.compile(r"(!?)\[((?:[^\]\[]|\[[^\]]*\])*)\]\(((?!https?:|mailto:|#)[^)#\s]+)(#[^)]*)?\)")
-MARKER = re.compile(r"<!-- generated: (\w+) -->")
+MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", re.DOTALL)
+UNSOUGHT = "---\nsearch:\n  exclude: true\n---\n\n"
+"""What keeps a page out of the search."""
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".sh": "bash", ".json": "json"}
 
 
@@ -55,7 +57,7 @@ def assemble(folder: Path) -> None:
 def page(path: str, text: str) -> str:
     """What the site shows of a file, `path` relative to the repository's root."""
     if not path.endswith(".md"):
-        return f"# {path}\n\n````{LANGUAGES.get(Path(path).suffix, 'text')}\n{text}````\n"
+        return f"{UNSOUGHT}# {path}\n\n````{LANGUAGES.get(Path(path).suffix, 'text')}\n{text}````\n"
     text = LINK.sub(lambda link: _relinked(link, path), text)
     if "$$" in text:
         text = "".join(p if CODE.fullmatch(p) else FORMULA.sub(_formula, p) for p in CODE.split(text))

@@ -24,7 +24,7 @@ import yaml
 
 import pixrec
 from docs import check, generated
-from docs.assemble import assemble, page
+from docs.assemble import UNSOUGHT, assemble, page
 from pixrec.cli import _parser
 from pixrec.config import Config, load_config
 
@@ -146,8 +146,13 @@ def test_formulas_are_drawn_without_a_script() -> None:
     assert "`$c` and\n```sh\necho $HOME $PATH\n```" in made
 
 
+def test_what_is_generated_stands_where_the_marker_is_a_line_and_nowhere_else() -> None:
+    made = page("docs/x.md", "as `<!-- generated: command -->` says\n\n<!-- generated: command -->\n")
+    assert made.count("## pixrec train\n") == 1
+
+
 def test_a_source_is_shown_as_code() -> None:
-    assert page("serve/config.yaml", "a: 1\n") == "# serve/config.yaml\n\n````yaml\na: 1\n````\n"
+    assert page("serve/config.yaml", "a: 1\n") == f"{UNSOUGHT}# serve/config.yaml\n\n````yaml\na: 1\n````\n"
 
 
 def test_the_check_tells_what_is_wrong(tmp_path: Path) -> None:
