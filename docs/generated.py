@@ -23,15 +23,19 @@ from pixrec.cli import _parser
 from pixrec.config import Config, ServeConfig, to_dict
 from pixrec.serving.http import create_api
 
-UNITS = {
-    **{word: word for word in ("tokens", "items", "users", "events", "steps", "epochs", "histories", "pixels")},
-    **{
-        word: word
-        for word in ("bytes", "characters", "histories", "samples", "layers", "heads", "replicas", "requests")
-    },
-    **{"seconds": "s", "px": "px", "fraction": "share, 0 to 1", "share": "share, 0 to 1"},
+COUNTED = (
+    "tokens items users events steps epochs histories pixels bytes characters samples layers heads replicas requests "
+    "threads workers actors readers"
+)
+UNITS = {word: word for word in COUNTED.split()} | {
+    "cpus": "CPUs",
+    "gpus": "GPUs",
+    "seconds": "s",
+    "px": "px",
+    "fraction": "share, 0 to 1",
+    "share": "share, 0 to 1",
 }
-"""By the last word of a field's name."""
+"""Of a number, by the last word of its field's name, or the last before `_per_`."""
 SECTIONS = {
     "prepare": "`pixrec prepare`: tables and pictures to a prepared data set.",
     "model": "The towers: backbone, encoders, both user towers.",
@@ -72,7 +76,7 @@ def sections(cls: type = Config, path: str = "") -> Iterator[Section]:
             if dataclasses.is_dataclass(element):
                 inner.append((cast(type, element), f"{name}[]"))
             meaning = " ".join(meanings.get(field.name, "").split())
-            settings.append(Setting(name, type_words(hint), unit_of(field.name), default_of(field), meaning))
+            settings.append(Setting(name, type_words(hint), unit_of(field.name, hint), default_of(field), meaning))
     about = SECTIONS.get(path.rstrip("."), "") or " ".join((cls.__doc__ or "").partition("\n\n")[0].split())
     if settings:
         yield Section(path.rstrip("."), "" if about.startswith(f"{cls.__name__}(") else about, settings)
@@ -112,8 +116,10 @@ def type_words(hint: Any) -> str:
     return {bool: "true or false", int: "integer", float: "number", str: "text"}[hint]
 
 
-def unit_of(name: str) -> str:
-    return UNITS.get(name.rsplit("_", 1)[-1], "") if "_" in name else ""
+def unit_of(name: str, hint: Any) -> str:
+    """The unit of a number; empty for what has none and for what is no number."""
+    numbers = {int, float} & {hint, *typing.get_args(hint)}
+    return UNITS.get(name.partition("_per_")[0].rsplit("_", 1)[-1], "") if numbers else ""
 
 
 def default_of(field: dataclasses.Field[Any]) -> str:

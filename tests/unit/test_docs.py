@@ -85,6 +85,14 @@ def test_every_setting_is_in_the_reference_with_its_meaning() -> None:
     assert [path for path, cells in rows.items() if len(cells) != 5 or len(cells[4].strip(" |")) < 10] == []
 
 
+def test_units_are_those_of_the_names() -> None:
+    units = {setting.path: setting.unit for section in generated.sections() for setting in section.settings}
+    assert units["prepare.image_size_px"] == "px"
+    assert units["train.histories_per_step"] == "histories"
+    assert units["serve.batch_wait_seconds"] == "s"
+    assert units["prepare.history_events"] == ""  # words, not a number of events
+
+
 def test_every_section_says_what_it_is() -> None:
     assert [section.path for section in generated.sections() if not section.meaning] == []
 
