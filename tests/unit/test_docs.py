@@ -27,6 +27,7 @@ from docs import check, generated
 from docs.assemble import UNSOUGHT, assemble, page
 from pixrec.cli import _parser
 from pixrec.config import Config, load_config
+from pixrec.report.words import FUSION_MEANINGS, SCORER_MEANINGS
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))} | {
@@ -140,6 +141,10 @@ def test_links_of_the_assembled_pages_lead_somewhere(site: Path) -> None:
         links = re.findall(r"\]\(((?!http)[^)#]+)(?:#[^)]*)?\)", text)
         assert [link for link in links if not path.parent.joinpath(link).exists()] == [], path
         assert "<!-- generated:" not in text
+
+
+def test_every_scorer_is_on_the_page_of_evaluation() -> None:
+    assert [name for name in (*SCORER_MEANINGS, *FUSION_MEANINGS) if f"`{name}`" not in PAGES["evaluation.md"]] == []
 
 
 def test_benchmarks_named_are_there() -> None:
