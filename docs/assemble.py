@@ -35,15 +35,15 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", 
 def assemble(folder: Path) -> None:
     """Write all pages and pictures of the site to `folder`, which is emptied first."""
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     pages = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
-    for path in sorted((ROOT / "docs").iterdir()):
-        if path.is_file() and path.suffix not in (".md", ".py"):
-            (folder / path.name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, folder / path.name)
-    known, pending = set[str](), [*pages, *LISTED]
+    known = {f"docs/{path.name}" for path in (ROOT / "docs").iterdir() if _as_it_is(f"docs/{path.name}")} - {*pages}
+    for path in known:
+        shutil.copy(ROOT / path, folder)
+    pending = [*pages, *LISTED]
     while pending:
         path = pending.pop()
-        if path in known or (path.startswith("docs/") and path not in pages):
+        if path in known:
             continue
         known.add(path)
         text = (ROOT / path).read_text()
@@ -71,9 +71,14 @@ def targets(path: str, text: str) -> list[str]:
 
 def on_site(path: str) -> str:
     """Where a file of the repository lies on the site."""
-    if path.startswith("docs/"):
+    if _as_it_is(path):
         return path.removeprefix("docs/")
     return f"repository/{path}" if path.endswith(".md") else f"repository/{path}.md"
+
+
+def _as_it_is(path: str) -> bool:
+    """Whether a file is a page or a picture of docs/ itself, and no source."""
+    return path.startswith("docs/") and path.count("/") == 1 and (ROOT / path).is_file() and not path.endswith(".py")
 
 
 def _resolved(origin: str, link: str) -> str:

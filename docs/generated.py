@@ -44,6 +44,8 @@ SECTIONS = {
     "evaluate": "`pixrec evaluate`.",
     "sasrec": "The baseline SASRec, which `pixrec evaluate` can train on the spot.",
     "serve": "`pixrec serve`.",
+    "pipeline": "`pixrec pipeline`: prepare to publish as one run.",
+    "job": "`pixrec submit`: a command as a job of a Ray cluster.",
     "demo": "The synthetic shop of `pixrec demo`.",
 }
 

@@ -34,6 +34,7 @@ PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.
     "README.md": (ROOT / "README.md").read_text(),
     "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(),
 }
+PROGRAMS = set(["pixrec", "make", "python", "ray", "serve", "export", "docker", "kubectl", "helm", "cd", "git"])
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
@@ -200,10 +201,11 @@ def test_yaml(name: str, text: str) -> None:
 
 @pytest.mark.parametrize(("name", "text"), blocks("json"))
 def test_json(name: str, text: str) -> None:
-    json.loads(text)
+    """A block is JSON, or a part of an object."""
+    json.loads(text if text.lstrip().startswith(("{", "[")) else f"{{{text}}}")
 
 
-@pytest.mark.parametrize(("name", "text"), blocks("", "sh"))
+@pytest.mark.parametrize(("name", "text"), blocks("sh"))
 def test_shell(name: str, text: str) -> None:
     """Every line runs something that is there. What `pixrec`, `jobs/` and `make` are given, `test_readme` checks."""
     routes = [*generated.openapi()["paths"], "/", "/docs", "/openapi.json", "/metrics"]
@@ -221,10 +223,7 @@ def test_shell(name: str, text: str) -> None:
             for body in re.findall(r"-d '([^']*)'", line):
                 json.loads(body)
         else:
-            assert program in {"pixrec", "make", "python", "ray", "serve", "export"} | OTHER_PROGRAMS, line
-
-
-OTHER_PROGRAMS = {"docker", "kubectl", "helm", "cd", "git"}
+            assert program in PROGRAMS, line
 
 
 def _resolve(name: str) -> Any:
