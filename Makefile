@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: setup demo test cluster unit ranks lint bench notebook clean
+.PHONY: setup demo test cluster unit ranks lint docs bench notebook clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/.ready
@@ -12,7 +12,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --upgrade pip
-	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
 
 demo: setup
@@ -20,7 +20,7 @@ demo: setup
 
 # What needs Ray waits for processes a quarter of its time: the rest runs beside it, one after the other.
 test: setup
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target cluster lint unit ranks
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target cluster lint unit ranks docs
 
 cluster: setup
 	$(RUN)/python -m pytest tests/cluster
@@ -36,6 +36,12 @@ lint: setup
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
+# The documentation site, into site/. A warning is an error, a link that leads nowhere too.
+docs: setup
+	$(RUN)/python -m docs.assemble build/docs
+	$(RUN)/zensical build --strict --clean
+	$(RUN)/python -m docs.check site
+
 bench: setup
 	$(RUN)/python -m benchmarks
 
@@ -44,4 +50,4 @@ notebook: setup
 	UPDATE_NOTEBOOK=1 $(RUN)/python -m pytest tests/cluster/test_notebook.py
 
 clean:
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV) $(OUT) build site .cache

@@ -42,6 +42,8 @@ class TinyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
+    """Low-rank adapters in the backbone (LoRA, Hu et al. 2021), in place of training all its weights."""
+
     enabled: bool = False
     """Train low-rank adapters in the backbone instead of all its weights."""
     rank: int = 8

@@ -28,7 +28,7 @@ def _blocks(text: str) -> list[tuple[str, str]]:
 
 def _tree() -> list[str]:
     """Paths of the tree's lines, relative to the root; a line two spaces in lies in the folder above it."""
-    (block,) = [text for _, text in _blocks(README) if text.startswith("pixrec/ ")]
+    (block,) = [text for _, text in _blocks(TEXTS["CONTRIBUTING.md"]) if text.startswith("pixrec/ ")]
     paths, folder = [], ""
     for line in block.splitlines():
         name = line.split()[0]
@@ -39,7 +39,7 @@ def _tree() -> list[str]:
 
 def _lines(text: str, *programs: str) -> list[list[str]]:
     """The arguments of every line of the code blocks that runs one of `programs`; continued lines are joined."""
-    code = "".join(block for language, block in _blocks(text) if not language).replace("\\\n", " ")
+    code = "".join(block for language, block in _blocks(text) if language in ("", "sh")).replace("\\\n", " ")
     words = [shlex.split(line, comments=True) for line in code.splitlines() if any(p in line for p in programs)]
     return [w[w.index(p) + 1 :] for w in words for p in programs if p in w]
 

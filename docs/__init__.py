@@ -1,0 +1,1 @@
+"""The pages of the documentation, and what puts the site together."""
