@@ -9,7 +9,7 @@ import datetime
 import decimal
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from pixrec.data.images import DECODER
 from pixrec.data.pictures import open_pictures
 from pixrec.data.text import item_text
 from pixrec.errors import ArtifactError, InputError
-from pixrec.query import Filters, Range
+from pixrec.query import Filters
 from pixrec.schema import (
     DESCRIPTION,
     IMAGE,
@@ -145,15 +145,15 @@ class ItemTable:
 
     @property
     def range_fields(self) -> list[str]:
-        """Names of the columns of numbers, which `filter_mask` takes a Range for: price and the catalog's own."""
+        """Names of the columns of numbers, of which `filter_mask` takes ranges: price and the catalog's own."""
         return [name for name, column in self._columns.items() if _is_number(column.type)]
 
     def filter_problem(self, filters: Filters) -> str | None:
         """What keeps the filters from being used on this catalog; None when all is well."""
         for name, wanted in filters.items():
-            if isinstance(wanted, Range) and name in self.filter_fields and name not in self.range_fields:
+            if isinstance(wanted, Mapping) and name in self.filter_fields and name not in self.range_fields:
                 return f"{name!r} holds no numbers: give a list of values"
-            usable = [*self.filter_fields, *(self.range_fields if isinstance(wanted, Range) else [])]
+            usable = [*self.filter_fields, *(self.range_fields if isinstance(wanted, Mapping) else [])]
             if name not in usable:
                 return (
                     f"{name!r} is no filter field of this catalog; known: {', '.join(dict.fromkeys(usable)) or 'none'}"
@@ -181,7 +181,7 @@ class ItemTable:
 
     def filter_mask(self, filters: Filters) -> np.ndarray:
         """bool (N,): the items that hold, in every field named, one of the values given for it, or a number within the
-        Range.
+        range given, `{"min": x, "max": y}`, both included, either may be absent.
 
         A text field that joins several values with `|`, and a list field, match by any one of them or the whole.
         Raises InputError on an unknown field, and where a bare string stands for the list of values.
@@ -193,7 +193,7 @@ class ItemTable:
         for name, wanted in filters.items():
             if isinstance(wanted, str):
                 raise InputError(f"filters: {name!r} must be a list of values, such as [{wanted!r}]")
-            if isinstance(wanted, Range):
+            if isinstance(wanted, Mapping):
                 mask &= self._within(name, wanted)
                 continue
             if name not in self._filters:
@@ -201,13 +201,12 @@ class ItemTable:
             mask &= self._filters[name].mask(wanted, len(self))
         return mask
 
-    def _within(self, name: str, wanted: Range) -> np.ndarray:
+    def _within(self, name: str, wanted: Mapping[str, float]) -> np.ndarray:
         """bool (N,): the items whose number in the column lies in the range; one without a number does not."""
         if name not in self._numbers:
             self._numbers[name] = pc.cast(self._columns[name], pa.float64()).to_numpy()  # nulls become NaN
         numbers = self._numbers[name]
-        least, most = (-math.inf if wanted.least is None else wanted.least), wanted.most
-        return (numbers >= least) & (numbers <= (math.inf if most is None else most))
+        return (numbers >= wanted.get("min", -math.inf)) & (numbers <= wanted.get("max", math.inf))
 
     def _value(self, name: str, row: int) -> Any:
         return self._columns[name][row].as_py()
