@@ -1,7 +1,7 @@
 """A client of the HTTP interface, for threads and for asyncio, in the words of `pixrec.query`.
 
     with Client("http://127.0.0.1:8000", api_key=key) as client:
-        answer = client.recommend(["p00017", "p00042"], k=5, filters={"price": Range(most=20.0)})
+        answer = client.recommend(["p00017", "p00042"], k=5, filters={"price": {"max": 20.0}})
 
 What only reads is sent again, after a pause that grows, when the server was not reached, is overloaded or is starting;
 a pause that the server names (Retry-After) is kept to. Knows httpx; knows no torch and no Ray.
@@ -22,7 +22,7 @@ from urllib.parse import quote
 import httpx
 
 from pixrec.errors import PixRecError
-from pixrec.query import Answer, Filters, Query, Range
+from pixrec.query import Answer, Filters, Query
 
 _Given = TypeVar("_Given")
 
@@ -187,7 +187,7 @@ def _ranking(query: Query) -> dict[str, Any]:
 
 
 def _wanted(value: Any) -> Any:
-    return {"least": value.least, "most": value.most} if isinstance(value, Range) else list(value)
+    return dict(value) if isinstance(value, Mapping) else list(value)
 
 
 def _text(image: bytes) -> str:

@@ -11,18 +11,9 @@ from typing import Any, Literal
 
 from pixrec.errors import InputError
 
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers from `least` to `most`, both included; None: no bound."""
-
-    least: float | None = None
-    most: float | None = None
-
-
-Filters = Mapping[str, Sequence[Any] | Range]
-"""By field the values or the range wanted: an item passes when every field named holds one of its values, or a number
-within its range."""
+Filters = Mapping[str, Sequence[Any] | Mapping[str, float]]
+"""Values by field: an item passes when it holds, in every field named, one of the values given for it, or a number
+within the range given, `{"min": x, "max": y}`."""
 
 ScoreKind = Literal["cosine", "purchase_share", "probability"]
 """What a score is: the cosine of two vectors, the item's share of all training events, or its chance to be next where

@@ -6,7 +6,7 @@ from one Arrow file: 4 bytes an item, and some 20 for each distinct value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pixrec.data.ids import IdIndex, hash_ids, sorted_hashes
+from pixrec.errors import InputError
 
 _VALUE, _ROWS, _HASH, _HASH_ROW = "value", "rows", "hash", "hash_row"
+RANGE_KEYS = {"min", "max"}
 
 
 class Filter:
@@ -49,12 +51,12 @@ class Filter:
                 mask[self._rows[self._offsets[at] : self._offsets[at + 1]]] = True
         return mask
 
-    def range_mask(self, low: float | None, high: float | None, num_rows: int) -> np.ndarray:
-        """bool (num_rows,): the rows that hold a number from `low` to `high`, both included; None: no bound."""
+    def range_mask(self, low: float, high: float, num_rows: int) -> np.ndarray:
+        """bool (num_rows,): the rows that hold a number from `low` to `high`, both included."""
         assert self._numbers is not None
         mask = np.zeros(num_rows, dtype=bool)
-        first = np.searchsorted(self._numbers, -np.inf if low is None else _comparable(low), "left")
-        last = np.searchsorted(self._numbers, np.inf if high is None else _comparable(high), "right")  # NaN comes after
+        first = np.searchsorted(self._numbers, low, "left")
+        last = np.searchsorted(self._numbers, high, "right")
         if first < last:
             mask[self._rows[self._offsets[first] : self._offsets[last]]] = True
         return mask
@@ -113,6 +115,15 @@ def can_filter(kind: pa.DataType) -> bool:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return kind.value_type == pa.string()
     return kind == pa.string() or is_number(kind) or pa.types.is_boolean(kind)
+
+
+def bounds_of(name: str, wanted: Mapping[str, Any]) -> tuple[float, float]:
+    """The bounds of a range, `{"min": x, "max": y}`, of which one may be absent. Raises InputError on anything else."""
+    plain = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in wanted.values())
+    if not wanted or not set(wanted) <= RANGE_KEYS or not plain:
+        form = '{"min": number, "max": number} or one of the two'
+        raise InputError(f"filters: {name!r}: a range is {form}, not {dict(wanted)!r}")
+    return _comparable(wanted.get("min", -np.inf)), _comparable(wanted.get("max", np.inf))
 
 
 def _comparable(value: float) -> float:

@@ -20,13 +20,13 @@ import pyarrow.compute as pc
 
 from pixrec import storage
 from pixrec.data.arrays import Arrays, open_arrays
-from pixrec.data.filters import Filter, can_filter, is_number, single_values, turned
+from pixrec.data.filters import Filter, bounds_of, can_filter, is_number, single_values, turned
 from pixrec.data.ids import IdIndex, Ids
 from pixrec.data.images import DECODER
 from pixrec.data.pictures import open_pictures
 from pixrec.data.text import item_text
 from pixrec.errors import ArtifactError, InputError
-from pixrec.query import Filters, Range
+from pixrec.query import Filters
 from pixrec.schema import (
     DESCRIPTION,
     IMAGE,
@@ -158,9 +158,9 @@ class ItemTable:
     def filter_problem(self, filters: Filters) -> str | None:
         """What keeps the filters from being used on this catalog; None when all is well."""
         for name, wanted in filters.items():
-            if isinstance(wanted, Range) and name in self.filter_fields and name not in self.range_fields:
+            if isinstance(wanted, Mapping) and name in self.filter_fields and name not in self.range_fields:
                 return f"{name!r} holds no numbers: give a list of values"
-            usable = [*self.filter_fields, *(self.range_fields if isinstance(wanted, Range) else [])]
+            usable = [*self.filter_fields, *(self.range_fields if isinstance(wanted, Mapping) else [])]
             if name not in usable:
                 return (
                     f"{name!r} is no filter field of this catalog; known: {', '.join(dict.fromkeys(usable)) or 'none'}"
@@ -188,7 +188,7 @@ class ItemTable:
 
     def filter_mask(self, filters: Filters) -> np.ndarray:
         """bool (N,): the items that hold, in every field named, one of the values given for it, or a number within the
-        Range.
+        range given, `{"min": x, "max": y}`, both included, either may be absent.
 
         A text field that joins several values with `|`, and a list field, match by any one of them or the whole.
         Raises InputError on an unknown field, and where something else stands for the list of values.
@@ -198,11 +198,10 @@ class ItemTable:
             raise InputError(f"filters: {problem}")
         mask = np.ones(len(self), dtype=bool)
         for name, wanted in filters.items():
-            if isinstance(wanted, str | Mapping):
-                example = wanted if isinstance(wanted, str) else "1995"
-                raise InputError(f"filters: {name!r} must be a list of values, such as [{example!r}], or a Range")
-            if isinstance(wanted, Range):
-                mask &= self._filter(name).range_mask(wanted.least, wanted.most, len(self))
+            if isinstance(wanted, str):
+                raise InputError(f"filters: {name!r} must be a list of values, such as [{wanted!r}]")
+            if isinstance(wanted, Mapping):
+                mask &= self._filter(name).range_mask(*bounds_of(name, wanted), len(self))
             else:
                 mask &= self._filter(name).mask(wanted, len(self))
         return mask

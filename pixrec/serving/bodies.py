@@ -36,8 +36,8 @@ FilterValue = Text | bool | int | Annotated[float, Field(allow_inf_nan=False)]
 class RangeBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    least: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    most: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    min: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    max: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 
 FilterValues = dict[Text, Annotated[list[FilterValue], _FailFast()] | RangeBody]

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 import pixrec
 from pixrec.config import ServeConfig
 from pixrec.events import Event, EventStore
-from pixrec.query import Answer, NewItem, Query, Range
+from pixrec.query import Answer, NewItem, Query
 from pixrec.serving.backend import Backend, BackendError, Change, Overloaded, Refusal, ToEmbed
 from pixrec.serving.bodies import (
     NO_VERSION,
@@ -369,7 +369,9 @@ def _query(body: RankingBody, config: ServeConfig, **fields: Any) -> Query:
     filters: dict[str, Any] = {}
     for name, wanted in body.filters.items():
         if isinstance(wanted, RangeBody):
-            filters[name] = Range(wanted.least, wanted.most)
+            filters[name] = wanted.model_dump(exclude_none=True)
+            if not filters[name]:
+                raise _field_error("filters", f"the range of {name!r} needs a min, a max, or both")
         else:
             _check_length("filters", len(wanted), config.max_request_items, "values of one field")
             filters[name] = wanted

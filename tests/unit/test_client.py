@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from pixrec.client import AsyncClient, Client, NotAnswered, Rejected, Retries, Vectors
-from pixrec.query import COSINE, Answer, NewItem, Query, Range
+from pixrec.query import COSINE, Answer, NewItem, Query
 
 NO_PAUSE = Retries(attempts=3, first_seconds=0.0)
 ANSWER = {"items": [{"item_id": "b", "score": 0.5}], "score_kind": "cosine", "model_version": "m", "index_version": "i"}
@@ -45,7 +45,7 @@ def test_a_query_goes_out_as_http_takes_it_and_an_answer_comes_back_typed() -> N
     query = Query(
         ("a", "ghost"),
         5,
-        filters={"brand": ("Acme",), "price": Range(most=3.0)},
+        filters={"brand": ("Acme",), "price": {"max": 3.0}},
         new_items={"n": NewItem({"title": "lamp"}, b"jpeg")},
         max_per={"brand": 1},
         reasons=True,
@@ -54,7 +54,7 @@ def test_a_query_goes_out_as_http_takes_it_and_an_answer_comes_back_typed() -> N
     (request,) = seen
     assert request.headers["x-api-key"] == "key"
     body = httpx.Response(200, content=request.content).json()
-    assert body["filters"] == {"brand": ["Acme"], "price": {"least": None, "most": 3.0}}
+    assert body["filters"] == {"brand": ["Acme"], "price": {"max": 3.0}}
     assert body["new_items"] == {"n": {"title": "lamp", "image_base64": "anBlZw=="}}
 
 
