@@ -34,7 +34,7 @@ PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.
     "README.md": (ROOT / "README.md").read_text(),
     "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(),
 }
-PROGRAMS = set(["pixrec", "make", "python", "ray", "serve", "export", "docker", "kubectl", "helm", "cd", "git"])
+PROGRAMS = {"pixrec", "make", "python", "ray", "serve", "export", "docker", "kubectl", "helm", "cd", "git"}
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
