@@ -55,7 +55,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.verb == "bench-serve":  # which wants its cores for the load
         return _bench_serve(arguments)
     if arguments.verb == "events":
-        from pixrec.events import export
+        from pixrec.serving.events import export
 
         return {"out": arguments.out, "events": export(arguments.events, arguments.out)}
     from pixrec import verbs
@@ -106,7 +106,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _bench_serve(a: argparse.Namespace) -> dict[str, Any]:
-    from pixrec.loadtest import Load, run
+    from pixrec.serving.loadtest import Load, run
 
     return run(Load(a.url, a.seconds, a.rate, a.clients, a.api_key, a.k, a.history_items))
 

@@ -30,10 +30,10 @@ from pixrec.model.compact import UNKNOWN_TIME
 from pixrec.model.encoding import Content
 from pixrec.model.vision import PictureTokens, find_tokens
 from pixrec.query import COSINE, PROBABILITY, PURCHASE_SHARE, Answer, Filters, NewItem, Query, ScoreKind
-from pixrec.rerank import choose
+from pixrec.retrieval.rerank import choose
+from pixrec.retrieval.search import Searcher
 from pixrec.scorers.blend import Mixture, fitted_mixture
 from pixrec.scorers.towers import TowerScorer
-from pixrec.search import Searcher
 
 NEW_ITEMS_KEPT = 10_000
 """Vectors of new items that are kept; the one not asked for the longest goes first."""

@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from pixrec.approximate import Approximate, build, bytes_per_item, require_faiss
 from pixrec.artifact.approximate import measured
-from pixrec.search import Found, Searcher
+from pixrec.retrieval.approximate import Approximate, build, bytes_per_item, require_faiss
+from pixrec.retrieval.search import Found, Searcher
 
 WIDTH, K, CLUSTERS, QUERIES, BATCH = 128, 10, 5000, 256, 32
 PASSING = (0.5, 0.1, 0.03, 0.01)
@@ -140,8 +140,8 @@ _OPENED = """
 import re, sys
 import numpy as np
 from pixrec import storage
-from pixrec.approximate import Approximate
-from pixrec.search import Searcher
+from pixrec.retrieval.approximate import Approximate
+from pixrec.retrieval.search import Searcher
 
 def held():
     text = open("/proc/self/status").read()

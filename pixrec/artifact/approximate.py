@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from pixrec import storage
-from pixrec.approximate import Approximate, build, bytes_per_item, require_faiss
 from pixrec.artifact.index import STRUCTURE, stored_parts
 from pixrec.config import EmbedConfig
 from pixrec.errors import PixRecError, fault_text
 from pixrec.index import top_k
-from pixrec.search import Searcher
+from pixrec.retrieval.approximate import Approximate, build, bytes_per_item, require_faiss
+from pixrec.retrieval.search import Searcher
 
 NEIGHBOURS, QUERIES = 10, 256
 MOST_READ = 1 / 8

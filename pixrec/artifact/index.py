@@ -18,11 +18,11 @@ import pyarrow.compute as pc
 
 import pixrec
 from pixrec import storage
-from pixrec.approximate import Approximate
 from pixrec.artifact.stored import to_content, to_table, to_vectors
 from pixrec.data.ids import Ids
 from pixrec.data.items import ItemTable
 from pixrec.errors import ArtifactError
+from pixrec.retrieval.approximate import Approximate
 from pixrec.schema import CONTENT, EMBEDDING, HAS_IMAGE, ITEM_ID, SCALE, index_schema
 
 MANIFEST, CURRENT, VERSIONS = "manifest.json", "CURRENT", "versions"

@@ -18,7 +18,6 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from pixrec.config import ServeConfig
-from pixrec.events import EventStore
 from pixrec.query import Answer, Query
 from pixrec.serving.backend import (
     Change,
@@ -30,6 +29,7 @@ from pixrec.serving.backend import (
     Unavailable,
     Versions,
 )
+from pixrec.serving.events import EventStore
 from pixrec.serving.http import create_api
 from pixrec.serving.metrics import RequestMetrics, merged
 from pixrec.serving.published import Source

@@ -22,7 +22,6 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 import pixrec
 from pixrec.config import ServeConfig
-from pixrec.events import Event, EventStore
 from pixrec.query import Answer, NewItem, Query
 from pixrec.serving.backend import Backend, BackendError, Change, Overloaded, Refusal, ToEmbed
 from pixrec.serving.bodies import (
@@ -48,6 +47,7 @@ from pixrec.serving.bodies import (
     SimilarBody,
     StoredBody,
 )
+from pixrec.serving.events import Event, EventStore
 from pixrec.serving.gate import Gate, JsonResponse, unavailable
 from pixrec.serving.metrics import RequestMetrics
 

@@ -21,7 +21,7 @@ from pixrec import cli, storage, verbs
 from pixrec.artifact import Model
 from pixrec.data.sequences import Dataset
 from pixrec.errors import InputError
-from pixrec.events import Event, EventStore
+from pixrec.serving.events import Event, EventStore
 
 
 class Ran(NamedTuple):

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pytest
 
 from pixrec import storage
-from pixrec.approximate import build
 from pixrec.artifact import index_manifest, index_version, load_index
 from pixrec.artifact.approximate import add_structure, measured, wants_structure
 from pixrec.artifact.index import APPROXIMATE, STRUCTURE
 from pixrec.config import EmbedConfig
 from pixrec.data.items import ItemTable
 from pixrec.errors import ArtifactError, ConfigError, PixRecError, raise_fault
+from pixrec.retrieval.approximate import build
 
 pytest.importorskip("faiss", reason="faiss is not installed")
 
@@ -99,7 +99,7 @@ def test_a_structure_that_is_damaged(index: str):
 
 
 def test_vectors_without_clusters_get_none_since_reading_most_of_them_is_no_gain(tmp_path: Path):
-    from pixrec.approximate import Approximate
+    from pixrec.retrieval.approximate import Approximate
 
     vectors = np.random.default_rng(0).standard_normal((N, 64)).astype(np.float32)
     build(vectors, "int8", str(tmp_path / STRUCTURE), threads=1)

@@ -18,11 +18,11 @@ from fakes import square
 
 from pixrec.client import AsyncClient, Rejected
 from pixrec.config import ServeConfig
-from pixrec.events import EventStore
 from pixrec.query import Answer, NewItem, Query, ScoreKind
 from pixrec.schema import TEXT_FIELDS
 from pixrec.serving.backend import Overloaded, Unavailable
 from pixrec.serving.bodies import AnswerBody, FilterValue, NewItemBody, RangeBody, RankedItem, RecommendBody
+from pixrec.serving.events import EventStore
 from pixrec.serving.gate import Rate
 from pixrec.serving.http import create_api, image_type, jsonable
 from pixrec.serving.metrics import RequestMetrics

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pixrec.approximate import Approximate, build, bytes_per_item, num_lists, require_faiss
 from pixrec.errors import ArtifactError, PixRecError
+from pixrec.retrieval.approximate import Approximate, build, bytes_per_item, num_lists, require_faiss
 
 pytest.importorskip("faiss", reason="faiss is not installed")
 

@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from pixrec.approximate import Approximate
 from pixrec.index import top_k
+from pixrec.retrieval.approximate import Approximate
 
 CANDIDATES = 4
 """So many for each result are taken from the compressed vectors and ranked again by the full ones."""

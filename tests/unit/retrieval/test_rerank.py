@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pixrec.rerank import choose
+from pixrec.retrieval.rerank import choose
 
 # Two near copies, one that is unlike them, and one in between.
 VECTORS = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.6, 0.8]], np.float32)

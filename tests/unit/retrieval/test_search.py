@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pixrec.approximate import Approximate, build
 from pixrec.index import top_k
-from pixrec.search import EXACT_SHARE, Searcher, merge, row_ranges, search_shards
+from pixrec.retrieval.approximate import Approximate, build
+from pixrec.retrieval.search import EXACT_SHARE, Searcher, merge, row_ranges, search_shards
 
 N, D = 4000, 16
 

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from pixrec import cli
 from pixrec.errors import InputError
-from pixrec.loadtest import Load, Seen, histogram, mean_stages, quantile, run, stage_sums
+from pixrec.serving.loadtest import Load, Seen, histogram, mean_stages, quantile, run, stage_sums
 
 Answer = Callable[[int], Awaitable[web.Response]]
 RANKING = {"items": [{"item_id": "a", "score": 1.0}], "model_version": "m", "index_version": "i"}

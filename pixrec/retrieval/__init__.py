@@ -1,0 +1,1 @@
+"""Search among the vectors of an index: exact or approximate, filtered, in shards; and a choice among what was found."""
