@@ -2,8 +2,8 @@
 which a search reads the nearest few. Knows vectors and rows, and one file; knows no item.
 
 The lists hold the vectors compressed (`Codes`). What they propose is ranked again by the full vectors
-(`pixrec.retrieval.search`), so that scores are exact and only who is proposed is not. Inverted lists and `pq` codes are those of
-Jégou, Douze and Schmid, Product quantization for nearest neighbor search, PAMI 2011.
+(`pixrec.retrieval.search`), so that scores are exact and only who is proposed is not. Inverted lists and `pq` codes are
+those of Jégou, Douze and Schmid, Product quantization for nearest neighbor search, PAMI 2011.
 
 Shapes: B queries · N items · D width · L lists · C candidates.
 """

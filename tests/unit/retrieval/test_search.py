@@ -105,7 +105,8 @@ def test_recall_under_filters_of_any_share(tmp_path: Path):
 @pytest.mark.parametrize("num_queries", [1, 5])
 @pytest.mark.parametrize("num_items", [4000, 1003, 5])
 def test_shards_give_what_one_index_gives(shards, num_queries, num_items):
-    """Scores with all their bits, and ties, which whole numbers are full of, in the order of the whole index."""
+    """Ties, which whole numbers are full of, in the order of the whole index. Their scores are equal to the bit; those of
+    other numbers may differ in the last one, since threads sum in an order of their own."""
     real = np.random.default_rng(0).standard_normal((num_items, D)).astype(np.float32)
     real[::3] = real[0]
     for items in (whole_numbers(num_items, 1), real):
@@ -117,7 +118,7 @@ def test_shards_give_what_one_index_gives(shards, num_queries, num_items):
             masks = None if mask is None else [mask[part.start : part.stop] for part in parts]
             merged, whole = search_shards(searchers, queries, 20, masks), Searcher(items).search(queries, 20, mask)
             np.testing.assert_array_equal(merged.rows, whole[1])
-            np.testing.assert_array_equal(merged.scores, whole[0])
+            np.testing.assert_allclose(merged.scores, whole[0], rtol=0 if items is not real else 1e-6)
             assert merged.missing == []
 
 

@@ -65,7 +65,8 @@ def test_several_stores_of_one_file_lose_nothing(path: str) -> None:
 
 def test_what_was_added_survives_a_process_that_is_killed(path: str) -> None:
     script = (
-        "import os, signal, sys; from pixrec.serving.events import Event, EventStore; store = EventStore(sys.argv[1], 9); "
+        "import os, signal, sys; from pixrec.serving.events import Event, EventStore; "
+        "store = EventStore(sys.argv[1], 9); "
         "store.add([Event('u', 'a', 1)]); store._sql.execute('BEGIN IMMEDIATE'); "
         "store._sql.execute(\"INSERT INTO events VALUES ('u', 2, 'half', '', 1)\"); "
         "os.kill(os.getpid(), signal.SIGKILL)"
