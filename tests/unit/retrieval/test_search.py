@@ -105,8 +105,8 @@ def test_recall_under_filters_of_any_share(tmp_path: Path):
 @pytest.mark.parametrize("num_queries", [1, 5])
 @pytest.mark.parametrize("num_items", [4000, 1003, 5])
 def test_shards_give_what_one_index_gives(shards, num_queries, num_items):
-    """Ties, which whole numbers are full of, in the order of the whole index. Their scores are equal to the bit; those of
-    other numbers may differ in the last one, since threads sum in an order of their own."""
+    """Ties, which whole numbers are full of, in the order of the whole index. Their scores are equal to the bit; those
+    of other numbers may differ in the last one, since threads sum in an order of their own."""
     real = np.random.default_rng(0).standard_normal((num_items, D)).astype(np.float32)
     real[::3] = real[0]
     for items in (whole_numbers(num_items, 1), real):
