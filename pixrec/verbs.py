@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pixrec import storage
 from pixrec.artifact import MODEL_MARKER, Model, check_index_writable, load_index, load_model
+from pixrec.artifact.index import APPROXIMATE
 from pixrec.artifact.sources import RECALL
 from pixrec.config import Config, ModelConfig, change_config, load_config, to_dict
 from pixrec.console import Console
@@ -205,6 +206,8 @@ def embed(
         recall = manifest.get(RECALL, {})
         if figures := ", ".join(f"{name} {recall[name]:.4f}" for name in recall if name.startswith("recall")):
             console.say(f"{manifest['dtype']} finds of the exact neighbours by float32: {figures}")
+        if left_out := manifest.get(APPROXIMATE, {}).get("left_out"):
+            console.warn(f"searches of this index are exact: {left_out}")
     return PublishedIndex.of(out, manifest)
 
 

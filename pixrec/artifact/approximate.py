@@ -25,21 +25,20 @@ MOST_READ = 1 / 8
 
 
 def wants_structure(rows: int, config: EmbedConfig) -> bool:
-    """Whether an index of so many items gets a structure. Raises PixRecError where it does and faiss is lacking."""
-    if config.approximate_above is None or rows <= config.approximate_above:
-        return False
-    require_faiss(
-        f"an index of {rows:,} items (embed.approximate_above is {config.approximate_above:,}; null searches exactly)"
-    )
-    return True
+    """Whether an index of so many items is to get a structure."""
+    return config.approximate_above is not None and rows > config.approximate_above
 
 
 def add_structure(folder: str, rows: int, width: int, dtype: str, config: EmbedConfig) -> dict[str, Any]:
     """Write the structure beside the parts of a version that is being written; returns what the manifest says of it,
     and the `fault` where there is one instead.
 
-    The vectors lie in a temporary file meanwhile, 4 N D bytes.
+    The vectors lie in a temporary file meanwhile, 4 N D bytes. Without faiss nothing is written, which `left_out` says.
     """
+    try:
+        require_faiss("approximate search")
+    except PixRecError as error:
+        return {"left_out": str(error)}
     try:
         with tempfile.TemporaryDirectory(prefix="pixrec-") as place:
             shape, vectors_file = (rows, width), os.path.join(place, "vectors.npy")

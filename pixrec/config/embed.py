@@ -36,7 +36,7 @@ class EmbedConfig:
     """Items whose vectors an actor stores together; when a run is killed, each actor loses at most that many."""
     approximate_above: int | None = 300_000
     """An index of more items gets a structure for approximate search, which needs faiss
-    (`pip install 'pixrec[approximate]'`); smaller ones are searched exactly. None: always exactly."""
+    (`pip install 'pixrec[approximate]'`); smaller ones, and without faiss all, are searched exactly. None: always."""
     approximate_codes: Literal["float16", "int8", "pq"] = "int8"
     """How that structure holds a vector: in 2 bytes a value, in 1, or in a quarter (product quantization). The items it
     proposes are ranked again by their full vectors."""

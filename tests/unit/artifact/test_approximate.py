@@ -108,13 +108,17 @@ def test_vectors_without_clusters_get_none_since_reading_most_of_them_is_no_gain
     assert "an exact search is as fast" in facts["left_out"]
 
 
-def test_which_index_gets_one(monkeypatch: pytest.MonkeyPatch):
+def test_which_index_gets_one():
     assert not wants_structure(300_000, EmbedConfig())
     assert wants_structure(300_001, EmbedConfig())
     assert not wants_structure(10**9, EmbedConfig(approximate_above=None))
     with pytest.raises(ConfigError, match=r"approximate_recall is 1\.5"):
         EmbedConfig(approximate_recall=1.5)
+
+
+def test_without_faiss_an_index_is_searched_exactly_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    assert not wants_structure(300_000, EmbedConfig())
-    with pytest.raises(PixRecError, match=r"an index of 300,001 items .*approximate_above.* needs faiss"):
-        wants_structure(300_001, EmbedConfig())
+    facts = add_structure(str(tmp_path), 10, 4, "float32", EmbedConfig(approximate_above=0))
+    assert list(facts) == ["left_out"]
+    assert "needs faiss, which is not installed" in facts["left_out"]
+    assert not list(tmp_path.iterdir())
