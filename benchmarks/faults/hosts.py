@@ -106,7 +106,8 @@ class Host:
 class Hosts:
     """A head that takes no work, workers of some CPUs each, and an S3 endpoint; a context manager."""
 
-    def __init__(self, workers: int = 2, cpus: int = 3) -> None:
+    def __init__(self, workers: int = 2, cpus: int = 3, start_seconds: float = PATIENCE_SECONDS) -> None:
+        self.start_seconds = start_seconds
         self.id = secrets.token_hex(2)
         self.subnet = f"10.88.{secrets.randbelow(200) + 1}"
         self.bridge, self.gateway = f"px{self.id}", f"{self.subnet}.1"
@@ -200,7 +201,7 @@ class Hosts:
     def _start_head(self) -> None:
         options = ["--head", "--port=6379", f"--dashboard-host={self.head.address}", "--num-cpus=0"]
         self.head.start([*options, f"--object-store-memory={200 * 1024**2}"], self.environment)
-        wait(lambda: self._alive() and self.nodes(), PATIENCE_SECONDS, f"the head; see {self.folder}")
+        wait(lambda: self._alive() and self.nodes(), self.start_seconds, f"the head; see {self.folder}")
 
     def start_worker(self, host: Host) -> None:
         store = f"--object-store-memory={200 * 1024**2}"
@@ -215,10 +216,14 @@ class Hosts:
         finally:
             self._ip(f"link set {self.link(host)} up")
 
-    def ready(self, seconds: float = PATIENCE_SECONDS) -> None:
-        """Return when all hosts are nodes of the cluster."""
+    def ready(self) -> None:
+        """Return when all hosts are nodes of the cluster. Raises TimeoutError after `start_seconds`."""
         everybody = len(self.hosts)
-        wait(lambda: self._alive() and len(self.nodes()) == everybody, seconds, f"the hosts; see {self.folder}")
+        wait(
+            lambda: self._alive() and len(self.nodes()) == everybody,
+            self.start_seconds,
+            f"the hosts; see {self.folder}",
+        )
 
     def _alive(self) -> bool:
         """Raises RuntimeError where `ray start` of a host has ended by itself."""
