@@ -1,6 +1,6 @@
 """Several hosts on this machine, each a network namespace, that share an S3 endpoint and no folder. Skipped where
-namespaces are not allowed, and where Ray's nodes do not start in time. What is run here is a job off the head that asks all of them; `python -m
-benchmarks.faults.hosts` runs whole pipelines on such hosts and kills some of them."""
+namespaces are not allowed, and where Ray's nodes do not start in time. What is run here is a job off the head that asks
+all of them; `python -m benchmarks.faults.hosts` runs whole pipelines on such hosts and kills some of them."""
 
 from __future__ import annotations
 
