@@ -65,7 +65,7 @@ class PictureEncoder:
 
 
 class TextEncoder:
-    """One actor: stores the vectors of those texts that the store lacks. Builds the model at the first of them.
+    """One actor: stores the vectors of those texts that the store lacks. Builds the model, whose tokenizer names them.
 
     Usable without Ray.
     """
