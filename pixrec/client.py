@@ -22,7 +22,7 @@ from urllib.parse import quote
 import httpx
 
 from pixrec.errors import PixRecError
-from pixrec.query import Answer, Filters, Query
+from pixrec.query import Answer, Filters, Query, Vectors
 
 _Given = TypeVar("_Given")
 
@@ -49,18 +49,6 @@ class Rejected(RequestFailed):
 
 class NotAnswered(RequestFailed):
     pass
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """Vectors in the shared space, each a list of D numbers, in the order they were asked for; None: nothing known."""
-
-    texts: list[list[float]]
-    images: list[list[float]]
-    item_ids: list[list[float] | None]
-    histories: list[list[float] | None]
-    model_version: str
-    index_version: str
 
 
 @dataclass(frozen=True)

@@ -115,3 +115,15 @@ def _misfit(timestamps: Sequence[int], length: int) -> str | None:
     if length and not -MAX_TIMESTAMP <= timestamps[0] <= timestamps[-1] <= MAX_TIMESTAMP:
         return "timestamps are milliseconds since the epoch: some lie more than 10,000 years from now"
     return None
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Vectors in the shared space, each a list of D numbers, in the order they were asked for; None: nothing known."""
+
+    texts: list[list[float]]
+    images: list[list[float]]
+    item_ids: list[list[float] | None]
+    histories: list[list[float] | None]
+    model_version: str
+    index_version: str

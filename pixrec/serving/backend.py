@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pixrec.query import Answer, Query
+from pixrec.query import Answer, Query, Vectors
 
 FilterValues = dict[str, list[tuple[Any, int]]]
 """Most frequent values of each field that a request may filter by, and how many items hold each."""
@@ -31,18 +31,6 @@ class ToEmbed:
     images: Sequence[bytes] = ()
     item_ids: Sequence[str] = ()
     histories: Sequence[Sequence[str]] = ()
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """Vectors in the shared space, in the order they were asked for; None where nothing is known."""
-
-    texts: list[list[float]]
-    images: list[list[float]]
-    item_ids: list[list[float] | None]
-    histories: list[list[float] | None]
-    model_version: str
-    index_version: str
 
 
 @dataclass(frozen=True)
@@ -89,7 +77,7 @@ class Backend(Protocol):
 
     async def search(self, text: str, image: bytes | None, query: Query) -> Answer | Refusal: ...
 
-    async def embed(self, wanted: ToEmbed) -> Embedded | Refusal: ...
+    async def embed(self, wanted: ToEmbed) -> Vectors | Refusal: ...
 
     async def filters(self) -> FilterValues: ...
 

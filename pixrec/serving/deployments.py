@@ -18,10 +18,9 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from pixrec.config import ServeConfig
-from pixrec.query import Answer, Query
+from pixrec.query import Answer, Query, Vectors
 from pixrec.serving.backend import (
     Change,
-    Embedded,
     FilterValues,
     Overloaded,
     Refusal,
@@ -64,7 +63,7 @@ class ServeBackend:
     async def search(self, text: str, image: bytes | None, query: Query) -> Answer | Refusal:
         return await self._ask("search", text, image, query)
 
-    async def embed(self, wanted: ToEmbed) -> Embedded | Refusal:
+    async def embed(self, wanted: ToEmbed) -> Vectors | Refusal:
         return await self._ask("embed", wanted)
 
     async def filters(self) -> FilterValues:

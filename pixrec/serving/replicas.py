@@ -17,8 +17,8 @@ from ray.serve.handle import DeploymentHandle
 
 from pixrec.config import ServeConfig
 from pixrec.errors import ArtifactError, InputError, UnreadableImage
-from pixrec.query import Answer, Query
-from pixrec.serving.backend import Change, Embedded, FilterValues, Refusal, ToEmbed, Versions
+from pixrec.query import Answer, Query, Vectors
+from pixrec.serving.backend import Change, FilterValues, Refusal, ToEmbed, Versions
 from pixrec.serving.metrics import ReplicaMetrics
 from pixrec.serving.published import Outcome, Rollout, Source
 
@@ -171,7 +171,7 @@ class RecommenderReplica(Replica):
             await self.reload()
         raise RuntimeError("no retrieval replica has the versions of this replica")
 
-    async def embed(self, wanted: ToEmbed) -> Embedded | Refusal:
+    async def embed(self, wanted: ToEmbed) -> Vectors | Refusal:
         try:
             return await self._compute("encode", _embedded, self._recommender, wanted)
         except UnreadableImage as error:
@@ -232,7 +232,7 @@ def _encoded(recommender: Recommender, queries: Sequence[Query]) -> tuple[list[A
     return asked, recommender.encode(asked)
 
 
-def _embedded(recommender: Recommender, wanted: ToEmbed) -> Embedded:
+def _embedded(recommender: Recommender, wanted: ToEmbed) -> Vectors:
     """The vectors wanted: contents in one pass of the item tower, histories in one of the user tower."""
     contents = [(text, None) for text in wanted.texts] + [("", image) for image in wanted.images]
     made = recommender.content_vectors(contents).tolist() if contents else []
@@ -240,7 +240,7 @@ def _embedded(recommender: Recommender, wanted: ToEmbed) -> Embedded:
     of_item = dict(zip(known, recommender.item_vectors(known).tolist() if known else [], strict=True))
     asked = recommender.read([Query(history) for history in wanted.histories])
     users = recommender.encode(asked).tolist() if asked else []
-    return Embedded(
+    return Vectors(
         made[: len(wanted.texts)],
         made[len(wanted.texts) :],
         [of_item.get(item_id) for item_id in wanted.item_ids],

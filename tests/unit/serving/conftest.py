@@ -13,8 +13,8 @@ import pytest
 from fastapi import FastAPI
 
 from pixrec.config import ServeConfig
-from pixrec.query import COSINE, PURCHASE_SHARE, Answer, Filters, Query
-from pixrec.serving.backend import Change, Embedded, FilterValues, Refusal, ToEmbed, Versions
+from pixrec.query import COSINE, PURCHASE_SHARE, Answer, Filters, Query, Vectors
+from pixrec.serving.backend import Change, FilterValues, Refusal, ToEmbed, Versions
 from pixrec.serving.http import create_api
 
 JPEG = b"\xff\xd8\xff and so on"
@@ -49,11 +49,11 @@ class FakeBackend:
             return Refusal("image_base64", "unreadable picture: not a picture")
         return self._rank("search", query.k, query.filters, set(), text, image)
 
-    async def embed(self, wanted: ToEmbed) -> Embedded | Refusal:
+    async def embed(self, wanted: ToEmbed) -> Vectors | Refusal:
         self._ask("embed", wanted)
         if b"not a picture" in wanted.images:
             return Refusal("images_base64", "unreadable picture: not a picture")
-        return Embedded(
+        return Vectors(
             [[1.0, 0.0] for _ in wanted.texts],
             [[0.0, 1.0] for _ in wanted.images],
             [[0.6, 0.8] if item_id in self.catalog else None for item_id in wanted.item_ids],

@@ -16,8 +16,8 @@ from ray.serve.exceptions import BackPressureError
 from pixrec.config import ServeConfig
 from pixrec.data.items import ItemTable
 from pixrec.errors import InputError, UnreadableImage
-from pixrec.query import COSINE, PURCHASE_SHARE, Answer, NewItem, Query
-from pixrec.serving.backend import Change, Embedded, Overloaded, Refusal, ToEmbed, Unavailable, Versions
+from pixrec.query import COSINE, PURCHASE_SHARE, Answer, NewItem, Query, Vectors
+from pixrec.serving.backend import Change, Overloaded, Refusal, ToEmbed, Unavailable, Versions
 from pixrec.serving.deployments import ServeBackend, bind
 from pixrec.serving.replicas import RecommenderReplica, RetrievalReplica
 
@@ -307,7 +307,7 @@ def test_who_is_ahead_of_retrieval_makes_it_follow_and_who_is_behind_follows(apa
 def test_vectors_in_the_order_asked_for(replica: RecommenderReplica) -> None:
     wanted = ToEmbed(["lamp"], [], ["ghost", "a"], [])
     found = asyncio.run(replica.embed(wanted))
-    assert found == Embedded([[0.75, 0.75]], [], [None, [0.25, 0.25]], [], "model-1", "index-1")
+    assert found == Vectors([[0.75, 0.75]], [], [None, [0.25, 0.25]], [], "model-1", "index-1")
     refusal = asyncio.run(replica.embed(ToEmbed(images=[b"?"])))
     assert refusal == Refusal("images_base64", "unreadable picture: not a picture")
 
