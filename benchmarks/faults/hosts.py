@@ -46,6 +46,8 @@ BUCKET = "s3://hosts"
 S3_PORT = 5000
 PATIENCE_SECONDS = 1800
 """For anything, on a machine that others use as well."""
+SAME_WORKERS, OTHER_WORKERS = 1e-6, 0.02
+"""How far components of unit vectors may lie apart after 24 steps: as many ranks round alike, fewer do not."""
 CUT_SECONDS, REFUSE_SECONDS, SLOW_SECONDS = 30, 60, 120
 CONFIG = """
 model: {user_tower: compact}
@@ -388,9 +390,11 @@ def fill(hosts: Hosts, items: int, users: int, config: str = CONFIG) -> None:
 
 
 def single_machine(hosts: Hosts, place: str) -> dict[str, Any]:
-    """The same pipeline without any cluster."""
+    """The same pipeline on one machine, with as many workers, since sums over ranks are rounded by their number."""
+    workers = f"train.num_workers={len(hosts.workers)}"
     small = [
-        f"--set={name}" for name in ("train.cpus_per_worker=0.5", "train.max_workers=null", "embed.cpus_per_actor=0.2")
+        f"--set={name}"
+        for name in (workers, "train.max_workers=null", "train.cpus_per_worker=0.3", "embed.cpus_per_actor=0.2")
     ]
     process = hosts.pixrec(*pipeline(place), *small)
     out, err = process.communicate(timeout=PATIENCE_SECONDS)
@@ -472,19 +476,27 @@ def main(faults: list[str], workers: int, items: int) -> int:
                 if host.process is None:
                     hosts.start_worker(host)
             hosts.ready()
-            run = Run(hosts, f"{fault}-{hosts.id}", pipeline(f"{BUCKET}/{fault}"))
-            disturb(fault, hosts, endpoint, run)
+            began = time.monotonic()
             try:
-                found = run.summary()
-            except RuntimeError:
-                if fault != "kill-head":
-                    raise
-                run = Run(hosts, f"{fault}-again", pipeline(f"{BUCKET}/{fault}"))
-                found = run.summary()
-            apart = compare(found, expected)
-            print(json.dumps({"fault": fault, "seconds": round(time.monotonic() - run.began), **apart}), flush=True)
-            worst |= not apart["data_equal"] or apart["largest_vector_difference"] > 1e-3
+                apart = compare(undergo(fault, hosts, endpoint), expected)
+            except (RuntimeError, TimeoutError) as error:
+                apart = {"failed": str(error)}
+            print(json.dumps({"fault": fault, "seconds": round(time.monotonic() - began), **apart}), flush=True)
+            allowed = SAME_WORKERS if fault == "none" else OTHER_WORKERS
+            worst |= not apart.get("data_equal") or apart["largest_vector_difference"] > allowed
     return int(worst)
+
+
+def undergo(fault: str, hosts: Hosts, endpoint: Endpoint) -> dict[str, Any]:
+    """What a pipeline says at its end that was disturbed so; one whose head went is submitted again."""
+    run = Run(hosts, f"{fault}-{hosts.id}", pipeline(f"{BUCKET}/{fault}"))
+    disturb(fault, hosts, endpoint, run)
+    try:
+        return run.summary()
+    except RuntimeError:
+        if fault != "kill-head":
+            raise
+        return Run(hosts, f"{fault}-again", pipeline(f"{BUCKET}/{fault}")).summary()
 
 
 if __name__ == "__main__":
