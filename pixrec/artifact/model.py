@@ -1,7 +1,7 @@
 """Saves and loads a model as one folder. safetensors, YAML and JSON only.
 
 A model is a folder: config.yaml (resolved), adapter/ (PEFT's format) or backbone/, heads.safetensors, processor/,
-embedded_ids.json where items have learned vectors, model.json (written last). Of encoders that stand still model.json
+embedded_ids/ where items have learned vectors, model.json (written last). Of encoders that stand still model.json
 names the weights by their hash, and there is no backbone/. A model's fingerprint names the weights, the tokenizer and
 what the towers may see.
 """
@@ -29,7 +29,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer,
 import pixrec
 from pixrec import storage
 from pixrec.config import Config, dump_config, load_config
-from pixrec.data.ids import Ids
+from pixrec.data.arrays import Arrays, write_index
+from pixrec.data.ids import IdIndex
 from pixrec.data.images import PixelBudget
 from pixrec.data.items import load_texts
 from pixrec.errors import ArtifactError, ConfigError
@@ -58,9 +59,10 @@ from pixrec.model.towers import DualTower
 
 MODEL_MARKER = "model.json"
 _KNOCKOUTS = "knockouts"
-_EMBEDDED_IDS = "embedded_ids.json"
+_EMBEDDED_IDS = "embedded_ids"
 _HEADS = "heads.safetensors"
 DESCRIPTION = "description.json"
+NO_IDS = pa.array([], pa.large_string())
 
 # What reading damaged files raises. RuntimeError: a tensor of another shape; KeyError: a file that lacks a key;
 # TypeError: a tokenizer without its settings.
@@ -76,8 +78,8 @@ class Model:
     config: Config
     info: dict[str, Any]
     """model.json: fingerprint, metrics, counts of training."""
-    embedded_ids: Sequence[str] = ()
-    """Items that have a learned vector of their own, in the order of those vectors."""
+    embedded_ids: IdIndex = field(default_factory=lambda: IdIndex.of(NO_IDS))
+    """Items that have a learned vector of their own, and the row of each among those vectors."""
     pretrained: dict[str, Any] = field(default_factory=dict)
     """Revision and hash of the weights that training began from; empty for `pixrec-tiny`."""
 
@@ -163,8 +165,12 @@ def untrained_model(config: Config, data_uris: Sequence[str], device: str = "cpu
 
 def with_compact(model: Model, trained_items: Sequence[str]) -> Model:
     """The model with an untrained compact user tower, which learns a vector for each of `trained_items` if so set."""
+    known = pa.array(trained_items, pa.large_string()) if model.config.model.compact.id_embedding else NO_IDS
+    return _with_compact(model, IdIndex.of(known))
+
+
+def _with_compact(model: Model, known: IdIndex) -> Model:
     config = model.config.model
-    known = Ids(pa.array(trained_items if config.compact.id_embedding else [], pa.large_string()))
     with seeded(model.config.train.seed):
         tower = CompactTower(config.compact_width, config.compact, config.content_width or None, len(known))
     model.tower.compact = tower.to(model.tower.log_temperature.device)
@@ -243,7 +249,7 @@ def _describe(folder: str, model: Model) -> Path:
     }
     (processor / "preprocessor_config.json").write_text(json.dumps(statistics, indent=2))
     if model.embedded_ids:
-        (path / _EMBEDDED_IDS).write_text(json.dumps(list(model.embedded_ids)))
+        write_index(str(path / _EMBEDDED_IDS), model.embedded_ids.ids)
     return path
 
 
@@ -299,7 +305,7 @@ def fingerprint(model: Model) -> str:
     digest.update(repr(model.config.model).encode())
     if isinstance(model.encoder.picture_size, PixelBudget):
         digest.update(repr(model.encoder.picture_size).encode())
-    digest.update(json.dumps(list(model.embedded_ids)).encode())
+    digest.update(model.embedded_ids.digest.encode() if model.embedded_ids else b"[]")
     digest.update(json.dumps(model.pretrained, sort_keys=True).encode() if model.pretrained else b"")
     return digest.hexdigest()
 
@@ -338,7 +344,7 @@ def _with_heads(path: Path, model: Model) -> Model:
         has_compact = any(name.startswith("compact.") for name in file.keys())  # noqa: SIM118, no dictionary
     if has_compact:
         listed = path / _EMBEDDED_IDS
-        model = with_compact(model, json.loads(listed.read_text()) if listed.exists() else [])
+        model = _with_compact(model, Arrays(str(listed)).index if listed.exists() else model.embedded_ids)
     load_heads(model, str(path))
     return model
 

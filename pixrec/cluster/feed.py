@@ -3,14 +3,19 @@
 Each worker has a pipeline of its own, one task a step, whose order is that of the steps; so what a worker reads is a
 matter of its rank, and of no timing. (`streaming_split` hands a block to whichever worker asks first.) Readers open the
 data set themselves and get the encoder, which holds the tokenizer, over the object store. A Read comes back as one
-binary value, safetensors. A reader that is killed is replaced by Ray, and its steps are read again.
+binary value, safetensors. A reader that is killed is replaced by Ray, and its steps are read again. Where the cluster
+has no CPU for readers, as after the loss of a node, a worker reads for itself after a while: the Reads are the same.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+import itertools
+import queue
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +34,9 @@ from pixrec.training.windows import ShiftedWindows
 _STEPS_PER_PIPELINE = 2048
 """Ray Data holds a description of every task that it will ever start."""
 _AHEAD, _MOST_READERS = 2, 16
+
+
+_Item = TypeVar("_Item")
 
 
 class ReaderJob(NamedTuple):
@@ -56,17 +64,59 @@ def feed_by_ray_data(trainer: InterleavedTrainer, data: Sequence[str], config: C
     job = ReaderJob(tuple(data), dump_config(config), shared, trainer.rank, trainer.world_size)
     readers = readers_per_worker(config.train, trainer.world_size)
     step_bytes = _about_bytes(trainer, config)
-    pin = trainer.device.type == "cuda"
+    pin, for_itself, patience = trainer.device.type == "cuda", trainer.feed, config.train.reader_wait_seconds
 
     def feed(first: int) -> Iterator[Read]:
         for start in range(first, trainer.limit, _STEPS_PER_PIPELINE):
-            stop = min(start + _STEPS_PER_PIPELINE, trainer.limit)
+            stop, step = min(start + _STEPS_PER_PIPELINE, trainer.limit), start
             reads = pipeline(job, start, stop, readers, step_bytes, config.train)
             blocks = reads.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=_AHEAD)
-            for block in cast(Iterator[pa.Table], blocks):
+            for block in while_prompt(cast(Iterator[pa.Table], blocks), patience):
                 yield Read.from_bytes(memoryview(block.column("read")[0].as_buffer()), pin)
+                step += 1
+            if step < stop:
+                print(
+                    f"Ray Data read nothing for {patience:g} s (train.reader_wait_seconds), as where no CPU is free: "
+                    f"worker {trainer.rank} reads the steps {step} to {stop} for itself",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                yield from itertools.islice(for_itself(step), stop - step)
 
     trainer.feed = feed
+
+
+def while_prompt(values: Iterable[_Item], seconds: float) -> Iterator[_Item]:
+    """The values in order, up to the first that keeps the caller waiting for longer than `seconds`."""
+    made: queue.Queue[tuple[str, Any]] = queue.Queue(1)
+    left = threading.Event()
+
+    def make() -> None:
+        try:
+            for value in values:
+                made.put(("value", value))
+                if left.is_set():
+                    return
+        except Exception as error:
+            made.put(("error", error))
+        else:
+            made.put(("end", None))
+
+    threading.Thread(target=make, daemon=True).start()
+    try:
+        while True:
+            kind, value = made.get(timeout=seconds)
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            yield value
+    except queue.Empty:
+        return
+    finally:
+        left.set()
+        while not made.empty():  # so that the thread, which may wait for room, sees that nobody takes any more
+            made.get_nowait()
 
 
 def pipeline(

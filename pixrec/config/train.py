@@ -211,6 +211,8 @@ class TrainConfig:
     """Who looks up, decodes and tokenises what the interleaved towers read: each worker itself (`local`), or CPU tasks
     of Ray Data on any node of the cluster. The batches are the same. `auto`: Ray Data, except on a single machine
     without a GPU."""
+    reader_wait_seconds: float = 60.0
+    """How long a worker waits for a reader of Ray Data, which may find no free CPU, before it reads for itself."""
     cpus_per_reader: float = 0.25
     """CPUs Ray reserves for each reader of Ray Data."""
     readers_per_worker: int | None = None
@@ -270,7 +272,7 @@ class TrainConfig:
         at_least(self, 1, "threads_per_worker", "micro_batch_histories", "gradient_accumulation", "bucket_steps")
         at_least(self, 0, "extra_negatives", "gpu_wait_seconds")
         at_least(self, 0, "num_workers", "cpus_per_worker", "max_failures", "weight_decay", "seed")
-        above_zero(self, "learning_rate", "gradient_clip", "temperature", "cpus_per_reader")
+        above_zero(self, "learning_rate", "gradient_clip", "temperature", "cpus_per_reader", "reader_wait_seconds")
         between(self, 0, 1, "warmup_fraction")
         between(self, 0, 0.5, "modality_dropout")
         if self.alpha + abs(self.beta) > 1 + 1e-9 or self.alpha < 0:

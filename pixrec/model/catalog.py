@@ -114,7 +114,7 @@ def distinct_rows(histories: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.
 class Embedder:
     """A model in use: contents or rows in, unit vectors out as float32 arrays on the CPU.
 
-    `embedded_ids` are the items that have a learned vector, in the order of those; only a compact tower has any.
+    `embedded_ids` are the items that have a learned vector, each with its row; only a compact tower has any.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Embedder:
         encoder: ItemEncoder,
         modalities: Modalities,
         max_history_items: int,
-        embedded_ids: Sequence[str] = (),
+        embedded_ids: IdIndex | None = None,
         precision: Literal["float32", "bf16"] = "float32",
     ) -> None:
         """precision: `bf16` runs the item tower and an interleaved user tower under autocast."""
@@ -134,7 +134,7 @@ class Embedder:
         self.compact = tower.compact
         self.max_history_items = self.compact.user.max_history_items if self.compact else max_history_items
         self.device = tower.log_temperature.device
-        self._id_row = IdIndex.of(pa.array(embedded_ids, pa.large_string()))
+        self._id_row = embedded_ids
 
     @property
     def reads_item_vectors(self) -> bool:
@@ -254,7 +254,7 @@ class Embedder:
             searched = self.tower.search_vectors(vectors)
             if self.compact is not None:
                 known = np.full(len(vectors), -1)
-                if item_ids:
+                if item_ids and self._id_row is not None:
                     known = self._id_row.rows_of(pa.array(item_ids, pa.large_string())).astype(np.int64)
                 vectors = self.compact.item_vectors(vectors, torch.from_numpy(known).to(self.device))
             return vectors.float().cpu().numpy(), None if searched is None else searched.float().cpu().numpy()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pixrec.artifact import Model, load_heads, load_model, untrained_model, with_compact
 from pixrec.config import Config
-from pixrec.data.ids import IdIndex, only
+from pixrec.data.ids import only
 from pixrec.data.joined import TrainingData, join_datasets
 from pixrec.data.sequences import Dataset, HeldOut, load_dataset, sample_users
 from pixrec.model.catalog import Catalog
@@ -152,5 +152,4 @@ def _learned_from(model: Model, dataset: Dataset, config: Config) -> dict[str, A
 
 def id_rows_of(model: Model, dataset: Dataset) -> np.ndarray:
     """(N,) for each item of the data set the row of its learned vector in the model, -1 where it has none."""
-    known = IdIndex.of(pa.array(model.embedded_ids, pa.large_string()))
-    return known.rows_of(pa.array(dataset.items.item_ids, pa.large_string())).astype(np.int64)
+    return model.embedded_ids.rows_of(pa.array(dataset.items.item_ids, pa.large_string())).astype(np.int64)
