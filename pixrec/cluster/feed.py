@@ -34,6 +34,8 @@ from pixrec.training.windows import ShiftedWindows
 _STEPS_PER_PIPELINE = 2048
 """Ray Data holds a description of every task that it will ever start."""
 _AHEAD, _MOST_READERS = 2, 16
+READING = "reads of Ray Data"
+"""Name of the threads that wait for them."""
 
 
 _Item = TypeVar("_Item")
@@ -102,7 +104,7 @@ def while_prompt(values: Iterable[_Item], seconds: float) -> Iterator[_Item]:
         else:
             made.put(("end", None))
 
-    threading.Thread(target=make, daemon=True).start()
+    threading.Thread(target=make, daemon=True, name=READING).start()
     try:
         while True:
             kind, value = made.get(timeout=seconds)

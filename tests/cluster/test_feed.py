@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from fakes import tiny_config, tiny_dataset, tiny_items, tiny_model, write_prepared
 
-from pixrec.cluster.feed import feed_by_ray_data, uses_ray_data, while_prompt
+from pixrec.cluster.feed import READING, feed_by_ray_data, uses_ray_data, while_prompt
 from pixrec.config import Config, TrainConfig
 from pixrec.data.joined import join_datasets
 from pixrec.data.sequences import Dataset
@@ -61,7 +61,7 @@ class Busy:
 def test_a_worker_without_readers_reads_for_itself(
     ray_session: None, dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ):
-    config, others = config_of(cpus_per_reader=1.0, reader_wait_seconds=0.2), set(threading.enumerate())
+    config = config_of(cpus_per_reader=1.0, reader_wait_seconds=0.2)
     alone, fed = trainer_of(dataset, config), trainer_of(dataset, config)
     feed_by_ray_data(fed, [dataset.uri], config)
     busy: Any = ray.remote(num_cpus=ray.cluster_resources()["CPU"])(Busy).remote()
@@ -71,8 +71,10 @@ def test_a_worker_without_readers_reads_for_itself(
     finally:
         ray.kill(busy)
     assert "worker 0 reads the steps 0 to 6 for itself" in capsys.readouterr().err
-    for thread in set(threading.enumerate()) - others:
-        thread.join(60)  # with a CPU free the readers are heard that nobody waits for
+    for thread in threading.enumerate():
+        if thread.name == READING:
+            thread.join(60)  # ends with the next Read, now that there is a CPU
+            assert not thread.is_alive()
 
 
 def test_values_come_in_order_until_one_is_late():
