@@ -3,8 +3,9 @@
 Each part is a distribution over the catalog, and the blend is their mixture. Its weights are those that make the
 validation targets most likely (EM for the weights of a mixture, Dempster et al., 1977), so that a part which tells
 nothing gets next to none. What a shopper has met before and what is new to him are told apart, as in RepeatNet (Ren et
-al., AAAI 2019): each part counts once for either, so that the share of repeats is learned too. Knows scores and
-rows; knows no files.
+al., AAAI 2019): each part counts once for either, so that the share of repeats is learned too. Counting knows nothing
+of items without an event, so the model ranks these once more among themselves, for their share of what is bought.
+Knows scores and rows; knows no files.
 
 Shapes: B users · N items · S parts.
 """
@@ -20,8 +21,9 @@ from pixrec.data.sequences import Dataset, HeldOut, Users, sample_users
 from pixrec.scorers.baselines import ItemTransition
 from pixrec.scorers.protocol import Scorer
 
-PARTS = ("model", "transition", "popularity", "model again", "transition again", "most recent again")
-"""What the weights belong to: `again` are items of the history, the others those that are not in it."""
+PARTS = ("model", "transition", "popularity", "model again", "transition again", "most recent again", "model cold")
+"""What the weights belong to: `again` are items of the history, the others those that are not in it; `cold` are items
+without a training event."""
 USERS_FITTED = 2000
 """Validation users that the weights are taken from."""
 _MAX_PROBABILITIES = 2**25  # of one part and the users of a pass: 128 MB
@@ -36,6 +38,7 @@ class Mixture:
         """histories: the training histories; counts (N,): events of each item in them; temperature: what the model's
         scores are divided by to be logits."""
         self._transition = ItemTransition(histories, len(counts))
+        self._warm = torch.from_numpy(np.asarray(counts) > 0)
         self._popularity = torch.from_numpy((counts + 1e-3) / (counts.sum() + 1e-3 * len(counts))).float()
         self._temperature = temperature
         self.weights = torch.full((len(PARTS),), 1 / len(PARTS))
@@ -62,7 +65,7 @@ class Mixture:
         return dict(zip(PARTS, self.weights.tolist(), strict=True))
 
     def _parts(self, scores: torch.Tensor, histories: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Six distributions (B, N), in the order of PARTS; one without any item to give is 0 everywhere."""
+        """Seven distributions (B, N), in the order of PARTS; one without any item to give is 0 everywhere."""
         model = (scores.float().cpu() / self._temperature).softmax(1)
         popularity = self._popularity.expand_as(model)
         transition, recent = popularity.clone(), torch.zeros_like(model)
@@ -76,6 +79,7 @@ class Mixture:
             *(_scaled(part.masked_fill(again, 0)) for part in (model, transition, popularity)),
             *(_scaled(part.masked_fill(~again, 0)) for part in (model, transition)),
             _scaled(recent),
+            _scaled(model.masked_fill(again | self._warm, 0)),
         ]
 
 

@@ -37,6 +37,13 @@ def test_each_part_is_a_distribution_over_what_it_may_give(mixture):
     wanted = (torch.tensor([0.5, 0, 0, 0, 0, 1.0]) / 0.5).exp() * torch.tensor([0, 0, 1.0, 1, 1, 1])
     torch.testing.assert_close(parts[0][0], wanted / wanted.sum())
     assert parts[5][0].tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0, 0, 0]), "item 0 was the last, item 1 before it"
+    assert parts[6].tolist() == [[0, 0, 0, 0, 0, 1]] * 2, "item 5 is the one without an event"
+
+
+def test_the_share_of_cold_items_is_learned(mixture):
+    scorer = FixedScorer("model", [0.9, 0.9, 0.9, 0.9, 0.9, -0.9])
+    weights = mixture.fit(held_out([[0, 1]] * 40, [2] * 30 + [5] * 10), scorer.scores)
+    assert weights["model cold"] == pytest.approx(0.25, abs=0.03), "though the model expects less"
 
 
 def test_weights_are_those_of_the_part_that_explains_the_targets():
