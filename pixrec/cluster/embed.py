@@ -228,7 +228,7 @@ def pipeline(
         fn_constructor_args=(model.uri, config, unfinished, tokens, texts),
         batch_size=part_items,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=config.num_actors),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.num_actors),
         num_cpus=config.cpus_per_actor,
         num_gpus=config.gpus_per_actor or None,
     )

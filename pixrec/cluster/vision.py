@@ -160,7 +160,7 @@ def _fill(
         fn_constructor_args=(dump_config(config), vocabulary, folder),
         batch_size=batch_size,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=settings.num_actors),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=settings.num_actors),
         num_cpus=settings.cpus_per_actor,
         num_gpus=settings.gpus_per_actor or None,
     )

@@ -14,7 +14,7 @@ class EmbedConfig:
     batch_size: int = 128
     """Items in one forward pass."""
     num_actors: int = 1
-    """Model actors in the pool."""
+    """Most model actors in the pool, which begins with one and grows while CPUs are left to read and decode."""
     cpus_per_actor: float = 0.5
     """CPUs Ray reserves for each actor."""
     threads_per_actor: int = 2
