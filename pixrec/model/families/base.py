@@ -100,6 +100,7 @@ class Family(ABC):
 
     def tune(self, model: PreTrainedModel) -> None:
         """Set what a part of `model` computes faster otherwise, once `use_attention` has chosen how."""
+        return
 
     def language_model(self, model: PreTrainedModel) -> nn.Module:
         """The module that takes `inputs_embeds` and returns `last_hidden_state`."""

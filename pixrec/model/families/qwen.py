@@ -41,8 +41,8 @@ def attend_in_segments(
     parts, (places, back) = [], _places(lengths, query.device)
     for length, place in places:
         some = whole if back is None else [states[place] for states in whole]
-        batch = [states.unflatten(0, (-1, length)).transpose(1, 2) for states in some]
-        made = F.scaled_dot_product_attention(*batch, scale=options.get("scaling"))
+        q, k, v = (states.unflatten(0, (-1, length)).transpose(1, 2) for states in some)
+        made = F.scaled_dot_product_attention(q, k, v, scale=options.get("scaling"))
         parts.append(made.transpose(1, 2).flatten(0, 1))
     return (parts[0] if back is None else torch.cat(parts)[back]).unsqueeze(0), None
 
@@ -205,12 +205,15 @@ class Qwen3VL(QwenVL):
         return [_joined(level) for level in (features.pooler_output, *features.deepstack_features)]
 
     def read_off(self, frames: Tensor, device: torch.device) -> dict[str, Tensor]:
-        side = int(int(self.vision.num_position_embeddings) ** 0.5)
-        taps = vision_utils.get_vision_interpolation_indices_and_weights(
-            frames, side, align_corners=True, spatial_merge_size=self.merge
-        )
+        side, name = int(int(self.vision.num_position_embeddings) ** 0.5), "interp"
+        if hasattr(vision_utils, "get_vision_interpolation_indices_and_weights"):
+            taps = vision_utils.get_vision_interpolation_indices_and_weights(
+                frames, side, align_corners=True, spatial_merge_size=self.merge
+            )
+        else:  # transformers 5.10
+            taps, name = vision_utils.get_vision_bilinear_indices_and_weights(frames, side, self.merge), "bilinear"
         indices, weights = (tensor.to(device, non_blocking=True) for tensor in taps)
-        return {**super().read_off(frames, device), "interp_indices": indices, "interp_weights": weights}
+        return {**super().read_off(frames, device), f"{name}_indices": indices, f"{name}_weights": weights}
 
     def language_model(self, model: PreTrainedModel) -> nn.Module:
         language = super().language_model(model)
@@ -232,4 +235,4 @@ def _add_level(language: nn.Module, hidden: Tensor, mask: Tensor | None, level: 
     without a `mask`, `level` has all tokens (B, T, W), zero outside of pictures."""
     if mask is None:
         return hidden + level.to(hidden.dtype)
-    return type(language)._deepstack_process(language, hidden, mask, level)  # type: ignore[operator]
+    return type(language)._deepstack_process(language, hidden, mask, level)  # type: ignore[attr-defined]
