@@ -8,6 +8,7 @@ Shapes: B rows · T tokens · P pictures · N tiles of pictures · K tokens a ti
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -44,6 +45,7 @@ TINY = "pixrec-tiny"
 ADAPTER = "lora_"
 """In the name of every weight of an adapter."""
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+_NO_MASK = "pixrec_no_mask"
 _FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
@@ -75,8 +77,8 @@ class Backbone(nn.Module):
         return self.model.get_input_embeddings().weight.dtype
 
     def picture_tokens(self, pixels: Tensor, grid: Tensor) -> Tensor:
-        """Tiles (N, S, S, 3) uint8 of pictures that have `grid` (P, 2) rows and columns of them to picture tokens
-        (N, K, X)."""
+        """Tiles (N, S, S, 3) uint8 of pictures that have `grid` (P, 2, on the CPU) rows and columns of them to picture
+        tokens (N, K, X)."""
         scaled = pixels.permute(0, 3, 1, 2).float() / 255
         normalised = (scaled - self.pixel_mean) / self.pixel_std
         return self.family.encode_pictures(self.model, normalised.to(self.dtype), grid)
@@ -226,6 +228,24 @@ def use_attention(model: PreTrainedModel, wanted: str) -> None:
 
     Raises ConfigError where the model has no such way, or its package is not installed.
     """
+    family, text = family_of(model), model.config.text_config
+    with_masks(model)
+    _set_attention(model, wanted)
+    family.tune(model)
+    full = set(getattr(text, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    if family.causal and full and text._attn_implementation not in ("eager", "flex_attention"):
+        # Only what makes masks looks at this config, not the layers: transformers makes none for a way it has no mask
+        # of. Otherwise it searches the positions for packed sequences, for which a GPU is waited, to make none either.
+        family.language_model(model).config = own = copy.copy(text)
+        own._attn_implementation_internal = _NO_MASK
+
+
+def with_masks(model: PreTrainedModel) -> None:
+    """Have the language model heed the masks it is given, as the library does."""
+    family_of(model).language_model(model).config = model.config.text_config
+
+
+def _set_attention(model: PreTrainedModel, wanted: str) -> None:
     text = model.config.text_config
     capped = getattr(text, "attn_logit_softcapping", None) is not None  # which sdpa would leave out without a word
     if wanted == "auto":

@@ -40,6 +40,10 @@ class Content:
     pixels: np.ndarray | None
 
 
+_ON_CPU = ("length", "grid")
+"""What a model's shapes follow from: to read it off a GPU, the processor would have to wait for it."""
+
+
 @dataclass(frozen=True)
 class _Tensors:
     length: Tensor
@@ -47,7 +51,7 @@ class _Tensors:
 
     def to(self, device: torch.device | str) -> Self:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{n: t if n == "length" else t.to(device, non_blocking=True) for n, t in moved.items()})
+        return type(self)(**{n: t if n in _ON_CPU else t.to(device, non_blocking=True) for n, t in moved.items()})
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Items(_Tensors):
     pixels: Tensor
     """(M - R, S, S, 3) uint8, the tiles of the pictures that are still to be encoded, which come first"""
     grid: Tensor
-    """(pictures to be encoded, 2) int64, rows and columns of tiles of each"""
+    """(pictures to be encoded, 2) int64, rows and columns of tiles of each. Stays on the CPU, as `length` does."""
     ready: Tensor
     """(R, K, X) picture tokens of the others, computed before, in the type they are stored in"""
 

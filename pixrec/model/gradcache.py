@@ -95,14 +95,15 @@ def backward(
     worker's: the caller averages it over the workers, unless FSDP does.
     """
     device = task.tower.log_temperature.device
-    parts = replace(parts, item_rows=parts.item_rows.to(device), log_inclusion=parts.log_inclusion.to(device))
+    rows, inclusion = (t.to(device, non_blocking=True) for t in (parts.item_rows, parts.log_inclusion))
+    parts = replace(parts, item_rows=rows, log_inclusion=inclusion)
     cache = _Cache(task, parts, seed)
     vectors = cache.vectors()
     counts = (vectors.tokens, len(vectors.user), len(vectors.user))
-    totals = torch.tensor([[0.0, count] for count in counts], device=vectors.item.device)
+    totals = torch.tensor([[0.0, count] for count in counts]).to(device, non_blocking=True)
     joined, world_size = joined_counts(totals[:, 1])
     weights = task.weights()
-    scale = {n: weights[n] * world_size / max(float(c), 1.0) for n, c in zip(PARTS, joined, strict=True)}
+    scale = {n: weights[n] * world_size / c for n, c in zip(PARTS, joined.clamp(min=1), strict=True)}
     _contrast(task, vectors, parts, extra, {n: share * s for n, s in scale.items()}, totals)
     totals[0, 0] = cache.send_to_histories(vectors, share * scale["nig"])
     cache.items.send(vectors.item.grad)
@@ -116,7 +117,7 @@ def _contrast(
     vectors: _Vectors,
     parts: Parts,
     extra: Extra | None,
-    scale: dict[str, float],
+    scale: dict[str, Tensor],
     totals: Tensor,
 ) -> None:
     """Gradients of both InfoNCE terms on the vectors, a block of anchors at a time; adds the sums to `totals`."""
@@ -191,7 +192,7 @@ class _Cache:
             float(tokens),
         )
 
-    def send_to_histories(self, vectors: _Vectors, nig_scale: float) -> Tensor:
+    def send_to_histories(self, vectors: _Vectors, nig_scale: Tensor) -> Tensor:
         """Second pass over the histories; returns the sum of L_NIG."""
         total, start = vectors.item.new_zeros(()), 0
         for i, counts in self.history_parts:

@@ -54,7 +54,12 @@ def info_nce(
         dropped = dropped | excluded
     logits = logits.masked_fill(dropped & ~own, float("-inf"))
     total = F.cross_entropy(logits, target, reduction="sum")
-    return Part(total, torch.tensor(float(len(target)), device=logits.device))
+    return Part(total, _number(len(target), logits))
+
+
+def _number(value: int, like: Tensor) -> Tensor:
+    """A scalar where `like` lies; filled there, as a copy to a GPU would be waited for."""
+    return torch.full((), float(value), device=like.device)
 
 
 def _repeats(ids: Tensor) -> Tensor:
@@ -69,7 +74,7 @@ def _repeats(ids: Tensor) -> Tensor:
 def next_item_generation(logits: Tensor, token_ids: Tensor) -> Part:
     """Cross-entropy of the target's text tokens: logits (P, V) of the tokens before them, token_ids (P,)."""
     total = F.cross_entropy(logits.float(), token_ids, reduction="sum")
-    return Part(total, torch.tensor(float(len(token_ids)), device=logits.device))
+    return Part(total, _number(len(token_ids), logits))
 
 
 def gather_with_gradient(tensor: Tensor, fill: float = 0.0) -> tuple[Tensor, int]:

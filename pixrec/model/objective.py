@@ -39,10 +39,9 @@ class Batch:
     log_inclusion: Tensor
     """(U,) log chance of each item to be in the step's batch"""
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(
-            self.items.to(device), self.histories.to(device), self.item_rows.to(device), self.log_inclusion.to(device)
-        )
+    def to(self, device: torch.device | str) -> Batch:
+        rows, inclusion = (t.to(device, non_blocking=True) for t in (self.item_rows, self.log_inclusion))
+        return Batch(self.items.to(device), self.histories.to(device), rows, inclusion)
 
     def tokens(self) -> tuple[float, float]:
         """Tokens read, and tokens computed: with padding."""

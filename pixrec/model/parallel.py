@@ -84,8 +84,9 @@ def sum_sparse_gradient(table: Tensor) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], limit: float) -> float:
-    """Scale all gradients so that their joint norm is at most `limit`; returns the norm before."""
+def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
+    """Scale all gradients so that their joint norm is at most `limit`; returns the norm before, (), for which no GPU is
+    waited."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     shards = [g.to_local() for g in gradients if isinstance(g, DTensor)]
     plain = [g for g in gradients if not isinstance(g, DTensor)]
@@ -94,10 +95,9 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float) -> float:
         spread = _squares(shards, gradients)
         dist.all_reduce(spread)
         square = square + spread
-    norm = float(square.sqrt())
-    factor = limit / (norm + 1e-6)
-    if factor < 1:
-        torch._foreach_mul_([*plain, *shards], factor)
+    norm = square.sqrt()
+    if gradients:
+        torch._foreach_mul_([*plain, *shards], (limit / (norm + 1e-6)).clamp(max=1))
     return norm
 
 

@@ -25,7 +25,8 @@ from pixrec.model.compact import CompactTower
 from pixrec.model.encoding import Histories, Items
 
 MIN_TEMPERATURE = 0.01
-_LEAST_FILLED = 0.75
+PASS_TOKENS = 256
+"""What a pass through the backbone costs beside its tokens, in tokens, where rows are parted by length."""
 
 
 class HistoryOutputs(NamedTuple):
@@ -127,15 +128,16 @@ class DualTower(nn.Module):
         return self.states(histories, pictures)
 
     def states(self, sequences: Items | Histories, pictures: Tensor) -> Tensor:
-        """Last hidden states (B, T, W). Rows of like length go through the backbone together, cut to the longest of
-        them, so that little of what is computed is padding."""
+        """Last hidden states (B, T, W). Rows go through the backbone parted by length, each group cut to the longest of
+        it, so that little of what is computed is padding."""
         read = sequences.token_ids, sequences.is_token, sequences.picture_slot
-        groups = length_groups(sequences.length.numpy()) if self.by_length else []
+        lengths = sequences.length.numpy()
+        groups = length_groups(lengths) if self.by_length else []
         if len(groups) < 2:
             return self.backbone.hidden_states(*read, pictures)
         parts, longest = [], sequences.token_ids.shape[1]
         for rows in groups:
-            length = int(sequences.length[rows].max())
+            length = int(lengths[rows[0]])
             chosen = torch.from_numpy(rows).to(pictures.device, non_blocking=True)
             token_ids, is_token, slots = (tensor[chosen, :length] for tensor in read)
             part = self.backbone.hidden_states(token_ids, is_token, slots, pictures)
@@ -174,20 +176,30 @@ class DualTower(nn.Module):
 
 
 def length_groups(lengths: np.ndarray) -> list[np.ndarray]:
-    """Numbers of rows (int64) that are computed together: none is shorter than _LEAST_FILLED of the longest among them,
-    so that no more than the rest is padding. `lengths` (B,) in tokens."""
+    """Numbers of rows (int64) that are computed together, longest first, each group padded to its longest.
+
+    Of all ways to part the rows, sorted by `lengths` (B,) in tokens, the one that computes the fewest tokens, where
+    every group costs PASS_TOKENS more.
+    """
     order = np.argsort(-lengths, kind="stable")
-    starts, longest = [0], lengths[order[0]]
-    for at, row in enumerate(order):
-        if lengths[row] < _LEAST_FILLED * longest:
-            starts, longest = [*starts, at], lengths[row]
-    return np.split(order, starts[1:])
+    falling = lengths[order]
+    bounds = np.flatnonzero(np.diff(falling, prepend=-1, append=-1))  # where another length begins, and the end
+    cost, begins = np.zeros(len(bounds), np.int64), np.zeros(len(bounds), np.int64)
+    for end in range(1, len(bounds)):  # of the rows before bounds[end]: by the group that ends there
+        starts = bounds[:end]
+        costs = cost[:end] + falling[starts] * (bounds[end] - starts) + PASS_TOKENS
+        begins[end] = costs.argmin()
+        cost[end] = costs[begins[end]]
+    cuts, at = [], len(bounds) - 1
+    while at := begins[at]:
+        cuts.append(bounds[at])
+    return np.split(order, cuts[::-1])
 
 
 def tokens_of(length: Tensor) -> tuple[int, int]:
     """Tokens of rows (B,), and tokens computed for them, padding included."""
     lengths = length.numpy()
-    return int(lengths.sum()), sum(len(rows) * int(lengths[rows].max()) for rows in length_groups(lengths))
+    return int(lengths.sum()), sum(len(rows) * int(lengths[rows[0]]) for rows in length_groups(lengths))
 
 
 def _take(states: Tensor, index: Tensor) -> Tensor:

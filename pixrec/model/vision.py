@@ -159,7 +159,7 @@ def encode_pictures(backbone: Backbone, pictures: Sequence[bytes]) -> pa.Table:
     pixels = [decode_picture(picture, family.picture_size) for picture in distinct.values()]
     tiles, grid = cut_into_tiles(pixels, family.tile_px)
     with torch.no_grad():
-        tokens = backbone.picture_tokens(*(t.to(backbone.pixel_mean.device) for t in (tiles, grid))).float().cpu()
+        tokens = backbone.picture_tokens(tiles.to(backbone.pixel_mean.device), grid).float().cpu()
     flat = np.clip(tokens.numpy(), -_LARGEST, _LARGEST).astype(np.float16).ravel()
     ends = grid.prod(1).cumsum(0).numpy() * family.tokens_per_tile * family.picture_width
     values = pa.LargeListArray.from_arrays(pa.array([0, *ends], pa.int64()), pa.array(flat))

@@ -111,7 +111,7 @@ class CompactTrainer(Trainer[CompactTower]):
     def _next(self) -> Sequence[np.ndarray]:
         return self.source.epoch(self.epoch)[self.batch]
 
-    def _backward(self, windows: Sequence[np.ndarray]) -> tuple[float, dict[str, float]]:
+    def _backward(self, windows: Sequence[np.ndarray]) -> Tensor:
         reseed(seed_of([self.seed, 4, self.step]), self.device)
         each = (len(windows),) if self.config.loss == "gbce" else ()  # its own for every history, or shared by all
         negatives = self.warm[torch.randint(len(self.warm), (*each, self.config.negatives), device=self.device)]
@@ -124,7 +124,7 @@ class CompactTrainer(Trainer[CompactTower]):
         loss = self._loss(mine, negatives, by_content_alone) if mine else 0.0 * self.tower.log_temperature
         (loss / examples).backward()
         self._join_gradients()
-        return all_reduced_rows(loss.detach()).item() / examples, {}
+        return all_reduced_rows(loss.detach().view(1)) / examples
 
     def _loss(self, windows: Sequence[np.ndarray], negatives: Tensor, by_content_alone: Tensor) -> Tensor:
         """Sum of the loss over the examples of this worker's windows."""

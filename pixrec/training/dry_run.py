@@ -1,8 +1,7 @@
 """What a training of the interleaved towers would need, without training: parameters, tokens, memory, steps, time.
 
 A step is taken on torch's `meta` device, where tensors have shapes and no content, so nothing is computed and no weight
-is read. (The encoder of a Qwen-VL looks at the content of the grid of its pictures; what it keeps is put down by a
-formula.) Every tensor that is made is followed for as long as it lives; that gives the memory that activations and
+is read. Every tensor that is made is followed for as long as it lives; that gives the memory that activations and
 gradients need at their most. Weights and the state of AdamW are added by their number. Not counted: what a GPU keeps
 beside tensors (0.5 to 1 GB for CUDA itself, fragments of its allocator) and, on several, the buffers of NCCL.
 """
@@ -13,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from pixrec.data.sequences import load_dataset
 from pixrec.model.backbone import TINY
 from pixrec.model.catalog import Catalog, distinct_rows
 from pixrec.model.families import Family
-from pixrec.model.families.qwen import QwenVL
+from pixrec.model.families.qwen import SEGMENTS
 from pixrec.model.objective import Batch, TrainingTask
 from pixrec.model.towers import DualTower
 from pixrec.training.interleaved import choose_trainable, prepare_backbone
@@ -40,7 +39,7 @@ from pixrec.training.windows import ShiftedWindows
 STEPS_LOOKED_AT = 3
 _NF4_BYTES = 0.516  # 4 bits, and for every 64 weights a scale of 8 bits, itself scaled in blocks of 256
 _ADAMW_BYTES = 8  # two float32 a parameter
-_ATTENTION = "pixrec_meta"
+_ATTENTION, _SEGMENTS = "pixrec_meta", "flash_pixrec_meta"
 
 
 class LiveTensors(TorchDispatchMode):
@@ -94,43 +93,6 @@ class _Attention(torch.autograd.Function):
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None
-
-
-class _Kept(torch.autograd.Function):
-    """Tokens (N, 1, X) of an encoder that keeps so many numbers until its backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, trained: Tensor, numbers: int) -> Tensor:
-        ctx.save_for_backward(tokens.new_empty(numbers))
-        return tokens.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
-        return None, None, None
-
-
-def _encode_by_formula(family: QwenVL, config: Config) -> Callable[[Any, Tensor, Tensor], Tensor]:
-    """In place of `encode_pictures`. A block keeps of every patch, where it is not computed again: in and out of both
-    norms (4 widths), the joined projections, queries and keys turned, the output of attention (6), both residual sums
-    (2), and four vectors of the feed-forward layers."""
-
-    def encode(model: Any, pixels: Tensor, grid: Tensor) -> Tensor:
-        tokens = pixels.new_empty(len(pixels), 1, family.picture_width)
-        trained = [p for p in family.vision_parameters(model) if p.requires_grad]
-        if not trained:
-            return tokens
-        vision = family.vision
-        width = int(getattr(vision, "embed_dim", None) or vision.hidden_size)
-        inner = int(getattr(vision, "intermediate_size", None) or width * vision.mlp_ratio)
-        each = width if config.train.activation_checkpointing else 12 * width + 4 * inner
-        return _Kept.apply(tokens, trained[0], len(pixels) * family.merge**2 * int(vision.depth) * each)
-
-    return encode
-
-
-def _nothing_deeper(picture_slot: Tensor, deeper: Tensor) -> dict[str, Any]:
-    """In place of `deepstack`, which looks for the pictures among the tokens."""
-    return {}
 
 
 def dry_run(data: Sequence[str], config: Config, tokens_per_second: float | None = None) -> dict[str, Any]:
@@ -246,7 +208,7 @@ def step_memory(tower: DualTower, batch: Batch, config: Config) -> tuple[int, in
     """Bytes of tensors that live between forward and backward pass, and the most of the whole step; weights and batch
     not counted. On any device: on `meta` nothing is computed."""
     tower.train()
-    with _shapes_alone(tower, config) if batch.item_rows.is_meta else contextlib.nullcontext():
+    with _shapes_alone(tower) if batch.item_rows.is_meta else contextlib.nullcontext():
         task = TrainingTask(tower, config.train)
         if batch.item_rows.is_meta:
             task.autocast = contextlib.nullcontext  # type: ignore[method-assign, assignment]
@@ -262,18 +224,15 @@ def step_memory(tower: DualTower, batch: Batch, config: Config) -> tuple[int, in
 
 
 @contextlib.contextmanager
-def _shapes_alone(tower: DualTower, run: Config) -> Iterator[None]:
+def _shapes_alone(tower: DualTower) -> Iterator[None]:
     """Attention as a flash kernel keeps memory, where a part of the backbone does not want it eager."""
     AttentionInterface.register(_ATTENTION, _attend)
-    family = tower.backbone.family
-    if isinstance(family, QwenVL):
-        family.encode_pictures = _encode_by_formula(family, run)  # type: ignore[method-assign, assignment]
-        family.deepstack = _nothing_deeper  # type: ignore[method-assign]
+    AttentionInterface.register(_SEGMENTS, _attend)  # which keeps of all pictures together what it does of each
     parts = [c for m in tower.backbone.modules() if (c := getattr(m, "config", None)) is not None]
     before = [(config, config._attn_implementation) for config in parts if hasattr(config, "_attn_implementation")]
     for config, kind in before:
         if kind != "eager":
-            config._attn_implementation_internal = _ATTENTION
+            config._attn_implementation_internal = _SEGMENTS if kind == SEGMENTS else _ATTENTION
     try:
         yield
     finally:

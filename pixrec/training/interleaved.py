@@ -78,7 +78,7 @@ class InterleavedTrainer(Trainer[DualTower]):
         """All tensors of the tower by name, where they are sharded this worker's shards; the parameters themselves."""
         return {n.removeprefix("tower."): t for n, t in self.core.state_dict().items()}
 
-    def _backward(self, windows: Sequence[np.ndarray]) -> tuple[float, list[float]]:
+    def _backward(self, windows: Sequence[np.ndarray]) -> Tensor:
         """And of all workers the totals and counts of PARTS, histories, tokens, tokens and padding, seconds waited."""
         config, passes = self.config.train, len(self._read.passes)
         self.task.train()
@@ -105,9 +105,9 @@ class InterleavedTrainer(Trainer[DualTower]):
             real, slots = real + used[0], slots + used[1]
         if self.sharded or config.micro_batch_histories is not None:
             average_gradients(self.named.values())
-        mine = [float(loss) / self.world_size, len(windows), real, slots, self._waited, self._read.seconds]
-        joined = all_reduced_rows(torch.cat([torch.tensor(mine, device=self.device), totals.flatten()])).tolist()
-        return joined[0], joined[1:]
+        counted = torch.tensor([len(windows), real, slots, self._waited, self._read.seconds])
+        mine = [loss.view(1) / self.world_size, counted.to(self.device, non_blocking=True), totals.flatten()]
+        return all_reduced_rows(torch.cat(mine))
 
     def _row(self, found: list[float], norm: float) -> dict[str, float]:
         histories, real, slots, waited, reading, *parts = found
@@ -135,7 +135,7 @@ class InterleavedTrainer(Trainer[DualTower]):
         read, busy, idle = np.array(self._took)[1:].mean(0)  # the first step warms up
         return {"readers_needed": read / busy, "read_seconds": read, "busy_seconds": busy, "wait_seconds": idle}
 
-    def _clip(self) -> float:
+    def _clip(self) -> Tensor:
         return clip_gradients(self.named.values(), self.config.train.gradient_clip)
 
     def _seed(self, step: int, index: int) -> list[int]:
@@ -163,8 +163,9 @@ class InterleavedTrainer(Trainer[DualTower]):
         total = len(self.table)
         rng = np.random.default_rng([self.config.train.seed, 3, self.step, index])
         rows = torch.from_numpy(rng.choice(total, min(count, total), replace=False))
-        inclusion = torch.from_numpy(self.collate.log_inclusion)[rows].to(self.device)
-        return Extra(self.table[rows].to(self.device), rows.to(self.device), inclusion, len(rows) / total)
+        drawn = self.table[rows], rows, torch.from_numpy(self.collate.log_inclusion)[rows]
+        vectors, rows, inclusion = (tensor.to(self.device, non_blocking=True) for tensor in drawn)
+        return Extra(vectors, rows, inclusion, len(rows) / total)
 
 
 def choose_trainable(tower: DualTower, config: Config) -> None:

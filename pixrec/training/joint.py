@@ -115,11 +115,14 @@ class JointTrainer(CompactTrainer):
         super().restore(position, tensors)
         self._refreshed_at = None
 
-    def _backward(self, windows: Sequence[np.ndarray]) -> tuple[float, dict[str, float]]:
+    def _backward(self, windows: Sequence[np.ndarray]) -> Tensor:
         if self._refreshed_at is None or self.step - self._refreshed_at >= self.settings.refresh_every_steps:
             self.refresh()
-        staleness = self._renew(windows)
-        return super()._backward(windows)[0], staleness
+        self._staleness = self._renew(windows)
+        return super()._backward(windows)
+
+    def _row(self, found: list[float], norm: float) -> dict[str, float]:
+        return self._staleness
 
     @torch.no_grad()
     def _renew(self, windows: Sequence[np.ndarray]) -> dict[str, float]:
@@ -160,7 +163,7 @@ class JointTrainer(CompactTrainer):
         self._cache.send(gradient[torch.from_numpy(mine).to(self.device)])
         super()._join_gradients()
 
-    def _clip(self) -> float:
+    def _clip(self) -> Tensor:
         return clip_gradients(self.item.values(), self.gradient_clip)
 
     def _encoded(self, rows: np.ndarray, index: int) -> Tensor:

@@ -116,7 +116,7 @@ class Trainer(ABC, Generic[Tower]):
         rowwise = {p for group in peaks if group.get("rowwise") for p in group["params"]}
         self.named = named
         self.mean = WeightMean({name: p for name, p in named.items() if p not in rowwise}, averaging)
-        self.optimizer = RowwiseAdamW(peaks, weight_decay=decay, betas=(0.9, 0.98))
+        self.optimizer = RowwiseAdamW(peaks, weight_decay=decay, betas=(0.9, 0.98), fused=True)
 
     @property
     def total_steps(self) -> int:
@@ -128,16 +128,16 @@ class Trainer(ABC, Generic[Tower]):
         """The windows that the next step reads."""
 
     @abstractmethod
-    def _backward(self, windows: Sequence[np.ndarray]) -> tuple[float, Any]:
-        """Leave the gradient of the joined batch; returns its loss, and what `_row` wants to know."""
+    def _backward(self, windows: Sequence[np.ndarray]) -> Tensor:
+        """Leave the gradient of the joined batch; returns its loss and what else `_row` wants to know, (1 + F,)."""
 
-    def _clip(self) -> float:
-        """Bound the gradient; returns its norm before."""
-        return 0.0
+    def _clip(self) -> Tensor:
+        """Bound the gradient; returns its norm before, ()."""
+        return torch.zeros((), device=self.device)
 
-    def _row(self, found: Any, norm: float) -> dict[str, float]:
+    def _row(self, found: list[float], norm: float) -> dict[str, float]:
         """What the log gets of a step beside its loss."""
-        return dict(found)
+        return {}
 
     @abstractmethod
     def validate(self, held_out: HeldOut) -> dict[str, float]:
@@ -149,8 +149,9 @@ class Trainer(ABC, Generic[Tower]):
 
     def _step(self, windows: Sequence[np.ndarray]) -> dict[str, Any]:
         self.optimizer.zero_grad(set_to_none=True)
-        loss, found = self._backward(windows)
-        norm = self._clip()
+        found = self._backward(windows)
+        more = torch.stack([self._clip(), self.tower.temperature.detach()])
+        loss, *others, norm, temperature = torch.cat([found, more]).tolist()  # the one wait for a GPU of a step
         self._guard(loss, norm, windows)
         for group in self.optimizer.param_groups:
             group["lr"] = scheduled(group["peak"], self.step, self.warmup_steps, self.decay_steps)
@@ -160,7 +161,7 @@ class Trainer(ABC, Generic[Tower]):
         self.step += 1
         self.mean.update(self.step)
         at = {"step": self.step, "total_steps": self.total_steps}
-        return {**at, "loss": loss, "temperature": float(self.tower.temperature.detach()), **self._row(found, norm)}
+        return {**at, "loss": loss, "temperature": temperature, **self._row(others, norm)}
 
     def _guard(self, loss: float, norm: float, windows: Sequence[np.ndarray]) -> None:
         """Raise DivergedError before the weights are spoilt."""

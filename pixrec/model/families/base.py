@@ -95,7 +95,12 @@ class Family(ABC):
 
     @abstractmethod
     def encode_pictures(self, model: PreTrainedModel, pixels: Tensor, grid: Tensor) -> Tensor:
-        """Normalised tiles (N, 3, S, S) of pictures of `grid` (P, 2) rows and columns of them to tokens (N, K, X)."""
+        """Normalised tiles (N, 3, S, S) of pictures of `grid` (P, 2, on the CPU) rows and columns of them to tokens
+        (N, K, X)."""
+
+    def tune(self, model: PreTrainedModel) -> None:
+        """Set what a part of `model` computes faster otherwise, once `use_attention` has chosen how."""
+        return
 
     def language_model(self, model: PreTrainedModel) -> nn.Module:
         """The module that takes `inputs_embeds` and returns `last_hidden_state`."""

@@ -32,7 +32,7 @@ class PaliGemma(Family):
         self, model: PreTrainedModel, embeddings: Tensor, is_token: Tensor, picture_slot: Tensor, deeper: Tensor
     ) -> Tensor:
         rows, width = embeddings.shape[0], embeddings.shape[2]
-        bos = torch.tensor([[self.config.text_config.bos_token_id]], device=embeddings.device)
+        bos = torch.full((1, 1), self.config.text_config.bos_token_id, device=embeddings.device)
         start = model.get_input_embeddings()(bos).to(embeddings.dtype).expand(rows, 1, width)
         embeddings = torch.cat([start, embeddings], dim=1)
         picture = torch.where(picture_slot >= 0, picture_slot // self.tokens_per_picture, -1)

@@ -11,12 +11,14 @@ token has them too.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel, vision_utils
 
 from pixrec.data.images import PixelBudget, largest_side
 from pixrec.model.families.base import Family
@@ -25,6 +27,38 @@ PROCESSOR_LIMITS = 56 * 56, 28 * 28 * 1280
 """What Qwen2-VL's processor takes where its file says nothing."""
 PATCHES_PER_SIDE = 16
 """Of the largest square, until `limit_pixels` says otherwise."""
+SEGMENTS = "flash_by_sdpa"
+"""Names `attend_in_segments`. To what has "flash" in its name transformers hands all pictures in one call."""
+
+
+def attend_in_segments(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, cu_seq_lens_q: Tensor, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention (1, N, H, D) of patches (1, H, N, D) within pictures, or windows of them, that begin and end at
+    `cu_seq_lens_q` (S + 1,), on the CPU: one call for all of one length, where transformers makes one for each."""
+    lengths = tuple(cu_seq_lens_q.diff().tolist())
+    whole = [states[0].transpose(0, 1) for states in (query, key, value)]  # (N, H, D)
+    parts, (places, back) = [], _places(lengths, query.device)
+    for length, place in places:
+        some = whole if back is None else [states[place] for states in whole]
+        q, k, v = (states.unflatten(0, (-1, length)).transpose(1, 2) for states in some)
+        made = F.scaled_dot_product_attention(q, k, v, scale=options.get("scaling"))
+        parts.append(made.transpose(1, 2).flatten(0, 1))
+    return (parts[0] if back is None else torch.cat(parts)[back]).unsqueeze(0), None
+
+
+@functools.lru_cache(maxsize=16)
+def _places(lengths: tuple[int, ...], device: torch.device) -> tuple[list[tuple[int, Tensor]], Tensor | None]:
+    """Each length with the places of the patches in segments of that length; and where, after these are joined, each
+    patch stands, None where nothing has moved."""
+    of_patch = torch.repeat_interleave(torch.tensor(lengths), torch.tensor(lengths))
+    found = [(length, torch.nonzero(of_patch == length).flatten()) for length in sorted(set(lengths))]
+    back = torch.cat([place for _, place in found]).argsort() if len(found) > 1 else None
+    moved = [(length, place.to(device, non_blocking=True)) for length, place in found]
+    return moved, None if back is None else back.to(device, non_blocking=True)
+
+
+AttentionInterface.register(SEGMENTS, attend_in_segments)
 
 
 class QwenVL(Family):
@@ -74,8 +108,24 @@ class QwenVL(Family):
 
     def features(self, model: PreTrainedModel, pixels: Tensor, grid: Tensor) -> Any:
         """What the library's encoder returns."""
-        frames = torch.nn.functional.pad(self.merge * grid, (1, 0), value=1)
-        return model.model.get_image_features(self.patches(pixels), frames)
+        frames = F.pad(self.merge * grid, (1, 0), value=1)
+        return model.model.get_image_features(self.patches(pixels), frames, **self.read_off(frames, pixels.device))
+
+    def read_off(self, frames: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """What the encoder reads off the shapes of pictures `frames` (P, 3). It is made here, on the CPU, as the
+        encoder would have to wait for a GPU at every layer; borders of segments stay there."""
+        found = {"position_ids": vision_utils.get_vision_position_ids(frames, self.merge).to(device, non_blocking=True)}
+        found["cu_seqlens"] = vision_utils.get_vision_cu_seqlens(frames)
+        if hasattr(self.vision, "fullatt_block_indexes"):
+            window, borders = vision_utils.get_vision_window_index(
+                frames, self.merge, int(self.vision.window_size), self.patch
+            )
+            found |= {"window_index": window.to(device, non_blocking=True), "cu_window_seqlens": borders}
+        return found
+
+    def tune(self, model: PreTrainedModel) -> None:
+        if self.vision._attn_implementation == "sdpa":
+            self.vision._attn_implementation_internal = SEGMENTS
 
     def states(self, features: Any) -> list[Tensor]:
         """Of every token (N, W) for the decoder's input, and for deeper layers."""
@@ -94,10 +144,11 @@ class QwenVL(Family):
     def places(self, grid: Tensor, like: Tensor) -> Tensor:
         """(N, 2) row and column of each tile in its picture."""
         count = grid.prod(1)
-        at = torch.arange(len(like), device=grid.device)
+        at = torch.arange(len(like))
         first = (count.cumsum(0) - count).repeat_interleave(count, output_size=len(like))
         columns = grid[:, 1].repeat_interleave(count, output_size=len(like))
-        return torch.stack([(at - first) // columns, (at - first) % columns], dim=1).to(like.dtype)
+        places = torch.stack([(at - first) // columns, (at - first) % columns], dim=1)
+        return places.to(like.device, like.dtype, non_blocking=True)
 
     def hidden_states(
         self, model: PreTrainedModel, embeddings: Tensor, is_token: Tensor, picture_slot: Tensor, deeper: Tensor
@@ -153,10 +204,35 @@ class Qwen3VL(QwenVL):
     def states(self, features: Any) -> list[Tensor]:
         return [_joined(level) for level in (features.pooler_output, *features.deepstack_features)]
 
+    def read_off(self, frames: Tensor, device: torch.device) -> dict[str, Tensor]:
+        side, name = int(int(self.vision.num_position_embeddings) ** 0.5), "interp"
+        if hasattr(vision_utils, "get_vision_interpolation_indices_and_weights"):
+            taps = vision_utils.get_vision_interpolation_indices_and_weights(
+                frames, side, align_corners=True, spatial_merge_size=self.merge
+            )
+        else:  # transformers 5.10
+            taps, name = vision_utils.get_vision_bilinear_indices_and_weights(frames, side, self.merge), "bilinear"
+        indices, weights = (tensor.to(device, non_blocking=True) for tensor in taps)
+        return {**super().read_off(frames, device), f"{name}_indices": indices, f"{name}_weights": weights}
+
+    def language_model(self, model: PreTrainedModel) -> nn.Module:
+        language = super().language_model(model)
+        if "_deepstack_process" not in vars(language):
+            language._deepstack_process = functools.partial(_add_level, language)  # type: ignore[assignment]
+        return language
+
     def deepstack(self, picture_slot: Tensor, deeper: Tensor) -> dict[str, Any]:
         """A level of `deeper` for each of the first decoder layers, at the places of the picture tokens."""
         if not deeper.shape[0]:
             return {}
-        in_picture = picture_slot >= 0
-        levels = deeper[picture_slot[in_picture]].split(self.state_width, dim=-1)
-        return {"visual_pos_masks": in_picture, "deepstack_visual_embeds": list(levels)}
+        in_picture = (picture_slot >= 0).unsqueeze(-1)
+        levels = deeper[picture_slot.clamp(min=0)].split(self.state_width, dim=-1)
+        return {"deepstack_visual_embeds": [torch.where(in_picture, level, 0) for level in levels]}
+
+
+def _add_level(language: nn.Module, hidden: Tensor, mask: Tensor | None, level: Tensor) -> Tensor:
+    """In place of the decoder's own, which counts the pictures' tokens and waits for a GPU to know how many there are:
+    without a `mask`, `level` has all tokens (B, T, W), zero outside of pictures."""
+    if mask is None:
+        return hidden + level.to(hidden.dtype)
+    return type(language)._deepstack_process(language, hidden, mask, level)  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """Every family from its own classes, small: saved as the hub lays it out, loaded, and read as our method needs it."""
 
+import contextlib
 import copy
 import dataclasses
 import io
@@ -12,6 +13,7 @@ import transformers
 from fakes import Seen, tiny_config, tiny_items, tiny_model, write_tokens
 from packaging.version import Version
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForImageTextToText,
     Gemma2Config,
@@ -40,10 +42,13 @@ from pixrec.artifact import load_model, new_model, save_model
 from pixrec.config import LoraConfig
 from pixrec.data.pictures import picture_hash
 from pixrec.errors import ConfigError
-from pixrec.model.backbone import Backbone, add_lora, use_attention
+from pixrec.model import gradcache
+from pixrec.model.backbone import Backbone, add_lora, use_attention, with_masks
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoding import Content, ItemEncoder, cut_into_tiles, train_tokenizer
 from pixrec.model.families import FAMILIES, family_of
+from pixrec.model.objective import TrainingTask
+from pixrec.model.parallel import clip_gradients
 from pixrec.model.vision import (
     complete_store,
     encode_pictures,
@@ -52,6 +57,7 @@ from pixrec.model.vision import (
     vision_fingerprint,
     write_part,
 )
+from pixrec.training.reading import Collator
 
 FAMILY_NAMES = (
     "smolvlm", "idefics3", "paligemma", "paligemma2", "gemma3", "internvl", "llava_onevision", "qwen2_vl", "qwen2_5_vl",
@@ -225,6 +231,44 @@ def test_hidden_states_equal_those_of_the_library_itself(model):
         assert torch.allclose(backbone.token_logits(ours), logits, atol=1e-5)
 
 
+class NoWaits(TorchFunctionMode):
+    """Refuses to move anything to a device in a way that waits for it. On `meta`, nothing can be read off a tensor:
+    a number, a truth value, how many are marked."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.tensor, torch.as_tensor):
+            assert torch.device(kwargs.get("device") or "cpu").type == "cpu", "made here, copied there, and waited for"
+        made = function(*args, **kwargs)
+        if function is torch.Tensor.to and args[0].device != made.device:
+            assert kwargs.get("non_blocking"), "copied and waited for"
+        return made
+
+
+@pytest.mark.parametrize("way", ["whole", "in parts"])
+def test_a_step_waits_for_no_gpu(model, catalog, way, monkeypatch):
+    monkeypatch.setattr(gradcache, "reseed", lambda seed, device: None)  # meta has no random numbers
+    tower, config = copy.deepcopy(model.tower).train().to("meta"), model.config
+    tower.requires_grad_(True)
+    train = dataclasses.replace(config.train, mask_history=True, symmetric=True)
+    task = TrainingTask(tower, train)
+    task.autocast = contextlib.nullcontext  # which knows no meta device
+    collator = Collator(catalog, np.ones(12), config, 4.0)
+    plan = collator.plan([HISTORY, np.array([3, 8]), np.array([5, 5, 9])], np.random.default_rng(0))
+    one_pass = collator.encoded(plan)
+    parts = one_pass.parts(model.encoder, 2, 4)
+    with NoWaits():
+        if way == "whole":
+            loss, _ = task(one_pass.batch().to("meta"))
+            loss.backward()
+        else:
+            loss, _, _ = gradcache.backward(task, parts, None, 0)
+        norm = clip_gradients(tower.parameters(), 1.0)
+    assert loss.is_meta
+    assert norm.is_meta
+    assert all(p.grad is not None for p in tower.backbone.family.token_parameters(tower.backbone.model))
+
+
 def test_padding_and_company_change_no_vector(model, catalog):
     embedder = model.embedder()
     together = embedder.items(catalog, np.arange(12))
@@ -244,10 +288,12 @@ def test_the_mask_of_padding_changes_no_state(model, monkeypatch):
     assert not encoded.is_token.all()
     inputs = encoded.token_ids, encoded.is_token, encoded.picture_slot, model.tower.pictures(encoded)
     language = family.language_model(backbone.model)
+    monkeypatch.setattr(language, "config", language.config)  # put back afterwards
     seen = []
 
     def masked(**inputs):
         seen.append(inputs.get("attention_mask"))
+        with_masks(backbone.model)
         return language(**{**inputs, "attention_mask": encoded.is_token.long()})
 
     with torch.no_grad():

@@ -1,11 +1,14 @@
 """What the towers promise: causality, masks, and one vector per content whatever the batch around it."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from fakes import TINY, tiny_config, tiny_items, tiny_model
 
 from pixrec.artifact import load_model, save_model
+from pixrec.model import towers
 from pixrec.model.backbone import Backbone
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoding import Content
@@ -197,8 +200,9 @@ def test_adapters_load_in_plain_peft(tmp_path):
     assert not torch.allclose(ours, before, atol=1e-3)
 
 
-def test_rows_of_like_length_are_computed_together():
+def test_rows_of_like_length_are_computed_together(monkeypatch):
     """Little padding, and the loss and gradients of one pass."""
+    monkeypatch.setattr(towers, "PASS_TOKENS", 8)
     groups = length_groups(np.array([10, 3, 9, 12, 4, 3]))
     assert [rows.tolist() for rows in groups] == [[3, 0, 2], [4, 1, 5]]
     assert tokens_of(torch.tensor([10, 3, 9, 12, 4, 3])) == (41, 3 * 12 + 3 * 4)
@@ -224,6 +228,21 @@ def test_rows_of_like_length_are_computed_together():
     (one, gradient), (other, plain) = trained(True), trained(False)
     assert one == pytest.approx(other, rel=1e-5)
     assert float((gradient - plain).norm() / plain.norm()) < 1e-4
+
+
+def test_rows_are_parted_so_that_least_is_computed(monkeypatch):
+    """Beside every way to cut the rows, sorted by length."""
+    monkeypatch.setattr(towers, "PASS_TOKENS", 8)
+    rng = np.random.default_rng(0)
+    for lengths in (rng.integers(1, 30, size) for size in (1, 2, 3, 5, 7, 8) for _ in range(5)):
+        falling, cuts = np.sort(lengths)[::-1], range(1, len(lengths))
+        ways = [np.split(falling, some) for n in range(len(lengths)) for some in itertools.combinations(cuts, n)]
+        least = min(sum(part.size * part.max() + 8 for part in parts) for parts in ways)
+        groups = length_groups(lengths)
+        assert sorted(np.concatenate(groups).tolist()) == list(range(len(lengths)))
+        assert sum(len(rows) * lengths[rows].max() + 8 for rows in groups) == least
+    monkeypatch.setattr(towers, "PASS_TOKENS", 10**9)
+    assert len(length_groups(np.arange(1, 40))) == 1
 
 
 def test_places_of_examples_and_of_text_are_those_of_the_masks():

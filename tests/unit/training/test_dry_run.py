@@ -8,6 +8,7 @@ import torch
 from fakes import tiny_config, tiny_dataset, write_prepared
 from transformers import AutoModelForImageTextToText, LlamaConfig, SmolVLMConfig
 
+from benchmarks import shapes
 from pixrec import cli
 from pixrec.artifact import new_model, planned_model
 from pixrec.model.catalog import Catalog
@@ -74,6 +75,18 @@ def test_memory_of_a_larger_smolvlm_shape(dataset, tmp_path):
     assert computed["activations"] == pytest.approx(kept, rel=WITHIN)
     weights = sum(p.numel() * 4 for p in real.tower.parameters())
     assert computed["total"] == pytest.approx(3 * weights + most, rel=WITHIN)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl-3b", "qwen3-vl-2b"])
+def test_memory_of_a_qwen_which_takes_pictures_of_any_shape(dataset, tmp_path, name):
+    texts = texts_of(dataset)
+    tokenizer = shapes.small_tokenizer(texts)
+    AutoModelForImageTextToText.from_config(shapes.shape(name, tokenizer.get_vocab(), small=True)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = tiny_config(model={"user_tower": "interleaved", "backbone": str(tmp_path), "max_pixels": 64**2})
+    (kept, _), computed, real = measured_beside_computed(config, texts, dataset)
+    assert computed["activations"] == pytest.approx(kept, rel=WITHIN)
+    assert computed["weights"] == sum(p.numel() * 4 for p in real.tower.parameters())
 
 
 def test_live_tensors_counts_a_storage_once_and_lets_it_go():

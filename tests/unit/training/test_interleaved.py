@@ -90,6 +90,23 @@ def test_a_data_set_without_pictures_trains():
     assert np.isfinite(row["loss"])
 
 
+@pytest.mark.parametrize("option", [{}, {"micro_batch_histories": 2}, {"extra_negatives": 4}])
+def test_the_processor_reads_a_step_once(option, monkeypatch):
+    """Each time it reads a number off a GPU, it waits until all before is computed. That no forward pass does so is
+    tested with the families."""
+    training, _ = trainer(train=option)
+    training.train_step()  # which fills the table of extra negatives, and makes the optimiser's state
+    read = []
+    for name in ("tolist", "item", "cpu", "__float__", "__int__", "__bool__", "nonzero", "unique"):
+        plain = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda t, *a, plain=plain, name=name, **k: (t.is_floating_point() and read.append(name),
+                                                                           plain(t, *a, **k))[1]
+        )  # fmt: skip
+    training.train_step()
+    assert read == ["tolist"]
+
+
 def parameters(training):
     return {name: p.detach().clone() for name, p in training.tower.named_parameters()}
 
