@@ -10,6 +10,7 @@ import datetime
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CollectorRegistry,
@@ -25,6 +26,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pixrec.query import Answer
 from pixrec.serving.published import Outcome, Rollout
+
+if TYPE_CHECKING:
+    from pixrec.serving.shards import Held
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -97,7 +101,11 @@ class ReplicaMetrics(Counted):
         self._published = self._gauge("pixrec_index_published_seconds", "When the index was published, in Unix time")
         self._rows = self._gauge("pixrec_index_items", "Items in the index")
         self._recall = self._gauge("pixrec_index_recall", "Measured recall of the index, by name", "name")
+        self._lost = self._counter("pixrec_shard_misses", "Searches that a part of the index did not answer", "shard")
         self._told: dict[Outcome, int] = {}
+
+    def lost_shard(self, number: int) -> None:
+        self._lost.labels(number).inc()
 
     def answered(self, history_items: int, answers: Iterable[Answer]) -> None:
         self._items.inc(history_items)
@@ -119,6 +127,21 @@ class ReplicaMetrics(Counted):
         self._rows.set(manifest.get("rows", 0))
         for name, recall in recalls(manifest):
             self._recall.labels(name).set(recall)
+        return super().text()
+
+
+class ShardMetrics(Counted):
+    """Of a replica that searches a part of an index: the versions of it that it holds."""
+
+    def __init__(self, held: Held) -> None:
+        super().__init__()
+        self._held = held
+        self._info = self._gauge("pixrec_shard_info", "The versions held", "model_version", "index_version")
+
+    def text(self) -> str:
+        self._info.clear()
+        for versions in self._held.versions():
+            self._info.labels(versions.model_version, versions.index_version).set(1)
         return super().text()
 
 

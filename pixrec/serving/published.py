@@ -17,6 +17,8 @@ from pixrec.errors import ArtifactError, InputError
 
 if TYPE_CHECKING:
     from pixrec.recommender import Recommender
+    from pixrec.serving.backend import Versions
+    from pixrec.serving.shards import Shard
 
 logger = logging.getLogger("ray.serve.pixrec")
 
@@ -32,6 +34,10 @@ class Source(Protocol):
         ...
 
     def load(self, manifest: Manifest) -> Recommender: ...
+
+    def load_shard(self, versions: Versions, number: int, shards: int) -> Shard:
+        """Part `number` of so many of the index of these versions. Raises PixRecError."""
+        ...
 
     def pin(self, version: str | None) -> None: ...
 
@@ -64,6 +70,17 @@ class Published:
 
         place, data, version = self._model_of(manifest), self._data_of(manifest), str(manifest["version"])
         return load_recommender(place, self.index, data, self.blend, version, self.half_life_days)
+
+    def load_shard(self, versions: Versions, number: int, shards: int) -> Shard:
+        from pixrec.artifact import index_manifest
+        from pixrec.recommender import data_of
+        from pixrec.serving.shards import load_shard
+
+        manifest = index_manifest(self.index, versions.index_version)
+        if manifest["model_fingerprint"] != versions.model_version:
+            raise ArtifactError(f"{self.index}: version {versions.index_version} is of another model")
+        data = self._data_of(manifest) or data_of(self.index, manifest)
+        return load_shard(self.index, data, manifest, number, shards)
 
     def pin(self, version: str | None) -> None:
         from pixrec.artifact import pin_version
@@ -123,20 +140,13 @@ class Rollout:
     A user of `current` takes it once for each piece of work: tower and index of one recommender belong together.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        keep_seconds: float = 0.0,
-        loaded: Callable[[Recommender], None] = lambda recommender: None,
-    ) -> None:
-        """keep_seconds: for so long the version that was in use before stays, for those who still ask for it. `loaded`
-        is called with each recommender before it is used.
+    def __init__(self, source: Source, loaded: Callable[[Recommender], None] = lambda recommender: None) -> None:
+        """loaded: is called with each recommender before it is used; what it raises refuses the version.
 
         Raises what loading raises: without a first version there is nothing to serve.
         """
-        self._source, self._keep_seconds, self._loaded = source, keep_seconds, loaded
+        self._source, self._loaded = source, loaded
         self._one_at_a_time = threading.Lock()
-        self._before: tuple[Recommender, float] | None = None
         self.refused: str | None = None
         """Why the wanted version is not the one in use."""
         self._refused_version: str | None = None
@@ -147,18 +157,6 @@ class Rollout:
     @property
     def current(self) -> Recommender:
         return self.in_use[0]
-
-    def of(self, model_version: str, index_version: str) -> Recommender | None:
-        """The recommender of these versions: the one in use, the one before, or what is wanted now. None: neither."""
-        wanted = (model_version, index_version)
-        for attempt in range(2):
-            held = [self.current, *([self._before[0]] if self._before else [])]
-            for recommender in held:
-                if (recommender.model_version, recommender.index_version) == wanted:
-                    return recommender
-            if attempt == 0:
-                self.refresh()
-        return None
 
     def watch(self, seconds: float) -> None:
         """Look for another version every `seconds`, from now on."""
@@ -186,8 +184,6 @@ class Rollout:
 
     def _refresh(self, again: bool) -> Outcome:
         version = None
-        if self._before is not None and time.monotonic() > self._before[1]:
-            self._before = None
         try:
             manifest = self._source.wanted()
             version = f"{manifest['model_fingerprint']} {manifest['version']}"
@@ -201,8 +197,6 @@ class Rollout:
             self.refused, self._refused_version = " ".join(str(error).split()) or type(error).__name__, version
             logger.error("a published version is refused: %s", self.refused, exc_info=not _expected(error))
             return "refused"
-        if self._keep_seconds:
-            self._before = self.current, time.monotonic() + self._keep_seconds
         self.in_use = loaded, manifest
         self.refused = self._refused_version = None
         logger.info("now serving index %s", manifest["version"])

@@ -60,7 +60,6 @@ def test_a_new_version_takes_the_place_of_the_old_one(shelf: Shelf) -> None:
     assert (rollout.current.model_version, rollout.current.index_version) == ("other", "3")
     assert rollout.in_use[1]["version"] == "3"
     assert before[0].index_version == "1", "who took the old one goes on with it"
-    assert rollout.of("m", "1") is None
 
 
 def test_what_cannot_be_loaded_is_refused_and_tried_again_only_when_told(shelf: Shelf) -> None:
@@ -112,17 +111,6 @@ def test_pins_and_rollbacks(shelf: Shelf) -> None:
     assert (rollout.current.index_version, shelf.pin_at) == ("1", "1"), "a pin that cannot be served is taken back"
     assert rollout.pin(None) == "swapped"
     assert rollout.current.index_version == "3"
-
-
-def test_the_version_before_stays_for_those_who_still_ask_for_it(shelf: Shelf) -> None:
-    rollout = Rollout(shelf, keep_seconds=60)
-    shelf.current = "2"
-    found = rollout.of("m", "2")  # newer than what is in use: looked for
-    assert found is rollout.current
-    assert rollout.of("m", "1").index_version == "1"  # type: ignore[union-attr]
-    rollout._before = rollout._before[0], 0.0  # type: ignore[index]
-    rollout.refresh()
-    assert rollout.of("m", "1") is None
 
 
 def test_without_a_first_version_there_is_nothing_to_serve(shelf: Shelf) -> None:
