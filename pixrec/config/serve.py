@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pixrec.config.checks import above_zero, at_least
+from pixrec.config.checks import above_zero, at_least, between
 from pixrec.errors import ConfigError
 
 
@@ -69,6 +69,9 @@ class ServeConfig:
     poll_seconds: float = 10.0
     """Time between two looks for a newly published version, which is loaded beside the one in use and takes its place;
     0: only when /admin/reload is called."""
+    canary_share: float = 0.0
+    """While a version is pinned, the share of users who get a newer one that is current, always the same users; both
+    are loaded then."""
     load_timeout_seconds: float = 600.0
     """Longest time that a call of an /admin route waits until all replicas have loaded a version."""
     log_format: Literal["text", "json"] = "text"
@@ -111,6 +114,7 @@ class ServeConfig:
         at_least(self, 1, "max_events", "max_events_kept")
         at_least(self, 0, "num_retrieval_replicas", "cpus_per_retrieval", "min_replicas", "poll_seconds")
         at_least(self, 1, "retrieval_shards")
+        between(self, 0, 1, "canary_share")
         above_zero(self, "request_timeout_seconds", "load_timeout_seconds", "shard_timeout_seconds")
         if self.retrieval_shards > 1 and not self.num_retrieval_replicas:
             raise ConfigError(

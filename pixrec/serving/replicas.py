@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,8 @@ class RecommenderReplica(Replica):
         """retrieval: the deployments that search the parts of the index; none: this replica does."""
         self._shards = _shards(retrieval, config, self._lost_shard) if retrieval else None
         held = self._shards.hold if self._shards else None
-        self._rollout = Rollout(source, lambda found: held(_versions(found)) if held else None)
+        told = (lambda found: held(_versions(found))) if held else (lambda found: None)
+        self._rollout = Rollout(source, told, config.canary_share)
         self._counted = ReplicaMetrics(self._rollout)
         super().__init__(config, self._counted)
         self._rollout.watch(config.poll_seconds)
@@ -120,24 +122,37 @@ class RecommenderReplica(Replica):
 
     async def recommend(self, query: Query) -> Answer | Refusal | Incomplete:
         # Refused before it joins a batch, where it would fail its neighbours.
-        refusal = self._refusal(query)
+        recommender = self._rollout.for_query(query)
+        refusal = self._refusal(query, recommender)
         if refusal is not None:
             return refusal
         if query.new_items:
             try:
-                await self._compute("encode", self._recommender.encode_new, query.new_items)  # which keeps the vectors
+                await self._compute("encode", recommender.encode_new, query.new_items)  # which keeps the vectors
             except InputError as error:
                 return Refusal("new_items", str(error))
         return await self._answer_together(query)
 
     async def answer_all(self, queries: list[Query]) -> list[Answer | Incomplete]:
+        """The answers in the order of the queries; those who get a canary are a batch of their own."""
+        batches: dict[Recommender, list[int]] = {}
+        for place, query in enumerate(queries):
+            batches.setdefault(self._rollout.for_query(query), []).append(place)
+        answers: dict[int, Answer | Incomplete] = {}
+        for recommender, places in batches.items():
+            found = await self._answered(recommender, [queries[place] for place in places])
+            answers |= zip(places, found, strict=True)
+        return [answers[place] for place in range(len(queries))]
+
+    async def _answered(self, recommender: Recommender, queries: list[Query]) -> Sequence[Answer | Incomplete]:
         self._counted.batch_size.observe(len(queries))
-        recommender = self._recommender
+        start = time.perf_counter()
         asked, vectors = await self._compute("encode", _encoded, recommender, queries)
         answers = await self._retrieve(recommender, recommender.rank, asked, vectors)
         if isinstance(answers, Incomplete):
             return [answers for _ in queries]
         self._counted.answered(sum(len(query.history) for query in queries), answers)
+        self._counted.took(recommender.index_version, time.perf_counter() - start)
         return answers
 
     async def _retrieve(self, recommender: Recommender, rank: Callable[..., Any], *args: Any) -> Any | Incomplete:
@@ -222,8 +237,8 @@ class RecommenderReplica(Replica):
         outcome = await asyncio.to_thread(self._rollout.rollback)
         return None if outcome is None else self._change(outcome)
 
-    def _refusal(self, query: Query) -> Refusal | None:
-        items = self._recommender.items
+    def _refusal(self, query: Query, recommender: Recommender | None = None) -> Refusal | None:
+        items = (recommender or self._recommender).items
         problem = items.filter_problem(query.filters)
         if problem is not None:
             return Refusal("filters", problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from pixrec.errors import ArtifactError, InputError, UnreadableImage
 from pixrec.query import COSINE, PURCHASE_SHARE, Answer, NewItem, Query, Vectors
 from pixrec.serving.backend import Change, Incomplete, Overloaded, Refusal, ToEmbed, Unavailable, Versions
 from pixrec.serving.deployments import ServeBackend, bind
+from pixrec.serving.published import place_of
 from pixrec.serving.replicas import RecommenderReplica, RetrievalReplica
 
 
@@ -54,7 +56,8 @@ class FakeRecommender:
     def rank(self, queries: list[Query], vectors: Any) -> list[Answer]:
         self.batches.append(len(queries))
         self.threads.add(threading.current_thread().name)
-        return [answer_of("b", 0.5) if query.history else FALLBACK for query in queries]
+        given = {"model_version": self.model_version, "index_version": self.index_version}
+        return [dataclasses.replace(answer_of("b", 0.5) if query.history else FALLBACK, **given) for query in queries]
 
     def item_vectors(self, item_ids: list[str]) -> Any:
         return np.full((len(item_ids), 2), 0.25, np.float32)
@@ -83,6 +86,12 @@ class FakeSource:
     def load(self, manifest: Any) -> Any:
         return self.recommender
 
+    def canary(self) -> Any:
+        return None
+
+    def make_current(self, version: str) -> None:
+        raise AssertionError
+
     def pin(self, version: str | None) -> None:
         self.pins.append(version)
 
@@ -109,6 +118,27 @@ def test_a_batch_is_one_call_off_the_event_loop(replica: RecommenderReplica, rec
     assert recommender.batches == [3]
     assert [answer.fallback for answer in answers] == [False, True, False]
     assert threading.current_thread().name not in recommender.threads
+
+
+def test_who_gets_the_canary_is_answered_by_it_in_a_batch_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CanarySource(FakeSource):
+        def canary(self) -> Any:
+            return {"model_fingerprint": "model-2", "version": "index-2"}
+
+        def load(self, manifest: Any) -> Any:
+            made = loaded[manifest["version"]] = FakeRecommender()
+            made.model_version, made.index_version = manifest["model_fingerprint"], manifest["version"]
+            return made
+
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
+    loaded: dict[str, FakeRecommender] = {}
+    replica = RecommenderReplica(CanarySource(None), ServeConfig(poll_seconds=0, canary_share=0.5))
+    queries = [Query([], user_id=f"u{number}") for number in range(8)] + [Query([])]
+    newer = [place_of(query) < 0.5 for query in queries]
+    assert 0 < sum(newer) < 8
+    answers = asyncio.run(replica.answer_all(queries))
+    assert [answer.index_version for answer in answers] == ["index-2" if new else "index-1" for new in newer]
+    assert (loaded["index-1"].batches, loaded["index-2"].batches) == ([9 - sum(newer)], [sum(newer)])
 
 
 def test_a_bad_filter_is_refused_before_it_joins_a_batch(
