@@ -39,6 +39,7 @@ from pixrec.client import AsyncClient, Client, RequestFailed
 from pixrec.config import CompactConfig, Config, ModelConfig, TinyConfig
 
 WIDTH, CLIENTS, SWAPS, KILL_EVERY_SECONDS = 128, 64, 20, 10.0
+START_ATTEMPTS = 3
 PLACES, CPU = ("model", "index", "data"), "answers_per_cpu_second"
 MODES: dict[str, dict[str, str]] = {
     "default": {},
@@ -134,26 +135,35 @@ def serving(
 @contextlib.contextmanager
 def started(command: Sequence[str], log_file: Path, environment: Mapping[str, str]) -> Iterator[Server]:
     """A server by a command that takes the port as its last argument."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with open(log_file, "w") as log:
-        process = subprocess.Popen([*command, str(port)], stderr=log, env={**os.environ, **environment})
-    server = Server(f"http://127.0.0.1:{port}", process.pid)
+    for attempt in range(START_ATTEMPTS):  # a busy machine may not start Ray within the 30 s that Ray allows itself
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        with open(log_file, "w") as log:
+            process = subprocess.Popen([*command, str(port)], stderr=log, env={**os.environ, **environment})
+        server = Server(f"http://127.0.0.1:{port}", process.pid)
+        if _answers(server, process):
+            break
+        process.kill()
+        process.wait(60)
+        assert attempt + 1 < START_ATTEMPTS, log_file.read_text()[-2000:]
     try:
-        deadline = time.monotonic() + 600
-        while True:
-            with contextlib.suppress(OSError):
-                server.ask("/readyz", "GET")
-                break
-            assert process.poll() is None, log_file.read_text()[-2000:]
-            assert time.monotonic() < deadline, "the server does not answer"
-            time.sleep(0.5)
         server.loaded(2, clients=4)  # first calls compile and connect
         yield server
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(120)
+
+
+def _answers(server: Server, process: subprocess.Popen[bytes]) -> bool:
+    """Whether the server answers, in the end."""
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            server.ask("/readyz", "GET")
+            return True
+        time.sleep(0.5)
+    return False
 
 
 def modes(shop: Shop, seconds: float) -> dict[str, Any]:

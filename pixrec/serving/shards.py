@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -33,8 +33,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger("ray.serve.pixrec")
 
-KEPT_SECONDS = 600.0
-"""A version that nobody has asked for in so long is let go, unless it was the last that was asked for."""
+VERSIONS_KEPT = 3
+"""Of a shard in memory: what is in use, a canary, and what was in use before, for batches that were encoded for it."""
 
 
 class Shard:
@@ -97,32 +97,33 @@ def _part(array: np.ndarray, rows: range) -> np.ndarray:
 
 
 class Held:
-    """The versions of a shard that are asked for: each is loaded when it is first asked for, beside the others."""
+    """The versions of a shard that were asked for last: each is loaded when it is asked for, beside the others."""
 
-    def __init__(self, load: Callable[[Versions], Shard], kept_seconds: float = KEPT_SECONDS) -> None:
-        self._load, self._kept_seconds = load, kept_seconds
-        self._one_at_a_time = threading.Lock()
-        self._shards: dict[Versions, tuple[Shard, float]] = {}
+    def __init__(self, load: Callable[[Versions], Shard]) -> None:
+        self._load = load
+        self._one_at_a_time, self._changing = threading.Lock(), threading.Lock()
+        self._shards: OrderedDict[Versions, Shard] = OrderedDict()
 
     def get(self, versions: Versions) -> Shard | None:
         """What is loaded of these versions; None: nothing yet."""
-        held = self._shards.get(versions)
-        if held is None:
-            return None
-        self._shards[versions] = held[0], time.monotonic()
-        return held[0]
+        with self._changing:
+            if versions in self._shards:
+                self._shards.move_to_end(versions)
+            return self._shards.get(versions)
 
     def of(self, versions: Versions) -> Shard:
         """What is loaded of these versions, or will be before this returns. Raises what loading raises."""
         with self._one_at_a_time:
             shard = self.get(versions) or self._load(versions)
-            now = time.monotonic()
-            asked_for = {v: held for v, held in self._shards.items() if now - held[1] <= self._kept_seconds}
-            self._shards = {**asked_for, versions: (shard, now)}
+            with self._changing:
+                self._shards[versions] = shard
+                while len(self._shards) > VERSIONS_KEPT:
+                    self._shards.popitem(last=False)
             return shard
 
     def versions(self) -> list[Versions]:
-        return list(self._shards)
+        with self._changing:
+            return list(self._shards)
 
 
 class Shards:
@@ -130,7 +131,8 @@ class Shards:
 
     def __init__(self, handles: Sequence[Any], config: ServeConfig, lost: Callable[[int], None]) -> None:
         """lost: is told the number of each shard that gives no answer."""
-        self.handles, self.config, self.lost = handles, config, lost
+        self.handles, self.config, self._lost = handles, config, lost
+        self._down: set[int] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def of(self, versions: Versions) -> ShardSearch:
@@ -157,6 +159,17 @@ class Shards:
                 if isinstance(answer, BaseException):
                     logger.warning("shard %d was not told of index %s: %r", number, versions.index_version, answer)
 
+    def told(self, number: int, error: Exception | None) -> None:
+        """A shard has answered, or has not: what changes is logged, what fails is counted."""
+        if error is not None:
+            self._lost(number)
+        if error is not None and number not in self._down:
+            self._down.add(number)
+            logger.warning("shard %d of the index gives no answer: %s", number, type(error).__name__)
+        elif error is None and number in self._down:
+            self._down.discard(number)
+            logger.warning("shard %d of the index answers again", number)
+
     def wait_for(self, coroutine: Coroutine[Any, Any, T]) -> T:
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
@@ -179,15 +192,16 @@ class ShardSearch:
                 return await handle.search.remote(self._versions, vectors, k, filters, of_content)
 
         def lost(number: int, error: Exception) -> None:
-            logger.warning("shard %d gives no answer: %r", number, error)
             self.missing.add(number)
-            self._shards.lost(number)
+            self._shards.told(number, error)
 
         parts = [_Asked(partial(self._shards.wait_for, ask(handle))) for handle in handles]
         try:
             merged = search_shards(parts, vectors, k, lost=lost)
         except ValueError:
             raise self._refusal() from None
+        for number in set(range(len(handles))) - set(merged.missing):
+            self._shards.told(number, None)
         if merged.missing and config.missing_shard == "refuse":
             raise self._refusal()
         return merged.scores, merged.rows

@@ -432,8 +432,18 @@ def test_a_shard_that_gives_no_answer_is_said_or_refused(apart_as: Any) -> None:
         )
 
 
+def test_that_a_shard_is_lost_is_logged_once(apart_as: Any, caplog: pytest.LogCaptureFixture) -> None:
+    apart = apart_as(missing_shard="answer")
+    with caplog.at_level("WARNING", "ray.serve.pixrec"):
+        for trouble in (None, TimeoutError(), TimeoutError(), None, None):
+            apart.handles[1].trouble = trouble
+            asyncio.run(apart.replica.answer_all([Query(["a"], 3)]))
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["shard 1 of the index gives no answer: TimeoutError", "shard 1 of the index answers again"]
+
+
 def test_a_shard_that_is_late_gives_no_answer(apart_as: Any) -> None:
-    apart = apart_as(missing_shard="answer", shard_timeout_seconds=0.01)
+    apart = apart_as(missing_shard="answer", shard_timeout_seconds=0.5)
 
     async def wait(*_: Any) -> None:
         await asyncio.Event().wait()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -103,27 +102,21 @@ def test_of_a_version_only_what_its_model_made(shop: Published) -> None:
         shop.load_shard(Versions("f" * 32, manifest["version"]), 1, 2)
 
 
-def test_versions_that_are_asked_for_are_held_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, loads = [0.0], []
-    monkeypatch.setattr("pixrec.serving.shards.time", SimpleNamespace(monotonic=lambda: now[0]))
+def test_versions_that_are_asked_for_are_held_beside_each_other() -> None:
+    loads = []
 
     def load(versions: Versions) -> Any:
         loads.append(versions.index_version)
         return versions
 
-    held = Held(load, kept_seconds=60.0)  # type: ignore[arg-type]
-    first, second, third = (Versions("m", str(number)) for number in range(3))
+    held, (first, second, third, fourth) = Held(load), (Versions("m", str(number)) for number in range(4))
     assert held.get(first) is None
     assert [held.of(first), held.of(second), held.of(first), held.get(second)] == [first, second, first, second]
-    now[0] = 50.0
-    held.get(second)
-    now[0] = 70.0
     held.of(third)
-    assert held.versions() == [second, third], "the first was not asked for in a minute"
-    now[0] = 1000.0
-    assert (held.get(third), loads) == (third, ["0", "1", "2"])
-    held.of(first)
-    assert held.versions() == [third, first]
+    held.get(first)
+    held.of(fourth)
+    assert held.versions() == [third, first, fourth], "the second was not asked for the longest"
+    assert loads == ["0", "1", "2", "3"]
 
 
 def test_while_one_version_loads_the_others_answer() -> None:
