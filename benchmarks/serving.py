@@ -139,13 +139,13 @@ def started(command: Sequence[str], log_file: Path, environment: Mapping[str, st
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        with open(log_file, "w") as log:
+        with open(log_file, "a") as log:
             process = subprocess.Popen([*command, str(port)], stderr=log, env={**os.environ, **environment})
         server = Server(f"http://127.0.0.1:{port}", process.pid)
         if _answers(server, process):
             break
-        process.kill()
-        process.wait(60)
+        process.send_signal(signal.SIGTERM)
+        process.wait(120)
         assert attempt + 1 < START_ATTEMPTS, log_file.read_text()[-2000:]
     try:
         server.loaded(2, clients=4)  # first calls compile and connect
@@ -157,7 +157,7 @@ def started(command: Sequence[str], log_file: Path, environment: Mapping[str, st
 
 def _answers(server: Server, process: subprocess.Popen[bytes]) -> bool:
     """Whether the server answers, in the end."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
             server.ask("/readyz", "GET")
