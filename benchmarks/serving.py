@@ -1,10 +1,11 @@
-"""A server under load from another process: batching, swaps, kills, overload, memory, odd requests, Prometheus.
+"""A server under load from another process: batching, proxies, swaps, kills, shards, overload, memory, odd requests.
 
     python -m benchmarks.serving [name ...] [--items 100000] [--seconds 10]
 
-Names: batching, swap, kill, overload, memory, schema, prometheus (the last needs Debian's `prometheus`); default: the
-first five. Every server is `pixrec serve` on an untrained compact model and random vectors; what is compared is
-measured within one run.
+Names: batching, modes, swap, kill, shards, overload, memory, schema, prometheus; default: all but the last two. `modes`
+needs Debian's `haproxy` for one of its rows, `prometheus` Debian's package of that name, `schema` schemathesis. A short
+run is `--items 20000 --seconds 5`. Every server is `pixrec serve` on an untrained compact model and random vectors, and
+what is compared is measured within one run.
 """
 
 from __future__ import annotations
@@ -16,27 +17,37 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import catalogs
-from benchmarks.processes import below, proportional_memory_mib
+from benchmarks.processes import below, cpu_seconds, proportional_memory_mib
+from benchmarks.scrape import dashboard_queries, scraping
 from pixrec.artifact import index_version, new_model, save_model, with_compact
-from pixrec.client import AsyncClient, RequestFailed
+from pixrec.client import AsyncClient, Client, RequestFailed
 from pixrec.config import CompactConfig, Config, ModelConfig, TinyConfig
 
 WIDTH, CLIENTS, SWAPS, KILL_EVERY_SECONDS = 128, 64, 20, 10.0
+START_ATTEMPTS = 3
+PLACES, CPU = ("model", "index", "data"), "answers_per_cpu_second"
+MODES: dict[str, dict[str, str]] = {
+    "default": {},
+    "throughput": {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
+    # HAProxy listens on all interfaces, whatever --host says: close the port where the machine is not alone.
+    "haproxy": {"RAY_SERVE_ENABLE_HA_PROXY": "1"},
+}
+"""What is set in the environment of a server, and so of Ray Serve."""
 KEY = "benchmark"
 TINY = TinyConfig(hidden_width=64, num_layers=1, num_heads=2, vision_width=32, vision_layers=1, image_size_px=32)
 CONFIG = Config(model=ModelConfig(embedding_width=WIDTH, user_tower="compact", compact=CompactConfig(), tiny=TINY))
@@ -81,6 +92,10 @@ class Server:
     def memory_mib(self, deployment: str = "Recommender") -> list[int]:
         return [round(proportional_memory_mib(pid)) for pid in self.replicas(deployment)]
 
+    def cpu_seconds(self) -> float:
+        """CPU time of the server and all that it started, Ray's processes too."""
+        return sum(cpu_seconds(pid) for pid in (self.process, *below(self.process)))
+
     def ask(self, path: str, method: str = "POST") -> Any:
         headers = {"X-API-Key": KEY, "Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}{path}", headers=headers, method=method)
@@ -94,7 +109,11 @@ class Server:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def loaded(self, seconds: float, **options: Any) -> dict[str, Any]:
-        return result(self.load(seconds, **options))
+        """What `pixrec bench-serve` says of this load, and the answers for each second of CPU time."""
+        before = self.cpu_seconds()
+        told = result(self.load(seconds, **options))
+        told["answers_per_cpu_second"] = round(told["codes"].get("200", 0) / (self.cpu_seconds() - before), 1)
+        return told
 
 
 def result(load: subprocess.Popen[str]) -> dict[str, Any]:
@@ -103,32 +122,76 @@ def result(load: subprocess.Popen[str]) -> dict[str, Any]:
     return dict(json.loads(written))
 
 
-@contextlib.contextmanager
-def serving(shop: Shop, **settings: Any) -> Iterator[Server]:
+def serving(
+    shop: Shop, environment: Mapping[str, str] | None = None, **settings: Any
+) -> contextlib.AbstractContextManager[Server]:
     """A server with these `serve` settings, for the length of the block."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     settings = {"admin_key": KEY, "poll_seconds": 0, "cpus_per_replica": 0.2, **settings}
     chosen = [text for name, value in settings.items() for text in ("--set", f"serve.{name}={value}")]
-    places = [f"--{name}={shop.folder / name}" for name in ("model", "index", "data")]
-    with open(shop.folder / "server.log", "w") as log:
-        process = subprocess.Popen([*PIXREC, "serve", *places, "--port", str(port), *chosen], stderr=log)
-    server = Server(f"http://127.0.0.1:{port}", process.pid)
+    places = [f"--{name}={shop.folder / name}" for name in PLACES]
+    return started([*PIXREC, "serve", *places, *chosen, "--port"], shop.folder / "server.log", environment or {})
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], log_file: Path, environment: Mapping[str, str]) -> Iterator[Server]:
+    """A server by a command that takes the port as its last argument."""
+    for attempt in range(START_ATTEMPTS):  # a busy machine may not start Ray within the 30 s that Ray allows itself
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        with open(log_file, "a") as log:
+            process = subprocess.Popen([*command, str(port)], stderr=log, env={**os.environ, **environment})
+        server = Server(f"http://127.0.0.1:{port}", process.pid)
+        if _answers(server, process):
+            break
+        process.send_signal(signal.SIGTERM)
+        process.wait(120)
+        assert attempt + 1 < START_ATTEMPTS, log_file.read_text()[-2000:]
     try:
-        deadline = time.monotonic() + 600
-        while True:
-            with contextlib.suppress(OSError):
-                server.ask("/readyz", "GET")
-                break
-            assert process.poll() is None, (shop.folder / "server.log").read_text()[-2000:]
-            assert time.monotonic() < deadline, "the server does not answer"
-            time.sleep(0.5)
         server.loaded(2, clients=4)  # first calls compile and connect
         yield server
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(120)
+
+
+def _answers(server: Server, process: subprocess.Popen[bytes]) -> bool:
+    """Whether the server answers, in the end."""
+    deadline = time.monotonic() + 600
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            server.ask("/readyz", "GET")
+            return True
+        time.sleep(0.5)
+    return False
+
+
+def modes(shop: Shop, seconds: float) -> dict[str, Any]:
+    """Serve's proxies beside one process of FastAPI and faiss, in a closed loop; and where one client's time goes."""
+    found: dict[str, Any] = {}
+    for name, environment in MODES.items():
+        if "HA_PROXY" in "".join(environment) and not shutil.which("haproxy"):
+            found[name] = "haproxy is not installed"
+            continue
+        with serving(shop, environment, threads_per_replica=1) as server:
+            found[name] = _of_mode(server, seconds)
+    places = [str(shop.folder / name) for name in PLACES]
+    command = [sys.executable, "-m", "benchmarks.plain_server", *places]
+    with started(command, shop.folder / "plain.log", {"OMP_NUM_THREADS": "1"}) as server:
+        found["plain"] = _of_mode(server, seconds)
+    measured = {name: told for name, told in found.items() if isinstance(told, dict)}
+    beside = {name: {kind: round(told[kind] / found["plain"][kind], 2) for kind in ("answers_per_second", CPU)}
+              for name, told in measured.items()}  # fmt: skip
+    return {**found, "over_plain": beside}
+
+
+def _of_mode(server: Server, seconds: float) -> dict[str, Any]:
+    many, one = server.loaded(seconds, clients=CLIENTS), server.loaded(seconds, clients=1)
+    keys = ("codes", "answers_per_second", CPU, "milliseconds", "stages_ms")
+    stages = one["stages_ms"]
+    ours = sum(stages.get(stage, 0.0) for stage in ("validate", "encode", "retrieve"))
+    alone = {"p50_ms": one["milliseconds"]["p50"], "validate_encode_retrieve_ms": round(ours, 2), "stages_ms": stages}
+    return {**{key: many[key] for key in keys}, "one_client": alone}
 
 
 def batching(shop: Shop, seconds: float) -> dict[str, Any]:
@@ -137,13 +200,19 @@ def batching(shop: Shop, seconds: float) -> dict[str, Any]:
     for name, size in (("on", 32), ("off", 1)):
         with serving(shop, max_batch_size=size) as server:
             told = server.loaded(seconds, clients=CLIENTS)
-            found[name] = {k: told[k] for k in ("codes", "answers_per_second", "milliseconds", "stages_ms")}
+            found[name] = {k: told[k] for k in ("codes", "answers_per_second", CPU, "milliseconds", "stages_ms")}
     encoded = {  # histories that the user tower and the search could take in a second, alone
         name: 1000 * one["stages_ms"]["batch"] / (one["stages_ms"]["encode"] + one["stages_ms"]["retrieve"])
         for name, one in found.items()
     }
     ratio = found["on"]["answers_per_second"] / found["off"]["answers_per_second"]
-    return {**found, "ratio_http": round(ratio, 2), "ratio_model": round(encoded["on"] / encoded["off"], 2)}
+    per_cpu = found["on"][CPU] / found["off"][CPU]
+    return {
+        **found,
+        "ratio_http": round(ratio, 2),
+        "ratio_per_cpu": round(per_cpu, 2),
+        "ratio_model": round(encoded["on"] / encoded["off"], 2),
+    }
 
 
 def swap(shop: Shop, seconds: float) -> dict[str, Any]:
@@ -220,6 +289,19 @@ def overload(shop: Shop, seconds: float) -> dict[str, Any]:
     return {"capacity": capacity, **found}
 
 
+def shards(shop: Shop, seconds: float) -> dict[str, Any]:
+    """Two shards beside one that is apart and none: the same answers, and what they cost."""
+    found, answers = {}, {}
+    for name, parts in (("none", 0), ("one", 1), ("two", 2)):
+        with serving(shop, num_retrieval_replicas=min(1, parts), retrieval_shards=max(1, parts)) as server:
+            told = server.loaded(seconds, clients=32)
+            found[name] = {k: told[k] for k in ("codes", "answers_per_second", CPU, "milliseconds", "stages_ms")}
+            histories = [[f"i{(start * 97 + step * 31) % shop.items:07d}" for step in range(5)] for start in range(200)]
+            with Client(server.url) as client:
+                answers[name] = [[i for i, _ in client.recommend(history, k=20).items] for history in histories]
+    return {**found, "answers_that_differ": sum(a != b for a, b in zip(answers["none"], answers["two"], strict=True))}
+
+
 def memory(shop: Shop, seconds: float) -> dict[str, Any]:
     """Proportional set size of each of two replicas of each kind, idle after some load."""
     with serving(shop, num_replicas=2, num_retrieval_replicas=2) as server:
@@ -231,8 +313,9 @@ def memory(shop: Shop, seconds: float) -> dict[str, Any]:
 def schema(shop: Shop, seconds: float) -> dict[str, Any]:
     """Requests drawn from the OpenAPI file, sound and broken: no 5xx, and every answer fits its schema."""
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    per_operation = max(1, round(25 * seconds))  # of some 20 operations: 5,000 cases in 10 s
     with serving(shop) as server:
-        command = ["schemathesis", "run", f"{server.url}/openapi.json", "-c", checks, "-n", str(round(30 * seconds)),
+        command = ["schemathesis", "run", f"{server.url}/openapi.json", "-c", checks, "-n", str(per_operation),
                    "--phases", "fuzzing", "-H", f"X-API-Key: {KEY}", "--seed", "0", "--request-timeout", "60",
                    "--exclude-path", "/admin/pin", "--exclude-path", "/admin/rollback"]  # fmt: skip
         place = Path(sys.executable).with_name(command[0])
@@ -243,35 +326,15 @@ def schema(shop: Shop, seconds: float) -> dict[str, Any]:
 
 def prometheus(shop: Shop, seconds: float) -> dict[str, Any]:
     """Every query of the dashboard, evaluated by a Prometheus that scrapes a server under load."""
-    panels = json.loads(Path("serve/dashboard.json").read_text())["panels"]
-    queries = {f"{p['title']}: {t['legendFormat']}": t["expr"] for p in panels for t in p["targets"]}
-    with serving(shop) as server, tempfile.TemporaryDirectory() as folder:
-        target = server.url.removeprefix("http://")
-        scrape = {"job_name": "pixrec", "scrape_interval": "2s", "static_configs": [{"targets": [target]}]}
-        (Path(folder) / "prometheus.yml").write_text(json.dumps({"scrape_configs": [scrape]}))  # JSON is YAML
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
-        options = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
-        command = ["prometheus", *options, f"--web.listen-address={address}"]
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-            try:
-                server.loaded(max(seconds, 20), rate=10)
-                found = {name: _evaluated(address, query) for name, query in queries.items()}
-            finally:
-                process.terminate()
-    return {"series": found, "queries_without_an_answer": sorted(name for name, n in found.items() if not n)}
-
-
-def _evaluated(address: str, query: str) -> int:
-    """Series with a number that a query of the dashboard gives."""
-    asked = urllib.parse.urlencode({"query": query.replace("$__rate_interval", "1m")})
-    with urllib.request.urlopen(f"http://{address}/api/v1/query?{asked}", timeout=60) as answer:
-        return sum(one["value"][1] != "NaN" for one in json.loads(answer.read())["data"]["result"])
+    with serving(shop) as server, scraping(server.url.removeprefix("http://")) as found:
+        server.loaded(max(seconds, 20), rate=10)
+        series = {name: len(found.values(query)) for name, query in dashboard_queries("1m").items()}
+    return {"series": series, "queries_without_an_answer": sorted(name for name, n in series.items() if not n)}
 
 
 MORE = {"schema": schema, "prometheus": prometheus}
-SCENARIOS = {"batching": batching, "swap": swap, "kill": kill, "overload": overload, "memory": memory}
+SCENARIOS = {"batching": batching, "modes": modes, "swap": swap, "kill": kill, "shards": shards,
+             "overload": overload, "memory": memory}  # fmt: skip
 
 
 def main() -> int:

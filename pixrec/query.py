@@ -95,11 +95,13 @@ class Answer:
     """True when nothing of the history was known and the most bought items were given instead"""
     reasons: Mapping[str, str] | None = None
     """by item, the item of the history that is nearest to it; None where nobody asked"""
+    missing_shards: Sequence[int] | None = None
+    """numbers of the parts of a sharded index that gave no answer, whose items are lacking; None where all did"""
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer of `pixrec recommend` and of the HTTP routes; without `reasons` unless they were asked for."""
+        """The answer of `pixrec recommend` and of the HTTP routes; without what is None."""
         items = [{"item_id": item_id, "score": score} for item_id, score in self.items]
-        told = {name: value for name, value in vars(self).items() if name != "reasons" or value is not None}
+        told = {name: value for name, value in vars(self).items() if value is not None}
         return {**told, "items": items}
 
 

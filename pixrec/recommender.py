@@ -31,7 +31,7 @@ from pixrec.model.encoding import Content
 from pixrec.model.vision import PictureTokens, find_tokens
 from pixrec.query import COSINE, PROBABILITY, PURCHASE_SHARE, Answer, Filters, NewItem, Query, ScoreKind
 from pixrec.retrieval.rerank import choose
-from pixrec.retrieval.search import Searcher
+from pixrec.retrieval.search import Found, Searcher
 from pixrec.scorers.blend import Mixture, fitted_mixture
 from pixrec.scorers.towers import TowerScorer
 
@@ -45,6 +45,10 @@ _EVENTS_AT_A_TIME, _DAY_MS = 1_000_000, 86_400_000
 
 Ranked = list[tuple[str, float]]
 """(item_id, score), best first."""
+
+VectorSearch = Callable[[np.ndarray, int, Filters, bool], Found]
+"""The k items nearest to each vector (B, D) of those that pass the filters, by their rows; the last argument says
+whether to compare the content vectors, where there are any."""
 
 
 class Asked(NamedTuple):
@@ -91,10 +95,7 @@ class Recommender:
         self.items = items
         self._embedder = model.embedder()
         self._catalog = Catalog(items, model.encoder, tokens=tokens)
-        rows = items.rows_of(index.item_ids)
-        if (rows < 0).any():
-            stray = index.item_ids[int(np.argmin(rows))]
-            raise ArtifactError(f"the index holds item {stray!r}, which the data set lacks; run pixrec embed again")
+        rows = index.rows_among(items)
         self._indexed = np.zeros(len(items), dtype=bool)
         self._indexed[rows] = True
         self._vectors = in_order(index.vectors, rows, len(items))
@@ -117,10 +118,6 @@ class Recommender:
         its weights are taken from the validation events."""
         scorer = TowerScorer("pixrec", self._embedder, self._catalog, self._vectors)
         self._mixture = fitted_mixture(dataset, self._temperature, scorer.scores)
-
-    def release_tower(self) -> None:
-        """Let go of the model: from now on only `rank` and `near` work, by vectors that another process computed."""
-        del self._embedder, self._catalog
 
     def recommend(
         self, history: Sequence[str], k: int = 10, *, exclude: Sequence[str] = (), exclude_history: bool = True
@@ -152,30 +149,34 @@ class Recommender:
             vectors[with_history] = self._user_vectors([asked[i] for i in with_history])
         return vectors
 
-    def rank(self, asked: Sequence[Asked], vectors: np.ndarray) -> list[Answer]:
-        """Answer what was asked by the user vectors (B, D) that `encode` gave for it: filters aside, one search."""
-        found = self._ranked([one.widened() for one in asked], vectors)
+    def rank(self, asked: Sequence[Asked], vectors: np.ndarray, search: VectorSearch | None = None) -> list[Answer]:
+        """Answer what was asked by the user vectors (B, D) that `encode` gave for it: filters aside, one search.
+
+        `search` finds the nearest items in place of this process, where the ranking is no blend.
+        """
+        found = self._ranked([one.widened() for one in asked], vectors, search)
         answers = []
         for i, one in enumerate(asked):
             kind = (PROBABILITY if self._mixture else COSINE) if one.known else PURCHASE_SHARE
             unknown = [i for i in one.query.history if i not in one.rows and i not in one.new_vectors]
-            items = self._choose(one, found[i], functools.partial(self._ranked_one, vectors[i : i + 1]))
+            items = self._choose(one, found[i], functools.partial(self._ranked_one, vectors[i : i + 1], search))
             reasons = self._reasons(one, items) if one.query.reasons else None
             answers.append(self._answer(items, kind, list(dict.fromkeys(unknown)), reasons))
         return answers
 
-    def _ranked(self, asked: Sequence[Asked], vectors: np.ndarray) -> list[Ranked]:
+    def _ranked(self, asked: Sequence[Asked], vectors: np.ndarray, search: VectorSearch | None) -> list[Ranked]:
         """The best k of each, by score alone."""
         with_history = [i for i, one in enumerate(asked) if one.known]
         ranked: dict[int, Ranked] = {}
         for filters, members in _by_filters([one.query for one in asked], with_history):
             chosen = [with_history[m] for m in members]
-            search = self._blended if self._mixture else self._nearest
-            ranked |= zip(chosen, search(vectors[chosen], [asked[i] for i in chosen], filters), strict=True)
+            of_filters = vectors[chosen], [asked[i] for i in chosen], filters
+            found = self._blended(*of_filters) if self._mixture else self._nearest(*of_filters, search or self.found)
+            ranked |= zip(chosen, found, strict=True)
         return [ranked[i] if i in ranked else self._most_bought(one) for i, one in enumerate(asked)]
 
-    def _ranked_one(self, vector: np.ndarray, one: Asked) -> Ranked:
-        return self._ranked([one], vector)[0]
+    def _ranked_one(self, vector: np.ndarray, search: VectorSearch | None, one: Asked) -> Ranked:
+        return self._ranked([one], vector, search)[0]
 
     def _choose(self, one: Asked, found: Ranked, again: Callable[[Asked], Ranked]) -> Ranked:
         """What the query's diversity and caps leave of the best `found`; looks `again`, wider, when that is too few."""
@@ -291,13 +292,15 @@ class Recommender:
         newest = [asked.query.history[place] for place in asked.known[-self._embedder.max_history_items :]]
         return np.stack([self._vectors[asked.rows[i]] if i in asked.rows else asked.new_vectors[i] for i in newest])
 
-    def near(self, vector: np.ndarray, query: Query, of_content: bool = False) -> Answer:
+    def near(
+        self, vector: np.ndarray, query: Query, of_content: bool = False, search: VectorSearch | None = None
+    ) -> Answer:
         """The items nearest to one vector (D,), whatever the query's history; `of_content`: to one of
-        `search_vector`."""
-        one, searcher = self._read(query), (self._content if of_content else None) or self._searcher
+        `search_vector`; `search` as in `rank`."""
+        one = self._read(query)
 
         def find(wider: Asked) -> Ranked:
-            return self._nearest(vector[None], [wider], query.filters, searcher)[0]
+            return self._nearest(vector[None], [wider], query.filters, search or self.found, of_content)[0]
 
         return self._answer(self._choose(one, find(one.widened()), find), COSINE)
 
@@ -311,14 +314,23 @@ class Recommender:
         fallback = kind == PURCHASE_SHARE
         return Answer(items, kind, self.model_version, self.index_version, list(unknown), fallback, reasons)
 
+    def found(self, vectors: np.ndarray, k: int, filters: Filters, of_content: bool) -> Found:
+        """A VectorSearch among the vectors in this process."""
+        searcher = (self._content if of_content else None) or self._searcher
+        return searcher.search(vectors, k, self._allowed(filters))
+
     def _nearest(
-        self, vectors: np.ndarray, asked: Sequence[Asked], filters: Filters, searcher: Searcher | None = None
+        self,
+        vectors: np.ndarray,
+        asked: Sequence[Asked],
+        filters: Filters,
+        search: VectorSearch,
+        of_content: bool = False,
     ) -> list[Ranked]:
-        """For each vector (B, D) its query's k best of the items that pass the filters, by cosine; `searcher`: of other
-        vectors than the items' own."""
+        """For each vector (B, D) its query's k best of the items that pass the filters, by cosine."""
         barred = [one.excluded for one in asked]
         most = max(one.query.k + len(out) for one, out in zip(asked, barred, strict=True))
-        scores, found = (searcher or self._searcher).search(vectors, most, self._allowed(filters))
+        scores, found = search(vectors, most, filters, of_content)
         ranked = []
         for one, out, row_scores, row_found in zip(asked, barred, scores.tolist(), found.tolist(), strict=True):
             pairs = [(self.items.item_ids[r], s) for r, s in zip(row_found, row_scores, strict=True) if r not in out]

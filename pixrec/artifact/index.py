@@ -47,6 +47,14 @@ class Index:
     """Opens the structure for approximate search, whose rows are those of `vectors`, where the version has one. Raises
     PixRecError where faiss is not installed."""
 
+    def rows_among(self, items: ItemTable) -> np.ndarray:
+        """int (N,): the row of each vector among `items`. Raises ArtifactError where they lack one of them."""
+        rows = items.rows_of(self.item_ids)
+        if (rows < 0).any():
+            stray = self.item_ids[int(np.argmin(rows))]
+            raise ArtifactError(f"the index holds item {stray!r}, which the data set lacks; run pixrec embed again")
+        return rows
+
 
 class IndexWriter:
     """Collects rows into part files of one version; nothing is visible before `index_version` ends.

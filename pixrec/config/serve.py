@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pixrec.config.checks import above_zero, at_least
+from pixrec.config.checks import above_zero, at_least, between
 from pixrec.errors import ConfigError
 
 
@@ -40,8 +40,16 @@ class ServeConfig:
     threads_per_replica: int = 2
     """Torch threads in each model replica."""
     num_retrieval_replicas: int = 0
-    """Replicas of a deployment of its own for ranking, which hold index and items and no model; 0: the replicas of the
-    model rank themselves. Vectors are mapped from one file by all processes of a node."""
+    """Replicas of a deployment of its own for the search, which hold index and items and no model; 0: the replicas of
+    the model search themselves. Vectors are mapped from one file by all processes of a node. A blend is ranked by the
+    replicas of the model all the same."""
+    retrieval_shards: int = 1
+    """Parts that the index is cut into, each searched by a deployment of `num_retrieval_replicas`."""
+    missing_shard: Literal["answer", "refuse"] = "refuse"
+    """While a part of the index gives no answer: `answer` from the others and name it in `missing_shards`, or `refuse`
+    with 503 and Retry-After."""
+    shard_timeout_seconds: float = 2.0
+    """A part that has not answered by then gives no answer."""
     cpus_per_retrieval: float = 0.5
     """CPUs Ray reserves for each retrieval replica."""
     num_ingress_replicas: int = 1
@@ -61,6 +69,9 @@ class ServeConfig:
     poll_seconds: float = 10.0
     """Time between two looks for a newly published version, which is loaded beside the one in use and takes its place;
     0: only when /admin/reload is called."""
+    canary_share: float = 0.0
+    """While a version is pinned, the share of users who get a newer one that is current, always the same users; both
+    are loaded then."""
     load_timeout_seconds: float = 600.0
     """Longest time that a call of an /admin route waits until all replicas have loaded a version."""
     log_format: Literal["text", "json"] = "text"
@@ -102,7 +113,13 @@ class ServeConfig:
         at_least(self, 1, "max_image_bytes", "max_image_pixels", "max_embedded", "request_burst", "max_replicas")
         at_least(self, 1, "max_events", "max_events_kept")
         at_least(self, 0, "num_retrieval_replicas", "cpus_per_retrieval", "min_replicas", "poll_seconds")
-        above_zero(self, "request_timeout_seconds", "load_timeout_seconds")
+        at_least(self, 1, "retrieval_shards")
+        between(self, 0, 1, "canary_share")
+        above_zero(self, "request_timeout_seconds", "load_timeout_seconds", "shard_timeout_seconds")
+        if self.retrieval_shards > 1 and not self.num_retrieval_replicas:
+            raise ConfigError(
+                f"serve.retrieval_shards {self.retrieval_shards} needs serve.num_retrieval_replicas of at least 1"
+            )
         above_zero(self, "requests_per_second", "target_ongoing_requests")
         above_zero(self, "popularity_half_life_days")
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:

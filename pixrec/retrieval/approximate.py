@@ -79,7 +79,7 @@ class Approximate:
         rows: int32 (N,), the row by which the caller knows each of the vectors that were built from; None: its number.
         """
         self._faiss = require_faiss(f"the index at {path}")
-        self.probes, self._rows = probes, rows
+        self.probes, self._path, self._rows = probes, path, rows
         try:
             index = self._faiss.read_index(path, self._faiss.IO_FLAG_MMAP)
         except RuntimeError as error:
@@ -103,6 +103,30 @@ class Approximate:
         other = copy.copy(self)
         other._rows = rows if self._rows is None else rows[self._rows]
         return other
+
+    def write_part(self, rows: range, path: str) -> None:
+        """Write to a local file the structure of the vectors that the caller knows by these rows, in their order. The
+        lists are the same, so a search that reads as many of them finds no less."""
+        faiss, lists = self._faiss, self._faiss.downcast_InvertedLists(self._index.invlists)
+        part, found = faiss.read_index(self._path, faiss.IO_FLAG_MMAP), 0
+        kept = faiss.ArrayInvertedLists(self.num_lists, self._index.code_size)
+        known_by = np.arange(len(self)) if self._rows is None else self._rows
+        in_order = np.sort(known_by[(known_by >= rows.start) & (known_by < rows.stop)])
+        for number in range(self.num_lists):
+            size = lists.list_size(number)
+            if not size:
+                continue
+            known = known_by[faiss.rev_swig_ptr(lists.get_ids(number), size)]
+            inside = (known >= rows.start) & (known < rows.stop)
+            codes = faiss.rev_swig_ptr(lists.get_codes(number), size * self._index.code_size).reshape(size, -1)[inside]
+            ids = np.searchsorted(in_order, known[inside])
+            if len(ids):
+                kept.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(np.ascontiguousarray(codes)))
+                found += len(ids)
+        part.replace_invlists(kept, True)
+        kept.this.disown()  # it belongs to the part now
+        part.ntotal = found
+        faiss.write_index(part, path)
 
     def with_probes(self, probes: int) -> Approximate:
         """The same, which reads so many lists."""

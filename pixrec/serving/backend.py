@@ -51,6 +51,17 @@ class Refusal:
     message: str
 
 
+@dataclass(frozen=True)
+class Incomplete:
+    """No answer, since a part of the index gave none and one without it is not wanted."""
+
+    message: str
+
+
+class ShardsMissing(Exception):
+    """Raised where a search needs a shard of the index that gives no answer."""
+
+
 class BackendError(Exception):
     """The backend gave no answer.
 

@@ -139,6 +139,9 @@ class AnswerBody(BaseModel):
     unknown_items: list[str]
     fallback: bool = Field(description="No item of the history is known: these are the popular ones.")
     reasons: dict[str, str] | None = Field(None, description="By item the nearest one of the history; if asked for.")
+    missing_shards: list[int] | None = Field(
+        None, description="Parts of the index that gave no answer, whose items are lacking; only where some did not."
+    )
 
 
 class EmbedBody(BaseModel):

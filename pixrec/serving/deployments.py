@@ -1,4 +1,4 @@
-"""The Ray Serve deployments: one checks requests, one holds the model, and where wanted one ranks. Knows no route.
+"""The Ray Serve deployments: one checks requests, one holds the model, and where wanted some search. Knows no route.
 
 The ingress never imports torch, so it starts in seconds, stays small, and can have as many replicas as HTTP needs.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -22,6 +23,7 @@ from pixrec.query import Answer, Query, Vectors
 from pixrec.serving.backend import (
     Change,
     FilterValues,
+    Incomplete,
     Overloaded,
     Refusal,
     ToEmbed,
@@ -49,7 +51,7 @@ class ServeBackend:
         recommender: DeploymentHandle,
         config: ServeConfig,
         metrics: RequestMetrics | None = None,
-        retrieval: DeploymentHandle | None = None,
+        retrieval: Sequence[DeploymentHandle] = (),
     ) -> None:
         self._recommender, self._retrieval, self._config = recommender, retrieval, config
         self._metrics = metrics or RequestMetrics()
@@ -82,11 +84,8 @@ class ServeBackend:
         return await self._ask("state")
 
     async def reload(self) -> list[Change]:
-        # Retrieval first: it still has the version before when a batch of that comes.
-        changes: list[Change] = []
-        for handle in filter(None, (self._retrieval, self._recommender)):
-            found = await self._everywhere(handle, "reload", self._config.load_timeout_seconds)
-            changes += [change for change in found if isinstance(change, Change)]
+        found = await self._everywhere(self._recommender, "reload", self._config.load_timeout_seconds)
+        changes = [change for change in found if isinstance(change, Change)]
         if not changes:
             raise Unavailable("no replica answered; try again")
         return changes
@@ -105,7 +104,7 @@ class ServeBackend:
 
     async def metrics(self) -> str:
         texts = [(replica_labels(), self._metrics.text())]
-        handles = [handle for handle in (self._recommender, self._retrieval) if handle is not None]
+        handles = [self._recommender, *self._retrieval]
         found = await asyncio.gather(*(self._everywhere(handle, "metrics", METRICS_SECONDS) for handle in handles))
         texts += [one for answers in found for one in answers if isinstance(one, tuple)]
         if self._config.num_ingress_replicas > 1:
@@ -134,7 +133,7 @@ class ServeBackend:
         seconds = timeout or self._config.request_timeout_seconds
         try:
             async with asyncio.timeout(seconds):
-                return await getattr(self._recommender, method).remote(*args)
+                found = await getattr(self._recommender, method).remote(*args)
         except BackPressureError:
             raise Overloaded("too many requests are waiting; try again") from None
         except TimeoutError:
@@ -142,14 +141,15 @@ class ServeBackend:
         except (RayError, RayServeException):
             logger.exception("the recommender failed to answer %s", method)
             raise Unavailable("the model is not available; try again") from None
+        if isinstance(found, Incomplete):
+            raise Unavailable(f"{found.message}; try again")
+        return found
 
 
 class Ingress:
     """Serves the HTTP application; Serve calls the constructor, then asks for the application, both in the replica."""
 
-    def __init__(
-        self, recommender: DeploymentHandle, config: ServeConfig, retrieval: DeploymentHandle | None = None
-    ) -> None:
+    def __init__(self, recommender: DeploymentHandle, config: ServeConfig, *retrieval: DeploymentHandle) -> None:
         self._metrics = RequestMetrics()
         self._backend = ServeBackend(recommender, config, self._metrics, retrieval)
         self._config = config
@@ -176,20 +176,22 @@ def bind(source: Source, config: ServeConfig) -> serve.Application:
         "max_surge_percent": 100,  # a new deployment loads beside the old one, which answers until then
         "max_constructor_retry_count": 2,  # a model that cannot be loaded will not load the twentieth time either
     }
-    retrieval = None
-    if config.num_retrieval_replicas:
-        retrieval = serve.deployment(
-            name=RETRIEVAL,
+    shards = config.retrieval_shards if config.num_retrieval_replicas else 0
+    retrieval = [
+        serve.deployment(
+            name=RETRIEVAL if shards == 1 else f"{RETRIEVAL}{number}",
             num_replicas=config.num_retrieval_replicas,
             ray_actor_options={"num_cpus": config.cpus_per_retrieval},
             **holds_a_version,
-        )(RetrievalReplica).bind(source, config)
+        )(RetrievalReplica).bind(source, config, number)
+        for number in range(shards)
+    ]
     recommender = serve.deployment(
         name=RECOMMENDER,
         **_scaling(config),
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
         **holds_a_version,
-    )(RecommenderReplica).bind(source, config, retrieval)
+    )(RecommenderReplica).bind(source, config, *retrieval)
     ingress = serve.deployment(
         name=INGRESS,
         num_replicas=config.num_ingress_replicas,
@@ -198,7 +200,7 @@ def bind(source: Source, config: ServeConfig) -> serve.Application:
         max_ongoing_requests=config.most_replicas * config.max_ongoing_requests + config.max_queued_requests,
         **shared,
     )(serve.ingress()(Ingress))
-    return ingress.bind(recommender, config, retrieval)
+    return ingress.bind(recommender, config, *retrieval)
 
 
 def _scaling(config: ServeConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import datetime
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CollectorRegistry,
@@ -25,6 +26,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pixrec.query import Answer
 from pixrec.serving.published import Outcome, Rollout
+
+if TYPE_CHECKING:
+    from pixrec.serving.shards import Held
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -97,14 +101,35 @@ class ReplicaMetrics(Counted):
         self._published = self._gauge("pixrec_index_published_seconds", "When the index was published, in Unix time")
         self._rows = self._gauge("pixrec_index_items", "Items in the index")
         self._recall = self._gauge("pixrec_index_recall", "Measured recall of the index, by name", "name")
+        self._canary = self._gauge("pixrec_canary_info", "The canary's versions", "model_version", "index_version")
+        by_version = ("index_version",)
+        self._of_version = self._counter("pixrec_version_answers", "Recommendations given, by version", *by_version)
+        self._empty = self._counter("pixrec_version_fallbacks", "Those by popularity, by version", *by_version)
+        self._took = self._histogram("pixrec_version_seconds", "Time to answer a batch", SECONDS, *by_version)
+        self._lost = self._counter("pixrec_shard_misses", "Searches that a part of the index did not answer", "shard")
         self._told: dict[Outcome, int] = {}
+
+    def lost_shard(self, number: int) -> None:
+        self._lost.labels(number).inc()
 
     def answered(self, history_items: int, answers: Iterable[Answer]) -> None:
         self._items.inc(history_items)
         for answer in answers:
             self._answers.inc()
             self._fallbacks.inc(answer.fallback)
+            self._of_version.labels(answer.index_version).inc()
+            self._empty.labels(answer.index_version).inc(answer.fallback)
             self._unknown.inc(len(answer.unknown_items))
+
+    def took(self, index_version: str, seconds: float) -> None:
+        self._took.labels(index_version).observe(seconds)
+
+    def _forget(self, versions: set[str]) -> None:
+        """All versions but these, which are in use: there would be more of them with every publication."""
+        for counted in (self._of_version, self._empty, self._took):
+            for family in counted.collect():
+                for version in {sample.labels["index_version"] for sample in family.samples} - versions:
+                    counted.remove(version)
 
     def text(self) -> str:
         rollout = self._rollout
@@ -115,10 +140,29 @@ class ReplicaMetrics(Counted):
         recommender, manifest = rollout.in_use
         self._info.clear()
         self._info.labels(recommender.model_version, recommender.index_version).set(1)
+        self._canary.clear()
+        if rollout.canary is not None:
+            self._canary.labels(rollout.canary.model_version, rollout.canary.index_version).set(1)
+        self._forget({held.index_version for held in (recommender, rollout.canary) if held is not None})
         self._published.set(unix_time(manifest.get("time")))
         self._rows.set(manifest.get("rows", 0))
         for name, recall in recalls(manifest):
             self._recall.labels(name).set(recall)
+        return super().text()
+
+
+class ShardMetrics(Counted):
+    """Of a replica that searches a part of an index: the versions of it that it holds."""
+
+    def __init__(self, held: Held) -> None:
+        super().__init__()
+        self._held = held
+        self._info = self._gauge("pixrec_shard_info", "The versions held", "model_version", "index_version")
+
+    def text(self) -> str:
+        self._info.clear()
+        for versions in self._held.versions():
+            self._info.labels(versions.model_version, versions.index_version).set(1)
         return super().text()
 
 

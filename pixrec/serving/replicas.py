@@ -6,6 +6,8 @@ Plain classes, which Serve makes into deployments; `pixrec.serving.deployments` 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -16,37 +18,32 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from pixrec.config import ServeConfig
-from pixrec.errors import ArtifactError, InputError, UnreadableImage
-from pixrec.query import Answer, Query, Vectors
-from pixrec.serving.backend import Change, FilterValues, Refusal, ToEmbed, Versions
-from pixrec.serving.metrics import ReplicaMetrics
+from pixrec.errors import ArtifactError, InputError, PixRecError, UnreadableImage
+from pixrec.query import Answer, Filters, Query, Vectors
+from pixrec.serving.backend import Change, FilterValues, Incomplete, Refusal, ShardsMissing, ToEmbed, Versions
+from pixrec.serving.metrics import Counted, ReplicaMetrics, ShardMetrics
 from pixrec.serving.published import Outcome, Rollout, Source
 
 if TYPE_CHECKING:
     from pixrec.recommender import Asked, Recommender
+    from pixrec.retrieval.search import Found
+    from pixrec.serving.shards import Shards
 
 FILTER_VALUES_OFFERED = 50
 
 
 class Replica:
-    """What holds a version: it follows what is published, computes in one thread, and counts.
+    """Computes in one thread, and counts.
 
     Two computations at once would fight over the same cores. The event loop stays free to gather the next batch.
     """
 
-    def __init__(self, source: Source, config: ServeConfig, **rollout: Any) -> None:
-        """rollout: further arguments of the Rollout."""
+    def __init__(self, config: ServeConfig, metrics: Counted) -> None:
         import torch  # only a replica that computes pays for torch
 
         torch.set_num_threads(config.threads_per_replica)
-        self._rollout = Rollout(source, **rollout)
-        self._rollout.watch(config.poll_seconds)
-        self._metrics = ReplicaMetrics(self._rollout)
+        self._metrics = metrics
         self._computing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recommender")
-
-    @property
-    def _recommender(self) -> Recommender:
-        return self._rollout.current
 
     async def _compute(self, stage: str, function: Callable[..., Any], *args: Any) -> Any:
         def measured() -> Any:
@@ -55,90 +52,127 @@ class Replica:
 
         return await asyncio.get_running_loop().run_in_executor(self._computing, measured)
 
+    async def metrics(self) -> tuple[dict[str, str], str]:
+        return replica_labels(), self._metrics.text()
+
+
+class RetrievalReplica(Replica):
+    """Searches one part of the index, by vectors that a replica of the model computed: in whatever version that names.
+
+    What it holds follows from what it is asked for, so the parts of one answer are always of the same version.
+    """
+
+    def __init__(self, source: Source, config: ServeConfig, number: int = 0) -> None:
+        """number: of the part, of `config.retrieval_shards`."""
+        from pixrec.serving.shards import Held
+
+        self._held = Held(lambda versions: source.load_shard(versions, number, config.retrieval_shards))
+        super().__init__(config, ShardMetrics(self._held))
+        wanted = source.wanted()
+        self._held.of(Versions(str(wanted["model_fingerprint"]), str(wanted["version"])))
+
+    async def search(
+        self, versions: Versions, vectors: np.ndarray, k: int, filters: Filters, of_content: bool
+    ) -> Found:
+        shard = self._held.get(versions)
+        if shard is None:
+            shard = await asyncio.to_thread(self._held.of, versions)
+        return await self._compute("search", shard.search, vectors, k, filters, of_content)
+
+    async def hold(self, versions: Versions) -> str | None:
+        """Load these versions where they are not; returns why they cannot be."""
+        try:
+            await asyncio.to_thread(self._held.of, versions)
+        except PixRecError as error:
+            return str(error)
+        return None
+
+
+class RecommenderReplica(Replica):
+    """Holds one loaded recommender and answers for it; histories that arrive together share one forward pass.
+
+    It follows what is published.
+    """
+
+    def __init__(self, source: Source, config: ServeConfig, *retrieval: DeploymentHandle) -> None:
+        """retrieval: the deployments that search the parts of the index; none: this replica does."""
+        self._shards = _shards(retrieval, config, self._lost_shard) if retrieval else None
+        held = self._shards.hold if self._shards else None
+        told = (lambda found: held(_versions(found))) if held else (lambda found: None)
+        self._rollout = Rollout(source, told, config.canary_share)
+        self._counted = ReplicaMetrics(self._rollout)
+        super().__init__(config, self._counted)
+        self._rollout.watch(config.poll_seconds)
+        self._filter_values: tuple[Recommender, FilterValues] | None = None
+        batched = serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_seconds)
+        self._answer_together = batched(self.answer_all)
+
+    @property
+    def _recommender(self) -> Recommender:
+        return self._rollout.current
+
+    def _lost_shard(self, number: int) -> None:
+        self._counted.lost_shard(number)
+
     async def reload(self) -> Change:
         return self._change(await asyncio.to_thread(self._rollout.refresh, True))
 
     def _change(self, outcome: Outcome) -> Change:
         return Change(outcome, self._rollout.state())
 
-    async def metrics(self) -> tuple[dict[str, str], str]:
-        return replica_labels(), self._metrics.text()
-
-
-class RetrievalReplica(Replica):
-    """Ranks by vectors that a replica of the model computed, among the items of the same version."""
-
-    def __init__(self, source: Source, config: ServeConfig) -> None:
-        # A batch that was encoded before a swap is still ranked by the index that belongs to it.
-        keep_seconds = 2 * config.request_timeout_seconds
-        super().__init__(source, config, keep_seconds=keep_seconds, loaded=lambda found: found.release_tower())
-
-    async def rank(self, versions: Versions, asked: list[Asked], vectors: np.ndarray) -> list[Answer] | None:
-        """None: these versions are not here any more."""
-        recommender = await self._of(versions)
-        return None if recommender is None else await self._compute("retrieve", recommender.rank, asked, vectors)
-
-    async def near(self, versions: Versions, vector: np.ndarray, query: Query, of_content: bool) -> Answer | None:
-        recommender = await self._of(versions)
-        if recommender is None:
-            return None
-        return await self._compute("retrieve", recommender.near, vector, query, of_content)
-
-    async def _of(self, versions: Versions) -> Recommender | None:
-        if versions == _versions(self._recommender):
-            return self._recommender
-        return await asyncio.to_thread(self._rollout.of, versions.model_version, versions.index_version)
-
-
-class RecommenderReplica(Replica):
-    """Holds one loaded recommender and answers for it; histories that arrive together share one forward pass."""
-
-    def __init__(self, source: Source, config: ServeConfig, retrieval: DeploymentHandle | None = None) -> None:
-        """retrieval: the deployment that ranks; None: this replica does."""
-        super().__init__(source, config)
-        self._retrieval = retrieval
-        self._filter_values: tuple[Recommender, FilterValues] | None = None
-        batched = serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_seconds)
-        self._answer_together = batched(self.answer_all)
-
-    async def recommend(self, query: Query) -> Answer | Refusal:
+    async def recommend(self, query: Query) -> Answer | Refusal | Incomplete:
         # Refused before it joins a batch, where it would fail its neighbours.
-        refusal = self._refusal(query)
+        recommender = self._rollout.for_query(query)
+        refusal = self._refusal(query, recommender)
         if refusal is not None:
             return refusal
         if query.new_items:
             try:
-                await self._compute("encode", self._recommender.encode_new, query.new_items)  # which keeps the vectors
+                await self._compute("encode", recommender.encode_new, query.new_items)  # which keeps the vectors
             except InputError as error:
                 return Refusal("new_items", str(error))
         return await self._answer_together(query)
 
-    async def answer_all(self, queries: list[Query]) -> list[Answer]:
-        self._metrics.batch_size.observe(len(queries))
-        answers = await self._answered(queries)
-        self._metrics.answered(sum(len(query.history) for query in queries), answers)
+    async def answer_all(self, queries: list[Query]) -> list[Answer | Incomplete]:
+        """The answers in the order of the queries; those who get a canary are a batch of their own."""
+        batches: dict[Recommender, list[int]] = {}
+        for place, query in enumerate(queries):
+            batches.setdefault(self._rollout.for_query(query), []).append(place)
+        answers: dict[int, Answer | Incomplete] = {}
+        for recommender, places in batches.items():
+            found = await self._answered(recommender, [queries[place] for place in places])
+            answers |= zip(places, found, strict=True)
+        return [answers[place] for place in range(len(queries))]
+
+    async def _answered(self, recommender: Recommender, queries: list[Query]) -> Sequence[Answer | Incomplete]:
+        self._counted.batch_size.observe(len(queries))
+        start = time.perf_counter()
+        asked, vectors = await self._compute("encode", _encoded, recommender, queries)
+        answers = await self._retrieve(recommender, recommender.rank, asked, vectors)
+        if isinstance(answers, Incomplete):
+            return [answers for _ in queries]
+        self._counted.answered(sum(len(query.history) for query in queries), answers)
+        self._counted.took(recommender.index_version, time.perf_counter() - start)
         return answers
 
-    async def _answered(self, queries: list[Query]) -> list[Answer]:
-        if self._retrieval is None:
-            return await asyncio.get_running_loop().run_in_executor(self._computing, self._answer_here, queries)
-        for _ in range(2):
-            recommender = self._recommender
-            asked, vectors = await self._compute("encode", _encoded, recommender, queries)
-            found = await self._retrieval.rank.remote(_versions(recommender), asked, vectors)
-            if found is not None:
-                return found
-            await self.reload()  # retrieval has moved on
-        raise RuntimeError("no retrieval replica has the versions of this replica")
+    async def _retrieve(self, recommender: Recommender, rank: Callable[..., Any], *args: Any) -> Any | Incomplete:
+        """What `rank`, of the recommender, makes of these arguments: by a search in this process or in the shards."""
+        if self._shards is None:
+            return await self._compute("retrieve", rank, *args)
+        search = self._shards.of(_versions(recommender))
+        try:
+            with self._metrics.stage("retrieve"):
+                found = await asyncio.to_thread(rank, *args, search=search)
+        except ShardsMissing as missing:
+            return Incomplete(str(missing))
+        if not search.missing:
+            return found
+        missing_shards = sorted(search.missing)
+        if isinstance(found, Answer):
+            return dataclasses.replace(found, missing_shards=missing_shards)
+        return [dataclasses.replace(answer, missing_shards=missing_shards) for answer in found]
 
-    def _answer_here(self, queries: list[Query]) -> list[Answer]:
-        recommender = self._recommender
-        with self._metrics.stage("encode"):
-            asked, vectors = _encoded(recommender, queries)
-        with self._metrics.stage("retrieve"):
-            return recommender.rank(asked, vectors)
-
-    async def similar(self, item_id: str, query: Query) -> Answer | Refusal | None:
+    async def similar(self, item_id: str, query: Query) -> Answer | Refusal | Incomplete | None:
         if item_id not in self._recommender.items.row_of:
             return None
 
@@ -147,7 +181,7 @@ class RecommenderReplica(Replica):
 
         return self._refusal(query) or await self._near(vector, query)
 
-    async def search(self, text: str, image: bytes | None, query: Query) -> Answer | Refusal:
+    async def search(self, text: str, image: bytes | None, query: Query) -> Answer | Refusal | Incomplete:
         refusal = self._refusal(query)
         if refusal is not None:
             return refusal
@@ -158,18 +192,11 @@ class RecommenderReplica(Replica):
 
     async def _near(
         self, vector_of: Callable[[Recommender], np.ndarray], query: Query, of_content: bool = False
-    ) -> Answer:
+    ) -> Answer | Incomplete:
         """The items nearest to the vector (D,) that `vector_of` gives; `of_content` as `Recommender.near` takes it."""
-        for _ in range(2):
-            recommender = self._recommender
-            vector = await self._compute("encode", vector_of, recommender)
-            if self._retrieval is None:
-                return await self._compute("retrieve", recommender.near, vector, query, of_content)
-            found = await self._retrieval.near.remote(_versions(recommender), vector, query, of_content)
-            if found is not None:
-                return found
-            await self.reload()
-        raise RuntimeError("no retrieval replica has the versions of this replica")
+        recommender = self._recommender
+        vector = await self._compute("encode", vector_of, recommender)
+        return await self._retrieve(recommender, recommender.near, vector, query, of_content)
 
     async def embed(self, wanted: ToEmbed) -> Vectors | Refusal:
         try:
@@ -210,8 +237,8 @@ class RecommenderReplica(Replica):
         outcome = await asyncio.to_thread(self._rollout.rollback)
         return None if outcome is None else self._change(outcome)
 
-    def _refusal(self, query: Query) -> Refusal | None:
-        items = self._recommender.items
+    def _refusal(self, query: Query, recommender: Recommender | None = None) -> Refusal | None:
+        items = (recommender or self._recommender).items
         problem = items.filter_problem(query.filters)
         if problem is not None:
             return Refusal("filters", problem)
@@ -225,6 +252,12 @@ class RecommenderReplica(Replica):
 
 def _versions(recommender: Recommender) -> Versions:
     return Versions(recommender.model_version, recommender.index_version)
+
+
+def _shards(retrieval: Sequence[DeploymentHandle], config: ServeConfig, lost: Callable[[int], None]) -> Shards:
+    from pixrec.serving.shards import Shards
+
+    return Shards(retrieval, config, lost)
 
 
 def _encoded(recommender: Recommender, queries: Sequence[Query]) -> tuple[list[Asked], np.ndarray]:

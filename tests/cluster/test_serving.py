@@ -9,13 +9,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from fakes import tiny_dataset, write_prepared
 from ray import serve
 
@@ -253,3 +254,43 @@ def test_retrieval_apart_gives_the_same_answers(client: Client, artifacts: Artif
             assert time.monotonic() < deadline
     assert {status for status, _ in load.answers} == {200}
     assert {answer["index_version"] for _, answer in load.answers} <= {served, earlier}
+
+
+def kill_replica_of(deployment: str) -> None:
+    (name,) = (
+        actor["name"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["name"].startswith(f"SERVE_REPLICA::{APP_NAME}#{deployment}#")
+    )
+    ray.kill(ray.get_actor(name, namespace="serve"))
+
+
+def until(client: Client, body: Any, wanted: Callable[[Any], bool]) -> tuple[int, Any]:
+    """Ask until an answer is as wanted."""
+    deadline = time.monotonic() + 60
+    while True:
+        status, answer = client("/v1/recommend", body)
+        if wanted(answer):
+            return status, answer
+        assert time.monotonic() < deadline, answer
+
+
+def test_two_shards_answer_as_one_and_one_may_die(client: Client, artifacts: Artifacts) -> None:
+    asked = [
+        ("/v1/recommend", {"history": ["item/1", "ghost"], "k": 4, "reasons": True, "max_per": {"brand": 1}}),
+        ("/v1/recommend", {"history": ["item/1"], "k": 30, "exclude": ["item/9"]}),
+        ("/v1/recommend", {"history": []}),
+        ("/v1/similar", {"item_id": "item/3", "k": 4, "diversity": 0.5}),
+        ("/v1/search", {"text": "Lamp 3", "k": 4, "filters": {"brand": ["Acme"]}}),
+    ]
+    before = [client(path, body) for path, body in asked]
+    sharded: dict[str, Any] = {"num_retrieval_replicas": 1, "retrieval_shards": 2, "cpus_per_retrieval": 0.1}
+    sharded |= {"missing_shard": "answer", "poll_seconds": 0, "shard_timeout_seconds": 1.0}
+    serve.run(build_app(*artifacts, Config(serve=ServeConfig(**sharded, **SMALL))), name=APP_NAME, route_prefix="/")
+    assert [client(path, body) for path, body in asked] == before
+    everything = {"history": ["item/1"], "k": 30, "exclude_history": False}
+    kill_replica_of("Retrieval1")
+    status, partial = until(client, everything, lambda answer: "missing_shards" in answer)
+    assert (status, partial["missing_shards"], len(partial["items"])) == (200, [1], NUM_ITEMS // 2)
+    until(client, everything, lambda answer: "items" in answer and "missing_shards" not in answer)
+    assert [client(path, body) for path, body in asked] == before

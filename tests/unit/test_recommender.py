@@ -245,15 +245,16 @@ def test_reasons_name_the_nearest_item_of_the_history(recommender: Recommender, 
     assert (without.reasons, unknown.reasons) == (None, {})
 
 
-def test_without_its_model_a_recommender_still_ranks(made: Path):
+def test_what_is_searched_elsewhere_is_ranked_alike(made: Path):
+    """Also by a recommender whose own vectors are not looked at."""
     whole = pixrec.load_recommender(made / "model", made / "index")
     rest = pixrec.load_recommender(made / "model", made / "index")
-    rest.release_tower()
-    queries = [Query(["i03", "i07"], 4), Query([], 2)]
+    rest._searcher = rest._content = None  # type: ignore[assignment]
+    queries = [Query(["i03", "i07"], 4), Query([], 2), Query(["i03"], 3, filters={"brand": ["Ann"]}, diversity=0.5)]
     asked = whole.read(queries)
-    assert rest.rank(asked, whole.encode(asked)) == whole.answer(queries)
+    assert rest.rank(asked, whole.encode(asked), whole.found) == whole.answer(queries)
     vector = whole.item_vectors(["i03"])[0]
-    assert rest.near(vector, Query([], 4, ["i03"])) == whole.similar("i03", 4)
+    assert rest.near(vector, Query([], 4, ["i03"]), search=whole.found) == whole.similar("i03", 4)
 
 
 def test_unknown_items_are_passed_over_and_named(recommender: Recommender):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pixrec.errors import ArtifactError, PixRecError
-from pixrec.retrieval.approximate import Approximate, build, bytes_per_item, num_lists, require_faiss
+from pixrec.retrieval.approximate import Approximate, Codes, build, bytes_per_item, num_lists, require_faiss
 
 pytest.importorskip("faiss", reason="faiss is not installed")
 
@@ -88,6 +88,25 @@ def test_rows_may_be_known_by_other_numbers(vectors: np.ndarray, file: str):
     allowed = rng.random(N) < 0.5
     expected = structure.candidates(vectors[:3], 20, allowed[second[first]])
     np.testing.assert_array_equal(both.candidates(vectors[:3], 20, allowed), second[first[expected]])
+
+
+@pytest.mark.parametrize("codes", ["float16", "int8"])
+def test_a_part_proposes_what_the_whole_proposes_of_its_rows(vectors: np.ndarray, tmp_path: Path, codes: Codes):
+    """Also where the caller knows the vectors by other numbers."""
+    build(vectors, codes, str(tmp_path / "whole.faiss"), threads=1)
+    rows = np.random.default_rng(3).permutation(N).astype(np.int32)
+    for whole in (Approximate(str(tmp_path / "whole.faiss"), 8), Approximate(str(tmp_path / "whole.faiss"), 8, rows)):
+        half = range(N // 3, N)
+        whole.write_part(half, str(tmp_path / "part.faiss"))
+        part, inside = Approximate(str(tmp_path / "part.faiss"), 8), np.isin(np.arange(N), half)
+        assert len(part) == len(half)
+        proposed = part.candidates(vectors[:20], N)
+        everything = whole.candidates(vectors[:20], N)
+        for ours, theirs in zip(proposed, everything, strict=True):
+            assert set(ours[ours >= 0] + half.start) == {row for row in theirs[theirs >= 0] if inside[row]}
+        allowed = np.random.default_rng(4).random(len(half)) < 0.5
+        filtered = part.candidates(vectors[:20], 9, allowed)
+        assert allowed[filtered[filtered >= 0]].all()
 
 
 def test_faiss_that_is_not_there_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch):

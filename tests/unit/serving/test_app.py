@@ -73,7 +73,7 @@ def test_the_builder_takes_the_config_and_absolute_places(monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(app.API_KEY_VARIABLE, raising=False)
     built = app.builder({"model": "m", "index": "s3://bucket/i", "config": {"serve": {"num_replicas": 4}}})
-    recommender, config, _ = built._bound_deployment.init_args
+    recommender, config, *_ = built._bound_deployment.init_args
     assert config == load_config("serve: {num_replicas: 4, events: none}").serve
     source = recommender._bound_deployment.init_args[0]
     assert (source.model, source.index, source.data) == (str(tmp_path / "m"), "s3://bucket/i", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +16,11 @@ from ray.serve.exceptions import BackPressureError
 
 from pixrec.config import ServeConfig
 from pixrec.data.items import ItemTable
-from pixrec.errors import InputError, UnreadableImage
+from pixrec.errors import ArtifactError, InputError, UnreadableImage
 from pixrec.query import COSINE, PURCHASE_SHARE, Answer, NewItem, Query, Vectors
-from pixrec.serving.backend import Change, Overloaded, Refusal, ToEmbed, Unavailable, Versions
+from pixrec.serving.backend import Change, Incomplete, Overloaded, Refusal, ToEmbed, Unavailable, Versions
 from pixrec.serving.deployments import ServeBackend, bind
+from pixrec.serving.published import place_of
 from pixrec.serving.replicas import RecommenderReplica, RetrievalReplica
 
 
@@ -37,10 +39,6 @@ class FakeRecommender:
         self.batches: list[int] = []
         self.encoded: list[tuple[str, Any, Any]] = []
         self.threads: set[str] = set()
-        self.released = False
-
-    def release_tower(self) -> None:
-        self.released = True
 
     def read(self, queries: list[Query]) -> list[Query]:
         return queries
@@ -58,7 +56,8 @@ class FakeRecommender:
     def rank(self, queries: list[Query], vectors: Any) -> list[Answer]:
         self.batches.append(len(queries))
         self.threads.add(threading.current_thread().name)
-        return [answer_of("b", 0.5) if query.history else FALLBACK for query in queries]
+        given = {"model_version": self.model_version, "index_version": self.index_version}
+        return [dataclasses.replace(answer_of("b", 0.5) if query.history else FALLBACK, **given) for query in queries]
 
     def item_vectors(self, item_ids: list[str]) -> Any:
         return np.full((len(item_ids), 2), 0.25, np.float32)
@@ -87,6 +86,12 @@ class FakeSource:
     def load(self, manifest: Any) -> Any:
         return self.recommender
 
+    def canary(self) -> Any:
+        return None
+
+    def make_current(self, version: str) -> None:
+        raise AssertionError
+
     def pin(self, version: str | None) -> None:
         self.pins.append(version)
 
@@ -113,6 +118,27 @@ def test_a_batch_is_one_call_off_the_event_loop(replica: RecommenderReplica, rec
     assert recommender.batches == [3]
     assert [answer.fallback for answer in answers] == [False, True, False]
     assert threading.current_thread().name not in recommender.threads
+
+
+def test_who_gets_the_canary_is_answered_by_it_in_a_batch_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CanarySource(FakeSource):
+        def canary(self) -> Any:
+            return {"model_fingerprint": "model-2", "version": "index-2"}
+
+        def load(self, manifest: Any) -> Any:
+            made = loaded[manifest["version"]] = FakeRecommender()
+            made.model_version, made.index_version = manifest["model_fingerprint"], manifest["version"]
+            return made
+
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
+    loaded: dict[str, FakeRecommender] = {}
+    replica = RecommenderReplica(CanarySource(None), ServeConfig(poll_seconds=0, canary_share=0.5))
+    queries = [Query([], user_id=f"u{number}") for number in range(8)] + [Query([])]
+    newer = [place_of(query) < 0.5 for query in queries]
+    assert 0 < sum(newer) < 8
+    answers = asyncio.run(replica.answer_all(queries))
+    assert [answer.index_version for answer in answers] == ["index-2" if new else "index-1" for new in newer]
+    assert (loaded["index-1"].batches, loaded["index-2"].batches) == ([9 - sum(newer)], [sum(newer)])
 
 
 def test_a_bad_filter_is_refused_before_it_joins_a_batch(
@@ -233,6 +259,15 @@ def test_the_number_of_replicas_may_follow_the_load() -> None:
     assert recommender._deployment_config.logging_config["encoding"] == "JSON"
 
 
+def test_each_shard_is_a_deployment_of_its_own() -> None:
+    config = ServeConfig(num_retrieval_replicas=2, retrieval_shards=3)
+    ingress = bind(FakeSource(FakeRecommender()), config)._bound_deployment
+    recommender, _, *shards = ingress.init_args
+    assert list(recommender._bound_deployment.init_args[2:]) == shards
+    assert [shard._bound_deployment.name for shard in shards] == ["Retrieval0", "Retrieval1", "Retrieval2"]
+    assert [shard._bound_deployment.init_args[2] for shard in shards] == [0, 1, 2]
+
+
 def test_retrieval_may_have_replicas_of_its_own() -> None:
     config = ServeConfig(num_retrieval_replicas=2, cpus_per_retrieval=0.75)
     ingress = bind(FakeSource(FakeRecommender()), config)._bound_deployment
@@ -242,66 +277,188 @@ def test_retrieval_may_have_replicas_of_its_own() -> None:
     assert retrieval._bound_deployment.ray_actor_options == {"num_cpus": 0.75}
 
 
-class Handle:
-    """What a replica sees of another one's deployment, in this process."""
+class FakeShard:
+    """A part of an index version, which finds its rows with the scores they are told."""
 
-    def __init__(self, replica: Any) -> None:
-        for name in ("rank", "near"):
-            setattr(self, name, SimpleNamespace(remote=getattr(replica, name)))
+    def __init__(self, name: str, rows: list[int], scores: list[float], asked: list[tuple[Any, ...]]) -> None:
+        self.name, self.rows, self.scores, self.asked = name, rows, scores, asked
+
+    def search(self, vectors: Any, k: int, filters: Any, of_content: bool) -> Any:
+        self.asked.append((self.name, len(vectors), k, dict(filters), of_content))
+        row = np.ones((len(vectors), 1), np.float32)
+        return row * np.array(self.scores, np.float32)[None, :k], np.int64(row) * np.array(self.rows)[None, :k]
+
+
+class SearchingRecommender(FakeRecommender):
+    """Ranks by the search it is given."""
+
+    def rank(self, queries: list[Query], vectors: Any, search: Any = None) -> list[Answer]:
+        scores, rows = search(vectors, queries[0].k, queries[0].filters, False)
+        self.batches.append(len(queries))
+        return [self._of(s, r) for s, r in zip(scores.tolist(), rows.tolist(), strict=True)]
+
+    def near(self, vector: Any, query: Query, of_content: bool = False, search: Any = None) -> Answer:
+        scores, rows = search(vector[None], query.k, query.filters, of_content)
+        return self._of(scores[0].tolist(), rows[0].tolist())
+
+    def _of(self, scores: list[float], rows: list[int]) -> Answer:
+        found = [(f"i{row}", score) for row, score in zip(rows, scores, strict=True)]
+        return Answer(found, COSINE, self.model_version, self.index_version)
+
+
+class Handle:
+    """What a replica sees of another one's deployment, in this process; `trouble` is raised in place of an answer."""
+
+    def __init__(self, replica: RetrievalReplica) -> None:
+        self.replica, self.trouble = replica, None
+        self.search = SimpleNamespace(remote=self._search)
+
+    async def _search(self, *args: Any) -> Any:
+        if self.trouble is not None:
+            raise self.trouble
+        return await self.replica.search(*args)
+
+    def broadcast(self, method: str, *args: Any) -> Any:
+        async def results_async(**_: Any) -> list[Any]:
+            return [RayActorError() if self.trouble else await getattr(self.replica, method)(*args)]
+
+        return SimpleNamespace(results_async=results_async)
+
+
+class Apart:
+    """A replica with the model, two that each search a half of the index for it, and what is published for all."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.version, self.damaged, self.asked = "index-1", set[str](), list[tuple[Any, ...]]()
+        apart = self
+
+        class Source(FakeSource):
+            def wanted(self) -> dict[str, Any]:
+                return {"model_fingerprint": "model-1", "version": apart.version}
+
+            def load(self, manifest: Any) -> Any:
+                made = SearchingRecommender()
+                made.index_version = manifest["version"]
+                return made
+
+            def load_shard(self, versions: Versions, number: int, shards: int) -> Any:
+                assert shards == 2
+                if versions.index_version in apart.damaged:
+                    raise ArtifactError("a part is damaged")
+                name, half = f"{versions.index_version}/{number}", [[0, 1], [2, 3]][number]
+                return FakeShard(name, half, [[0.9, 0.3], [0.5, 0.3]][number], apart.asked)
+
+        self.handles = [Handle(RetrievalReplica(Source(None), config, number)) for number in range(2)]
+        self.replica = RecommenderReplica(Source(None), config, *self.handles)  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def apart(monkeypatch: pytest.MonkeyPatch) -> tuple[RecommenderReplica, RetrievalReplica, dict[str, Any]]:
-    """A replica with the model, one that ranks for it, and what is published for both."""
+def apart_as(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
-    published = {"version": "index-1"}
-
-    class Source(FakeSource):
-        def wanted(self) -> dict[str, Any]:
-            return {"model_fingerprint": "model-1", **published}
-
-        def load(self, manifest: Any) -> Any:
-            made = FakeRecommender()
-            made.index_version = manifest["version"]
-            return made
-
-    config = ServeConfig(poll_seconds=0)
-    retrieval = RetrievalReplica(Source(None), config)
-    return RecommenderReplica(Source(None), config, Handle(retrieval)), retrieval, published  # type: ignore[arg-type]
+    sharded = {"poll_seconds": 0, "num_retrieval_replicas": 1, "retrieval_shards": 2}
+    return lambda **config: Apart(ServeConfig(**sharded, **config))
 
 
-def test_a_replica_that_ranks_elsewhere_gives_the_same_answers(apart: Any) -> None:
-    replica, retrieval, _ = apart
-    answers = asyncio.run(replica.answer_all([Query(["a"]), Query([])]))
-    assert answers == [answer_of("b", 0.5), FALLBACK]
-    assert asyncio.run(replica.similar("a", Query([], 3))) == answer_of("b", 0.25)
-    assert retrieval._recommender.released
-    assert retrieval._recommender.batches == [2]
-    assert replica._recommender.batches == []
+def test_shards_are_asked_side_by_side_and_merged(apart_as: Any) -> None:
+    """Of equal scores the lower row comes first, as in one index."""
+    apart = apart_as()
+    first, second = asyncio.run(apart.replica.answer_all([Query(["a"], 3), Query(["b"], 3)]))
+    assert [item_id for item_id, _ in first.items] == ["i0", "i2", "i1"]
+    assert (second.items, first.missing_shards) == (first.items, None)
+    assert sorted(apart.asked) == [(f"index-1/{number}", 2, 3, {}, False) for number in (0, 1)]
+    apart.asked.clear()
+    found = asyncio.run(apart.replica.search("lamp", None, Query([], 2, filters={"brand": ["Acme"]})))
+    assert [item_id for item_id, _ in found.items] == ["i0", "i2"]
+    assert sorted(apart.asked) == [(f"index-1/{number}", 1, 2, {"brand": ["Acme"]}, True) for number in (0, 1)]
 
 
-def test_a_batch_is_ranked_by_the_index_that_it_was_encoded_for(apart: Any) -> None:
-    replica, retrieval, published = apart
-    published["version"] = "index-2"
-    assert asyncio.run(retrieval.reload()).outcome == "swapped"
-    asyncio.run(replica.answer_all([Query(["a"])]))
-    assert retrieval._recommender.batches == [], "the version before was asked"
-    assert asyncio.run(replica.reload()).outcome == "swapped"
-    asyncio.run(replica.answer_all([Query(["a"])]))
-    assert retrieval._recommender.batches == [1]
+def test_a_batch_is_searched_in_the_version_that_it_was_encoded_for(apart_as: Any) -> None:
+    """Whatever a shard has loaded beside it."""
+    apart = apart_as()
+
+    async def answered() -> tuple[str, set[str]]:
+        apart.asked.clear()
+        (answer,) = await apart.replica.answer_all([Query(["a"])])
+        return answer.index_version, {name.partition("/")[0] for name, *_ in apart.asked}
+
+    async def swap() -> None:
+        await answered()
+        apart.version = "index-2"
+        await apart.handles[0].replica.hold(Versions("model-1", "index-2"))
+        assert await answered() == ("index-1", {"index-1"})
+        assert (await apart.replica.reload()).outcome == "swapped"
+        assert await answered() == ("index-2", {"index-2"})
+
+    asyncio.run(swap())
 
 
-def test_who_is_ahead_of_retrieval_makes_it_follow_and_who_is_behind_follows(apart: Any) -> None:
-    replica, retrieval, published = apart
-    published["version"] = "index-2"
-    asyncio.run(replica.reload())
-    asyncio.run(replica.answer_all([Query(["a"])]))
-    assert retrieval._recommender.index_version == "index-2"
-    published["version"] = "index-3"
-    asyncio.run(retrieval.reload())
-    retrieval._rollout._before = None  # it was kept for long enough
-    asyncio.run(replica.answer_all([Query(["a"])]))
-    assert replica._recommender.index_version == "index-3"
+def test_all_shards_load_a_version_before_it_is_used(apart_as: Any) -> None:
+    apart, second = apart_as(), Versions("model-1", "index-2")
+
+    async def swap() -> Change:
+        await apart.replica.answer_all([Query(["a"])])
+        return await apart.replica.reload()
+
+    apart.version, apart.damaged = "index-2", {"index-2"}
+    change = asyncio.run(swap())
+    assert (change.outcome, change.state["index_version"]) == ("refused", "index-1")
+    assert change.state["refused"] == "shard 0 of the index cannot load it: a part is damaged"
+    apart.damaged.clear()
+    apart.handles[1].trouble = RayActorError()  # it loads the version when it is asked
+    assert asyncio.run(swap()).outcome == "swapped"
+    assert [handle.replica._held.get(second) is not None for handle in apart.handles] == [True, False]
+    apart.handles[1].trouble = None
+    asyncio.run(apart.replica.answer_all([Query(["a"])]))
+    assert apart.handles[1].replica._held.get(second) is not None
+
+
+def test_a_shard_that_gives_no_answer_is_said_or_refused(apart_as: Any) -> None:
+    for trouble in (RayActorError(), BackPressureError(num_queued_requests=9, max_queued_requests=8), TimeoutError()):
+        apart = apart_as(missing_shard="answer")
+        apart.handles[1].trouble = trouble
+        (answer,) = asyncio.run(apart.replica.answer_all([Query(["a"], 3)]))
+        assert (answer.missing_shards, [item_id for item_id, _ in answer.items]) == ([1], ["i0", "i1"])
+        assert asyncio.run(apart.replica.similar("a", Query([], 3))).missing_shards == [1]
+        assert b'pixrec_shard_misses_total{shard="1"} 2.0' in asyncio.run(apart.replica.metrics())[1].encode()
+        refusing = apart_as()
+        refusing.handles[1].trouble = trouble
+        refusals = asyncio.run(refusing.replica.answer_all([Query(["a"], 3), Query(["b"], 3)]))
+        assert refusals == [Incomplete("shard 1 of 2 of the index gives no answer")] * 2
+        assert asyncio.run(refusing.replica.similar("a", Query([], 3))) == refusals[0]
+        apart.handles[0].trouble = trouble
+        refusals = asyncio.run(apart.replica.answer_all([Query(["a"], 3)]))
+        assert refusals == [Incomplete("shard 0, 1 of 2 of the index gives no answer")], (
+            "nothing is left to answer from"
+        )
+
+
+def test_that_a_shard_is_lost_is_logged_once(apart_as: Any, caplog: pytest.LogCaptureFixture) -> None:
+    apart = apart_as(missing_shard="answer")
+    with caplog.at_level("WARNING", "ray.serve.pixrec"):
+        for trouble in (None, TimeoutError(), TimeoutError(), None, None):
+            apart.handles[1].trouble = trouble
+            asyncio.run(apart.replica.answer_all([Query(["a"], 3)]))
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["shard 1 of the index gives no answer: TimeoutError", "shard 1 of the index answers again"]
+
+
+def test_a_shard_that_is_late_gives_no_answer(apart_as: Any) -> None:
+    apart = apart_as(missing_shard="answer", shard_timeout_seconds=0.5)
+
+    async def wait(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    apart.handles[0].search.remote = wait
+    (answer,) = asyncio.run(apart.replica.answer_all([Query(["a"], 3)]))
+    assert answer.missing_shards == [0]
+
+
+def test_an_incomplete_answer_is_unavailable_to_the_caller() -> None:
+    async def incomplete() -> Incomplete:
+        return Incomplete("shard 1 of 2 of the index gives no answer")
+
+    with pytest.raises(Unavailable, match="shard 1 of 2 of the index gives no answer; try again"):
+        asyncio.run(backend_whose_handle(incomplete).versions())
 
 
 def test_vectors_in_the_order_asked_for(replica: RecommenderReplica) -> None:
@@ -345,8 +502,8 @@ class Everywhere:
 
 def test_a_reload_reaches_every_replica_and_passes_over_the_dead() -> None:
     swapped = Change("swapped", {})
-    recommender, retrieval = Everywhere(reload=[swapped, RayActorError()]), Everywhere(reload=[swapped])
-    backend = ServeBackend(recommender, ServeConfig(), retrieval=retrieval)  # type: ignore[arg-type]
+    recommender = Everywhere(reload=[swapped, RayActorError(), swapped])
+    backend = ServeBackend(recommender, ServeConfig())  # type: ignore[arg-type]
     assert asyncio.run(backend.reload()) == [swapped, swapped]
     for trouble in (TimeoutError(), RayActorError(), [RayActorError()]):
         with pytest.raises(Unavailable):

@@ -22,7 +22,9 @@ def samples(text: str) -> dict[tuple[str, str], float]:
 def rollout() -> SimpleNamespace:
     recommender = SimpleNamespace(model_version="m", index_version="i")
     manifest = {"time": "2026-11-28T00:00:00+00:00", "rows": 12, "recall_of_float32": {"recall@10": 0.9, "queries": 5}}
-    return SimpleNamespace(in_use=(recommender, manifest), outcomes={"refused": 2}, refused="made by another model")
+    return SimpleNamespace(
+        in_use=(recommender, manifest), canary=None, outcomes={"refused": 2}, refused="made by another model"
+    )
 
 
 def test_a_replica_tells_its_version_and_what_it_answered() -> None:
@@ -42,6 +44,22 @@ def test_a_replica_tells_its_version_and_what_it_answered() -> None:
     assert found["pixrec_index_recall", "recall_of_float32 recall@10"] == 0.9
     assert found["pixrec_stage_seconds_count", "encode"] == 1
     assert found["process_resident_memory_bytes", ""] > 0
+
+
+def test_what_two_versions_answer_is_told_apart() -> None:
+    both = rollout()
+    both.canary = SimpleNamespace(model_version="m2", index_version="i2")
+    metrics = ReplicaMetrics(both)
+    metrics.answered(1, [Answer([], COSINE, "m", "i"), Answer([], PURCHASE_SHARE, "m2", "i2", fallback=True)])
+    metrics.took("i2", 0.02)
+    found = samples(metrics.text())
+    assert (found["pixrec_version_answers_total", "i"], found["pixrec_version_answers_total", "i2"]) == (1, 1)
+    assert (found["pixrec_version_fallbacks_total", "i"], found["pixrec_version_fallbacks_total", "i2"]) == (0, 1)
+    assert found["pixrec_version_seconds_count", "i2"] == 1
+    assert found["pixrec_canary_info", "i2,m2"] == 1
+    both.canary = None
+    left = samples(metrics.text())
+    assert not [name for name, labels in left if "i2" in labels.split(",")], "a version that is gone leaves no series"
 
 
 def test_pages_of_several_processes_become_one() -> None:

@@ -1,0 +1,75 @@
+"""A real Prometheus (Debian's `prometheus`) that scrapes a server, and what the queries of the dashboard give in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+DASHBOARD = Path(__file__).parents[1] / "serve" / "dashboard.json"
+START_SECONDS = 60.0
+
+
+def dashboard_queries(rate_interval: str) -> dict[str, str]:
+    """The queries by panel and legend, with Grafana's interval for rates filled in."""
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    return {
+        f"{panel['title']}: {target['legendFormat']}": target["expr"].replace("$__rate_interval", rate_interval)
+        for panel in panels
+        for target in panel["targets"]
+    }
+
+
+class Prometheus:
+    """One that runs, by its address."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def values(self, query: str) -> dict[str, float]:
+        """What an instant query gives: numbers by the labels of their series, without those that are NaN."""
+        asked = urllib.parse.urlencode({"query": query})
+        with urllib.request.urlopen(f"http://{self.address}/api/v1/query?{asked}", timeout=60) as answer:
+            found = json.loads(answer.read())["data"]["result"]
+        return {json.dumps(one["metric"]): float(one["value"][1]) for one in found if one["value"][1] != "NaN"}
+
+
+def installed() -> bool:
+    return shutil.which("prometheus") is not None
+
+
+@contextlib.contextmanager
+def scraping(target: str, interval: str = "2s") -> Iterator[Prometheus]:
+    """Scrape `host:port` every `interval`, for the length of the block."""
+    scrape = {"job_name": "pixrec", "scrape_interval": interval, "scrape_timeout": interval}
+    scrape["static_configs"] = [{"targets": [target]}]  # type: ignore[assignment]
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        (Path(folder) / "prometheus.yml").write_text(json.dumps({"scrape_configs": [scrape]}))  # JSON is YAML
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+        probe.close()
+        options = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+        command = ["prometheus", *options, f"--web.listen-address={address}"]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            try:
+                yield _ready(Prometheus(address), process)
+            finally:
+                process.terminate()
+
+
+def _ready(prometheus: Prometheus, process: subprocess.Popen[bytes]) -> Prometheus:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{prometheus.address}/-/ready", timeout=5):
+            return prometheus
+        assert process.poll() is None, "prometheus has ended"
+        assert time.monotonic() < deadline, "prometheus does not start"
+        time.sleep(0.1)
