@@ -95,11 +95,16 @@ class Answer:
     """True when nothing of the history was known and the most bought items were given instead"""
     reasons: Mapping[str, str] | None = None
     """by item, the item of the history that is nearest to it; None where nobody asked"""
+    store_away: bool = False
+    """True when the store of live items and events did not answer: what it would have added or hidden may be missing"""
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer of `pixrec recommend` and of the HTTP routes; without `reasons` unless they were asked for."""
+        """The answer of `pixrec recommend` and of the HTTP routes; without `reasons` unless they were asked for, and
+        with `store_away` only where the store is."""
         items = [{"item_id": item_id, "score": score} for item_id, score in self.items]
         told = {name: value for name, value in vars(self).items() if name != "reasons" or value is not None}
+        if not self.store_away:
+            del told["store_away"]
         return {**told, "items": items}
 
 

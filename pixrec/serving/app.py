@@ -21,11 +21,12 @@ from pixrec import errors, storage
 from pixrec.cluster.session import connect
 from pixrec.config import Config, change_config, load_config
 from pixrec.errors import ArtifactError, ConfigError, InputError
+from pixrec.live.places import REMOTE
 from pixrec.serving.deployments import bind
 from pixrec.serving.published import Published
 
 APP_NAME = "pixrec"
-EVENTS_FILE = "events.sqlite"
+STORE_FILE = "live.sqlite"
 API_KEY_VARIABLE = "PIXREC_API_KEY"
 KEY_VARIABLES = {"api_key": API_KEY_VARIABLE, "admin_key": "PIXREC_ADMIN_KEY"}
 
@@ -43,7 +44,7 @@ def build_app(model: str, index: str, data: str | None, config: Config) -> serve
     model, index = storage.absolute(model), storage.absolute(index)  # a replica's working directory is another one
     data = None if data is None else storage.absolute(data)
     settings = with_keys(config).serve
-    settings = dataclasses.replace(settings, events=events_place(settings.events, index))
+    settings = dataclasses.replace(settings, store=store_place(settings.store, index))
     return bind(Published(model, index, data, settings.blend, settings.popularity_half_life_days), settings)
 
 
@@ -114,12 +115,12 @@ def with_keys(config: Config) -> Config:
     return config
 
 
-def events_place(events: str, index: str) -> str:
-    """The absolute path of the events file; `none` where there is none."""
-    if events == "index":
+def store_place(store: str, index: str) -> str:
+    """The URL of the store, or the absolute path of its file; `none` where there is none."""
+    if store == "index":
         usable = not storage.is_remote(index) and os.access(index, os.W_OK)
-        return storage.join(index, EVENTS_FILE) if usable else "none"
-    return events if events == "none" else storage.absolute(events)
+        return storage.join(index, STORE_FILE) if usable else "none"
+    return store if store == "none" or store.startswith(REMOTE) else storage.absolute(store)
 
 
 def check_artifacts(model: str, index: str, data: str | None) -> None:

@@ -6,7 +6,7 @@ Plain classes, which Serve makes into deployments; `pixrec.serving.deployments` 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,10 @@ from ray.serve.handle import DeploymentHandle
 
 from pixrec.config import ServeConfig
 from pixrec.errors import ArtifactError, InputError, UnreadableImage
-from pixrec.query import Answer, Query, Vectors
-from pixrec.serving.backend import Change, FilterValues, Refusal, ToEmbed, Versions
+from pixrec.live.places import open_store
+from pixrec.live.store import Store, StoreAway, StoreFull
+from pixrec.query import Answer, NewItem, Query, Vectors
+from pixrec.serving.backend import Change, FilterValues, ItemChange, NotStored, Refusal, ToEmbed, Versions
 from pixrec.serving.metrics import ReplicaMetrics
 from pixrec.serving.published import Outcome, Rollout, Source
 
@@ -39,10 +41,16 @@ class Replica:
         import torch  # only a replica that computes pays for torch
 
         torch.set_num_threads(config.threads_per_replica)
-        self._rollout = Rollout(source, **rollout)
+        self._config, self._store = config, store_of(config)
+        self._rollout = Rollout(source, loaded=self._loaded, **rollout)
         self._rollout.watch(config.poll_seconds)
         self._metrics = ReplicaMetrics(self._rollout)
         self._computing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recommender")
+
+    def _loaded(self, recommender: Recommender) -> None:
+        """Prepare a recommender that was loaded and is not used yet."""
+        if self._store is not None:
+            recommender.live.follow(self._store)
 
     @property
     def _recommender(self) -> Recommender:
@@ -71,7 +79,11 @@ class RetrievalReplica(Replica):
     def __init__(self, source: Source, config: ServeConfig) -> None:
         # A batch that was encoded before a swap is still ranked by the index that belongs to it.
         keep_seconds = 2 * config.request_timeout_seconds
-        super().__init__(source, config, keep_seconds=keep_seconds, loaded=lambda found: found.release_tower())
+        super().__init__(source, config, keep_seconds=keep_seconds)
+
+    def _loaded(self, recommender: Recommender) -> None:
+        super()._loaded(recommender)
+        recommender.release_tower()
 
     async def rank(self, versions: Versions, asked: list[Asked], vectors: np.ndarray) -> list[Answer] | None:
         """None: these versions are not here any more."""
@@ -139,7 +151,7 @@ class RecommenderReplica(Replica):
             return recommender.rank(asked, vectors)
 
     async def similar(self, item_id: str, query: Query) -> Answer | Refusal | None:
-        if item_id not in self._recommender.items.row_of:
+        if not await asyncio.to_thread(self._recommender.knows, item_id):
             return None
 
         def vector(recommender: Recommender) -> np.ndarray:
@@ -185,14 +197,47 @@ class RecommenderReplica(Replica):
         return known[1]
 
     async def fields(self, item_id: str) -> dict[str, Any] | None:
-        items = self._recommender.items
-        row = items.row_of.get(item_id)
-        return None if row is None else items.fields(row)
+        recommender = self._recommender
+        return recommender.fields(item_id) if await asyncio.to_thread(recommender.knows, item_id) else None
 
     async def image(self, item_id: str) -> bytes | None:
-        items = self._recommender.items
-        row = items.row_of.get(item_id)
-        return None if row is None else items.image(row)
+        recommender = self._recommender
+        known = await asyncio.to_thread(recommender.knows, item_id)
+        return await asyncio.to_thread(recommender.image, item_id) if known else None
+
+    async def add_items(self, items: Mapping[str, NewItem]) -> Versions | Refusal | NotStored:
+        return await self._compute("encode", self._add_items, items)
+
+    def _add_items(self, items: Mapping[str, NewItem]) -> Versions | Refusal | NotStored:
+        recommender, store = self._recommender, self._store
+        assert store is not None
+        try:
+            store.put(recommender.model_version, *recommender.embedded(items), self._config.max_live_items)
+        except InputError as error:
+            return Refusal("items", str(error))
+        except StoreFull:
+            most = self._config.max_live_items
+            return NotStored(f"the store holds {most} items, the most that serve.max_live_items allows", full=True)
+        except StoreAway as error:
+            return NotStored(str(error))
+        return _versions(recommender)
+
+    async def change_item(self, item_id: str, change: ItemChange) -> Versions | Refusal | NotStored | None:
+        return await asyncio.to_thread(self._change_item, item_id, change)
+
+    def _change_item(self, item_id: str, change: ItemChange) -> Versions | Refusal | NotStored | None:
+        recommender, store = self._recommender, self._store
+        assert store is not None
+        if not recommender.knows(item_id):
+            return None
+        problem = recommender.column_problem(change.fields)
+        if problem is not None:
+            return Refusal("fields", problem)
+        try:
+            store.change(item_id, change.fields, change.hidden)
+        except StoreAway as error:
+            return NotStored(str(error))
+        return _versions(recommender)
 
     async def versions(self) -> Versions:
         return _versions(self._recommender)
@@ -223,6 +268,11 @@ class RecommenderReplica(Replica):
         return None if wrong is None else Refusal(*wrong)
 
 
+def store_of(config: ServeConfig) -> Store | None:
+    """The store that the settings name; None where they name none (`index` has become a place by now)."""
+    return None if config.store in ("none", "index") else open_store(config.store, config.max_events_kept)
+
+
 def _versions(recommender: Recommender) -> Versions:
     return Versions(recommender.model_version, recommender.index_version)
 
@@ -236,7 +286,7 @@ def _embedded(recommender: Recommender, wanted: ToEmbed) -> Vectors:
     """The vectors wanted: contents in one pass of the item tower, histories in one of the user tower."""
     contents = [(text, None) for text in wanted.texts] + [("", image) for image in wanted.images]
     made = recommender.content_vectors(contents).tolist() if contents else []
-    known = [item_id for item_id in wanted.item_ids if item_id in recommender.items.row_of]
+    known = [item_id for item_id in dict.fromkeys(wanted.item_ids) if recommender.knows(item_id)]
     of_item = dict(zip(known, recommender.item_vectors(known).tolist() if known else [], strict=True))
     asked = recommender.read([Query(history) for history in wanted.histories])
     users = recommender.encode(asked).tolist() if asked else []
