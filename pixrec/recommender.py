@@ -18,7 +18,7 @@ import torch
 
 from pixrec import storage
 from pixrec.artifact import Index, Model, index_manifest, load_content, load_index, load_model
-from pixrec.artifact.folded import VersionContents, version_contents
+from pixrec.artifact.folded import VersionContents, embedded, version_contents
 from pixrec.config import Config, PrepareConfig
 from pixrec.data.arrays import open_arrays
 from pixrec.data.images import shrink_image
@@ -173,7 +173,7 @@ class Recommender:
             return None if content is None else content.image
         return None if row is None else self.items.image(row)
 
-    def embedded(self, new: Mapping[str, NewItem]) -> tuple[list[AddedItem], list[EmbeddedVectors]]:
+    def embed_new(self, new: Mapping[str, NewItem]) -> tuple[list[AddedItem], list[EmbeddedVectors]]:
         """New items as a data set would have them, and their vectors. Raises InputError on a column that the catalog
         lacks, a value of another type, and a picture that cannot be read, with the item's id."""
         added = []
@@ -192,16 +192,9 @@ class Recommender:
     def embed_added(self, added: Sequence[AddedItem]) -> list[EmbeddedVectors]:
         """What the item tower makes of items, as `pixrec embed` does. Raises InputError with the id of an item whose
         picture cannot be read."""
-        found = []
-        for start in range(0, len(added), EMBEDDED_AT_A_TIME):
-            block = added[start : start + EMBEDDED_AT_A_TIME]
-            contents = [
-                Content(i.text, None if i.image is None else self._embedder.encoder.decode(i.image)) for i in block
-            ]
-            vectors, content = next(self._embedder.content_batches([(contents, [i.item_id for i in block])]))
-            searched = [None] * len(block) if content is None else content.astype(np.float16)
-            found += [EmbeddedVectors(*both) for both in zip(vectors, searched, strict=True)]
-        return found
+        starts = range(0, len(added), EMBEDDED_AT_A_TIME)
+        blocks = (embedded(self._embedder, added[start : start + EMBEDDED_AT_A_TIME]) for start in starts)
+        return [one for block in blocks for one in block]
 
     def recommend(
         self, history: Sequence[str], k: int = 10, *, exclude: Sequence[str] = (), exclude_history: bool = True

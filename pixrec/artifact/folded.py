@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,12 +21,18 @@ import pyarrow.compute as pc
 
 from pixrec import storage
 from pixrec.artifact.index import VERSIONS
+from pixrec.artifact.model import load_model
+from pixrec.errors import InputError, PixRecError, UnreadableImage, fault_text
+from pixrec.live.places import added_items
 from pixrec.live.store import AddedItem, EmbeddedVectors
+from pixrec.model.catalog import Embedder
+from pixrec.model.encoding import Content
 from pixrec.schema import CONTENT, CONTENT_HASH, EMBEDDING, IMAGE, ITEM_ID
 
 LIVE, FOLDED = "live_items", "live.arrow"
 """What the manifest says of them, and their file."""
 _FIELDS, _TEXT = "fields", "text"
+_ROWS_AT_A_TIME = 1000
 _SCHEMA = pa.schema(
     [
         (ITEM_ID, pa.string()),
@@ -58,6 +65,52 @@ def write_folded(folder: str, blocks: Iterable[Sequence[tuple[AddedItem, Embedde
             yield pa.RecordBatch.from_pylist(rows, _SCHEMA)
 
     storage.write_batches(storage.join(folder, FOLDED), _SCHEMA, batches())
+
+
+def fold(model: str, store: str, folder: str, batch_size: int) -> dict[str, Any]:
+    """Write the live items of a store into the version that is being made in `folder`, whose parts are there; an item
+    whose content stands in a part is one of the data set by now and left out. A worker does, as that takes the model.
+
+    Returns how many there are (`items`), how many of them were `computed`, and the `fault` where there is one.
+    """
+    counts: Counter[str] = Counter(items=0, computed=0)
+    try:
+        loaded = load_model(model)
+        embedder = loaded.embedder()
+
+        def blocks() -> Iterator[list[tuple[AddedItem, EmbeddedVectors]]]:
+            for block in added_items(store, loaded.fingerprint, _ROWS_AT_A_TIME):
+                known = content_hashes(folder, [item.item_id for item, _ in block]) if block else {}
+                new = [(item, made) for item, made in block if known.get(item.item_id) != item.content_hash]
+                lacking = [item for item, made in new if made is None]
+                made_now = dict[str, EmbeddedVectors]()
+                for start in range(0, len(lacking), batch_size):
+                    batch = lacking[start : start + batch_size]
+                    made_now |= zip((item.item_id for item in batch), embedded(embedder, batch), strict=True)
+                counts.update(items=len(new), computed=len(lacking))
+                yield [(item, made_now[item.item_id] if made is None else made) for item, made in new]
+
+        write_folded(folder, blocks())
+    except PixRecError as error:
+        return {"fault": fault_text(error)}
+    return {**counts, "fault": None}
+
+
+def embedded(embedder: Embedder, items: Sequence[AddedItem]) -> list[EmbeddedVectors]:
+    """What the item tower makes of items. Raises InputError with the id of an item whose picture cannot be read."""
+    if not items:
+        return []
+    contents = [Content(item.text, _pixels(embedder, item)) for item in items]
+    vectors, content = next(embedder.content_batches([(contents, [item.item_id for item in items])]))
+    searched = [None] * len(items) if content is None else content.astype(np.float16)
+    return [EmbeddedVectors(*both) for both in zip(vectors, searched, strict=True)]
+
+
+def _pixels(embedder: Embedder, item: AddedItem) -> np.ndarray | None:
+    try:
+        return None if item.image is None else embedder.encoder.decode(item.image)
+    except UnreadableImage as error:
+        raise InputError(f"item {item.item_id!r}: {error}") from None
 
 
 def version_contents(uri: str, manifest: Mapping[str, Any]) -> VersionContents:

@@ -74,6 +74,8 @@ class ServeConfig:
     """Where events, items and feedback that are sent are kept: a SQLite file on the node of all replicas, or the
     `redis://` URL of a server that all nodes reach; `index`: live.sqlite in the index folder where that is local and
     can be written; `none`: nothing is kept."""
+    store_password: str | None = None
+    """Of a Redis store; PIXREC_STORE_PASSWORD in the environment keeps it out of files and URLs."""
     max_items: int = 100
     """Most items in one request of /v1/items."""
     max_live_items: int = 100_000

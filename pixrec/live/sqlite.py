@@ -14,10 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pixrec.errors import InputError, OutputError
 from pixrec.live.store import MODELS_KEPT, AddedItem, EmbeddedVectors, Event, LiveItem, StoreAway, StoreFull
+from pixrec.live.vectors import bytes_of, vectors_of
 
 _EVENTS_AT_A_TIME, _WAIT_SECONDS = 100_000, 10.0
 _SCHEMA = """
@@ -175,19 +174,6 @@ class SqliteStore:
             except BaseException:
                 self._sql.execute("ROLLBACK")
                 raise
-
-
-def vectors_of(vector: bytes | None, content: bytes | None) -> EmbeddedVectors | None:
-    """What `bytes_of` made bytes of; None where there is no vector."""
-    if vector is None:
-        return None
-    searched = None if content is None else np.frombuffer(content, np.float16)
-    return EmbeddedVectors(np.frombuffer(vector, np.float32), searched)
-
-
-def bytes_of(made: EmbeddedVectors) -> tuple[bytes, bytes | None]:
-    content = None if made.content is None else made.content.astype("<f2").tobytes()
-    return made.vector.astype("<f4").tobytes(), content
 
 
 @contextlib.contextmanager

@@ -21,14 +21,13 @@ from pixrec import errors, storage
 from pixrec.cluster.session import connect
 from pixrec.config import Config, change_config, load_config
 from pixrec.errors import ArtifactError, ConfigError, InputError
-from pixrec.live.places import REMOTE
+from pixrec.live.places import PASSWORD_VARIABLE, store_place
 from pixrec.serving.deployments import bind
 from pixrec.serving.published import Published
 
 APP_NAME = "pixrec"
-STORE_FILE = "live.sqlite"
 API_KEY_VARIABLE = "PIXREC_API_KEY"
-KEY_VARIABLES = {"api_key": API_KEY_VARIABLE, "admin_key": "PIXREC_ADMIN_KEY"}
+KEY_VARIABLES = {"api_key": API_KEY_VARIABLE, "admin_key": "PIXREC_ADMIN_KEY", "store_password": PASSWORD_VARIABLE}
 
 _STATUS_SECONDS = 5.0
 
@@ -113,14 +112,6 @@ def with_keys(config: Config) -> Config:
         if key and not getattr(config.serve, field):
             config = change_config(config, {f"serve.{field}": key})
     return config
-
-
-def store_place(store: str, index: str) -> str:
-    """The URL of the store, or the absolute path of its file; `none` where there is none."""
-    if store == "index":
-        usable = not storage.is_remote(index) and os.access(index, os.W_OK)
-        return storage.join(index, STORE_FILE) if usable else "none"
-    return store if store == "none" or store.startswith(REMOTE) else storage.absolute(store)
 
 
 def check_artifacts(model: str, index: str, data: str | None) -> None:

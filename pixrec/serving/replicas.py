@@ -212,7 +212,7 @@ class RecommenderReplica(Replica):
         recommender, store = self._recommender, self._store
         assert store is not None
         try:
-            store.put(recommender.model_version, *recommender.embedded(items), self._config.max_live_items)
+            store.put(recommender.model_version, *recommender.embed_new(items), self._config.max_live_items)
         except InputError as error:
             return Refusal("items", str(error))
         except StoreFull:
@@ -270,7 +270,9 @@ class RecommenderReplica(Replica):
 
 def store_of(config: ServeConfig) -> Store | None:
     """The store that the settings name; None where they name none (`index` has become a place by now)."""
-    return None if config.store in ("none", "index") else open_store(config.store, config.max_events_kept)
+    if config.store in ("none", "index"):
+        return None
+    return open_store(config.store, config.max_events_kept, config.store_password)
 
 
 def _versions(recommender: Recommender) -> Versions:

@@ -64,7 +64,7 @@ def as_new(items: ItemTable, row: int) -> NewItem:
 
 def put(shop: Recommender, new: dict[str, NewItem]) -> None:
     assert shop.live.store is not None
-    shop.live.store.put(shop.model_version, *shop.embedded(new), 10_000)
+    shop.live.store.put(shop.model_version, *shop.embed_new(new), 10_000)
 
 
 def ids(shop: Recommender, history: list[str], k: int = 50, **query: Any) -> list[str]:
@@ -180,7 +180,7 @@ def with_noise(model: Model) -> None:
 def test_without_a_tower_an_item_waits_for_its_vector(compact: Model, shop: Any) -> None:
     ranks, embeds = shop(compact), shop(compact)
     ranks.release_tower()
-    added, made = embeds.embedded({"new": NewItem({"title": "Tile"}), "i03": NewItem({"title": "Patch"})})
+    added, made = embeds.embed_new({"new": NewItem({"title": "Tile"}), "i03": NewItem({"title": "Patch"})})
     embeds.live.store.put("an older model", added, made, 100)
     ranks.live.refresh()
     assert not ranks.knows("new")
@@ -194,7 +194,7 @@ def test_without_a_tower_an_item_waits_for_its_vector(compact: Model, shop: Any)
 def test_what_the_version_says_of_an_item_is_used(compact: Model, shop: Any, monkeypatch: Any) -> None:
     """A folded item, and one that the data set has by now, are not embedded again."""
     items, first = tiny_items(), shop(compact)
-    added, made = first.embedded({"new": NewItem({"title": "Tile"}), "i03": as_new(items, 3)})
+    added, made = first.embed_new({"new": NewItem({"title": "Tile"}), "i03": as_new(items, 3)})
     first.live.store.put("an older model", added, made, 100)
     hashes = {"i03": items.content_hash(3)}
     version = VersionContents(lambda wanted: hashes, {"new": (added[0], made[0])})
@@ -227,7 +227,7 @@ def test_a_store_that_is_away_leaves_what_was_known(compact: Model, shop: Any, m
 
 def test_many_changes_leave_little_behind(compact: Model, shop: Any) -> None:
     one = shop(compact)
-    made = one.embedded({"new": NewItem({"title": "Tile"})})
+    made = one.embed_new({"new": NewItem({"title": "Tile"})})
     for number in range(3):
         many = [dataclasses.replace(made[0][0], item_id=f"n{n}", fields={"year": n}) for n in range(_BLOCK)]
         one.live.store.put(one.model_version, many, made[1] * _BLOCK, 10_000)
@@ -247,13 +247,13 @@ def test_many_changes_leave_little_behind(compact: Model, shop: Any) -> None:
 )
 def test_items_at_fault_are_named(compact: Model, shop: Any, new: NewItem, said: str) -> None:
     with pytest.raises(InputError, match=said) as error:
-        shop(compact).embedded({"x/1": new})
+        shop(compact).embed_new({"x/1": new})
     assert "item 'x/1'" in str(error.value)
 
 
 def test_a_store_holds_so_many_items_and_no_more(compact: Model, shop: Any) -> None:
     one = shop(compact)
-    added, made = one.embedded({f"n{n}": NewItem({"title": "Tile"}) for n in range(3)})
+    added, made = one.embed_new({f"n{n}": NewItem({"title": "Tile"}) for n in range(3)})
     with pytest.raises(StoreFull):
         one.live.store.put("m", added, made, 2)
     assert one.live.store.changes(0, "m", 9) == []

@@ -11,6 +11,7 @@ import pytest
 
 from pixrec.config import Config, load_config
 from pixrec.errors import ArtifactError, ConfigError, InputError
+from pixrec.live.places import store_place
 from pixrec.serving import app
 
 
@@ -82,11 +83,11 @@ def test_the_builder_takes_the_config_and_absolute_places(monkeypatch: pytest.Mo
 def test_where_events_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "index").mkdir()
-    assert app.store_place("index", str(tmp_path / "index")) == str(tmp_path / "index" / "live.sqlite")
-    assert app.store_place("index", "s3://bucket/index") == "none"
-    assert app.store_place("index", str(tmp_path / "nowhere")) == "none"
-    assert app.store_place("none", str(tmp_path / "index")) == "none"
-    assert app.store_place("my.sqlite", "s3://bucket/index") == str(tmp_path / "my.sqlite")
+    assert store_place("index", str(tmp_path / "index")) == str(tmp_path / "index" / "live.sqlite")
+    assert store_place("index", "s3://bucket/index") == "none"
+    assert store_place("index", str(tmp_path / "nowhere")) == "none"
+    assert store_place("none", str(tmp_path / "index")) == "none"
+    assert store_place("my.sqlite", "s3://bucket/index") == str(tmp_path / "my.sqlite")
 
 
 def test_the_api_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ class FakeRecommender:
     def column_problem(self, fields: Any) -> str | None:
         return "'odd' is no column" if "odd" in fields else None
 
-    def embedded(self, items: Any) -> tuple[list[Any], list[Any]]:
+    def embed_new(self, items: Any) -> tuple[list[Any], list[Any]]:
         if problem := next(filter(None, (self.column_problem(item.fields) for item in items.values())), None):
             raise InputError(problem)
         added = [AddedItem(item_id, item.fields, "text", None, "hash") for item_id, item in items.items()]
