@@ -300,9 +300,8 @@ def test_live_items_become_part_of_a_version_and_never_twice(place: Place) -> No
         np.testing.assert_allclose([s for _, s in found], [s for _, s in expected], atol=1e-6)
         place.embed()
 
-    whole = pa.concat_tables(
-        [place.items._table, pa.Table.from_pylist([{"item_id": "n/2", "title": "Patch"}], place.items.schema)]
-    )
+    patch = {"item_id": "n/2", "title": "Patch", "image_status": "missing"}
+    whole = pa.concat_tables([place.items._table, pa.Table.from_pylist([patch], place.items.schema)])
     place.write(ItemTable(whole))
     manifest = place.embed()
     assert (manifest["rows"], manifest["live_items"]) == (13, 2)
