@@ -55,9 +55,9 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.verb == "bench-serve":  # which wants its cores for the load
         return _bench_serve(arguments)
     if arguments.verb == "events":
-        from pixrec.serving.events import export
+        from pixrec.live.places import export_events
 
-        return {"out": arguments.out, "events": export(arguments.events, arguments.out)}
+        return {"out": arguments.out, "events": export_events(arguments.events, arguments.out)}
     from pixrec import verbs
     from pixrec.console import Console
 
@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     what = "Write the events that a server has stored as an interactions table, for prepare."
     sub = verbs.add_parser("events", help=what, description=what, allow_abbrev=False)
     sub.add_argument("action", choices=["export"])
-    sub.add_argument("--events", required=True, metavar="FILE", help="serve.events, such as INDEX/events.sqlite")
+    sub.add_argument("--events", required=True, metavar="FILE", help="serve.store, such as INDEX/live.sqlite")
     sub.add_argument("--out", required=True, metavar="FILE", help="the Parquet file")
     what = "Put load on a running server and measure its answers."
     sub = verbs.add_parser("bench-serve", help=what, description=what, allow_abbrev=False)

@@ -22,7 +22,7 @@ from urllib.parse import quote
 import httpx
 
 from pixrec.errors import PixRecError
-from pixrec.query import Answer, Filters, Query, Vectors
+from pixrec.query import Answer, Filters, NewItem, Query, Vectors
 
 _Given = TypeVar("_Given")
 
@@ -103,10 +103,7 @@ class _Call(Generic[_Given]):
 
 def _recommend(query: Query) -> _Call[Answer]:
     query.check()
-    items = {
-        item_id: {**item.fields, **({"image_base64": _text(item.image)} if item.image is not None else {})}
-        for item_id, item in query.new_items.items()
-    }
+    items = {item_id: _new(item) for item_id, item in query.new_items.items()}
     timestamps = None if query.timestamps is None else list(query.timestamps)
     whose = {"history": list(query.history), "timestamps": timestamps}
     body = {
@@ -153,8 +150,21 @@ def _forget(user_id: str) -> _Call[int]:
     return _Call("DELETE", path, lambda answer: int(answer.json()["deleted"]))
 
 
+def _add_items(items: Mapping[str, NewItem]) -> _Call[int]:
+    body = [{"item_id": item_id, **_new(item)} for item_id, item in items.items()]
+    return _Call("POST", "/v1/items", lambda answer: int(answer.json()["stored"]), {"items": body})
+
+
+def _change_item(item_id: str, fields: Mapping[str, Any], hidden: bool | None) -> _Call[None]:
+    return _Call("PATCH", _place(item_id), lambda answer: None, {"fields": dict(fields), "hidden": hidden})
+
+
+def _hide_item(item_id: str) -> _Call[None]:
+    return _Call("DELETE", _place(item_id), lambda answer: None)
+
+
 def _item(item_id: str) -> _Call[dict[str, Any]]:
-    return _Call("GET", f"/v1/items/{quote(item_id, safe='')}", httpx.Response.json)
+    return _Call("GET", _place(item_id), httpx.Response.json)
 
 
 def _version() -> _Call[dict[str, Any]]:
@@ -163,6 +173,14 @@ def _version() -> _Call[dict[str, Any]]:
 
 def _reload() -> _Call[dict[str, Any]]:
     return _Call("POST", "/admin/reload", httpx.Response.json, again=False)
+
+
+def _place(item_id: str) -> str:
+    return f"/v1/items/{quote(item_id, safe='')}"
+
+
+def _new(item: NewItem) -> dict[str, Any]:
+    return {**item.fields, **({"image_base64": _text(item.image)} if item.image is not None else {})}
 
 
 def _ranking(query: Query) -> dict[str, Any]:
@@ -259,6 +277,20 @@ class Client:
         """Delete all that is stored of a user; returns how many events were there."""
         return self._send(_forget(user_id))
 
+    def add_items(self, items: Mapping[str, NewItem]) -> int:
+        """Add items by their ids, or put them in the place of those that are there: fields may be all columns of the
+        catalog. Needs the admin key. Raises Rejected where one is at fault; then none is added."""
+        return self._send(_add_items(items))
+
+    def change_item(self, item_id: str, fields: Mapping[str, Any] | None = None, hidden: bool | None = None) -> None:
+        """Change columns of an item, or whether it is hidden; needs the admin key. Raises Rejected where it is
+        unknown."""
+        self._send(_change_item(item_id, fields or {}, hidden))
+
+    def hide_item(self, item_id: str) -> None:
+        """Never return an item again, until `change_item` shows it; needs the admin key."""
+        self._send(_hide_item(item_id))
+
     def item(self, item_id: str) -> dict[str, Any]:
         """Everything the catalog says about the item. Raises Rejected where it is unknown."""
         return self._send(_item(item_id))
@@ -342,6 +374,17 @@ class AsyncClient:
 
     async def forget(self, user_id: str) -> int:
         return await self._send(_forget(user_id))
+
+    async def add_items(self, items: Mapping[str, NewItem]) -> int:
+        return await self._send(_add_items(items))
+
+    async def change_item(
+        self, item_id: str, fields: Mapping[str, Any] | None = None, hidden: bool | None = None
+    ) -> None:
+        await self._send(_change_item(item_id, fields or {}, hidden))
+
+    async def hide_item(self, item_id: str) -> None:
+        await self._send(_hide_item(item_id))
 
     async def item(self, item_id: str) -> dict[str, Any]:
         return await self._send(_item(item_id))

@@ -97,11 +97,16 @@ class Answer:
     """by item, the item of the history that is nearest to it; None where nobody asked"""
     missing_shards: Sequence[int] | None = None
     """numbers of the parts of a sharded index that gave no answer, whose items are lacking; None where all did"""
+    store_away: bool = False
+    """True when the store of live items and events did not answer: what it would have added or hidden may be missing"""
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer of `pixrec recommend` and of the HTTP routes; without what is None."""
+        """The answer of `pixrec recommend` and of the HTTP routes; without what is None, and with `store_away` only
+        where the store is."""
         items = [{"item_id": item_id, "score": score} for item_id, score in self.items]
         told = {name: value for name, value in vars(self).items() if value is not None}
+        if not self.store_away:
+            del told["store_away"]
         return {**told, "items": items}
 
 

@@ -18,11 +18,13 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pixrec import storage
 from pixrec.artifact import MODEL_MARKER, check_index_writable, index_version
 from pixrec.artifact.approximate import add_structure, wants_structure
 from pixrec.artifact.embedding import ItemEmbedder, decode_items, find_store, hash_items
+from pixrec.artifact.folded import LIVE, fold
 from pixrec.artifact.index import APPROXIMATE, IndexWriter
 from pixrec.artifact.sources import Sources, reusable, write_chosen
 from pixrec.artifact.stored import KEY
@@ -33,6 +35,7 @@ from pixrec.data.images import PictureSize, largest_side
 from pixrec.data.items import part_starts, read_info
 from pixrec.data.sequences import DATASET_MARKER
 from pixrec.errors import ArtifactError, ConfigError, InputError, OutputError, raise_fault
+from pixrec.live.places import REMOTE, store_place
 from pixrec.model.encoding import read_size
 from pixrec.model.texts import texts_place
 from pixrec.model.vision import tokens_place
@@ -123,6 +126,8 @@ def _embed(
     with index_version(out, fingerprint, width, config.dtype, facts, content_width, current=current) as writer:
         write_chosen(writer, chosen, config.dtype, before)
         writer.facts["text_alone"] = writer.rows - writer.with_image
+        if (store := _live_store(config, out)) is not None:
+            writer.facts |= _folded(writer, model, store, config)
         if structured:
             progress("approximate", 0, total, "")
             writer.facts[APPROXIMATE] = _structure(writer, config)
@@ -173,6 +178,28 @@ def _compute(
             speed = rate.add(receipt["pictures"], "pictures/s")
             progress("embed", done, total, f"{speed}, {rejected} rejected")
     return rejected, stored
+
+
+def _live_store(config: EmbedConfig, out: str) -> str | None:
+    """The place of the store whose items become part of the version; None: there is none."""
+    if config.live_items is None:
+        return None
+    place = store_place(config.live_items, storage.absolute(out))
+    there = place != "none" and (place.startswith(REMOTE) or storage.exists(place))
+    if config.live_items not in ("index", "none") and not there:
+        raise InputError(f"embed.live_items is {config.live_items}: there is no such store")
+    return place if there else None
+
+
+def _folded(writer: IndexWriter, model: ModelFacts, store: str, config: EmbedConfig) -> dict[str, Any]:
+    """Make the live items of a store part of the version. A worker of this node does, since that takes the model and
+    the store may be a file."""
+    writer.flush()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    work = ray.remote(num_cpus=config.cpus_per_actor)(fold).options(scheduling_strategy=here)
+    counts = ray.get(work.remote(model.uri, store, storage.absolute(writer.folder), config.batch_size))
+    raise_fault(counts["fault"])
+    return {LIVE: counts["items"], "live_computed": counts["computed"]}
 
 
 def _structure(writer: IndexWriter, config: EmbedConfig) -> dict[str, Any]:

@@ -44,6 +44,10 @@ class EmbedConfig:
     """Share of the ten nearest items that a search is to find. Measured when the index is published; how many lists a
     search reads is chosen by it."""
 
+    live_items: str | None = "index"
+    """The store of items that a server was sent, as `serve.store` names it: what the data set lacks becomes part of the
+    version. `index`: live.sqlite in the index folder, if it is there. None: none."""
+
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size", "num_actors", "threads_per_actor", "max_part_items")
         if self.approximate_above is not None:

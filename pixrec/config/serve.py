@@ -81,9 +81,16 @@ class ServeConfig:
     popularity_half_life_days: float | None = None
     """With it the fallback gives what sells best lately: an event that is so much older than the newest counts half.
     None: what sold best in all training events."""
-    events: str = "index"
-    """The SQLite file of events sent to /v1/events, on the node of the HTTP replicas; `index`: events.sqlite in the
-    index folder where that is local and can be written; `none`: no events are stored."""
+    store: str = "index"
+    """Where events, items and feedback that are sent are kept: a SQLite file on the node of all replicas, or the
+    `redis://` URL of a server that all nodes reach; `index`: live.sqlite in the index folder where that is local and
+    can be written; `none`: nothing is kept."""
+    store_password: str | None = None
+    """Of a Redis store; PIXREC_STORE_PASSWORD in the environment keeps it out of files and URLs."""
+    max_items: int = 100
+    """Most items in one request of /v1/items."""
+    max_live_items: int = 100_000
+    """Most items that were added, changed or hidden; each replica holds their vectors and columns."""
     max_events: int = 1000
     """Most events in one request."""
     max_events_kept: int = 1000
@@ -111,7 +118,7 @@ class ServeConfig:
         at_least(self, 1, "max_text_characters", "max_body_bytes", "max_new_items")
         at_least(self, 0, "batch_wait_seconds", "cpus_per_replica", "gpus_per_replica", "cpus_per_ingress")
         at_least(self, 1, "max_image_bytes", "max_image_pixels", "max_embedded", "request_burst", "max_replicas")
-        at_least(self, 1, "max_events", "max_events_kept")
+        at_least(self, 1, "max_events", "max_events_kept", "max_items", "max_live_items")
         at_least(self, 0, "num_retrieval_replicas", "cpus_per_retrieval", "min_replicas", "poll_seconds")
         at_least(self, 1, "retrieval_shards")
         between(self, 0, 1, "canary_share")

@@ -112,6 +112,11 @@ class ItemTable:
     def __len__(self) -> int:
         return len(self._table if self._arrays is None else self._arrays.item_ids)
 
+    @property
+    def schema(self) -> pa.Schema:
+        """Names and types of the columns."""
+        return self._table.schema
+
     def text(self, row: int) -> str:
         """The item as one line of text; empty when nothing is known."""
         return item_text({name: self._value(name, row) for name in TEXT_FIELDS if name in self._columns})

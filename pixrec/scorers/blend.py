@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from pixrec.data.sequences import Dataset, HeldOut, Users, sample_users
 from pixrec.scorers.baselines import ItemTransition
@@ -44,7 +45,10 @@ class Mixture:
         self.weights = torch.full((len(PARTS),), 1 / len(PARTS))
 
     def probabilities(self, scores: torch.Tensor, histories: Sequence[np.ndarray]) -> torch.Tensor:
-        """(B, N) by the model's scores (B, N) and the histories of rows; for an empty one model and popularity."""
+        """(B, N) by the model's scores (B, N) and the histories of rows; for an empty one model and popularity.
+
+        Further columns of scores are items of which nothing was counted.
+        """
         mixed = torch.zeros_like(scores, dtype=torch.float32, device="cpu")
         for weight, part in zip(self.weights, self._parts(scores, histories), strict=True):
             mixed += weight * part
@@ -67,11 +71,12 @@ class Mixture:
     def _parts(self, scores: torch.Tensor, histories: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Seven distributions (B, N), in the order of PARTS; one without any item to give is 0 everywhere."""
         model = (scores.float().cpu() / self._temperature).softmax(1)
-        popularity = self._popularity.expand_as(model)
+        uncounted = (0, model.shape[1] - len(self._popularity))
+        popularity = F.pad(self._popularity, uncounted).expand_as(model)
         transition, recent = popularity.clone(), torch.zeros_like(model)
         if known := [user for user, history in enumerate(histories) if len(history)]:
             users = Users([""] * len(known), [histories[user] for user in known])
-            transition[known] = self._transition.scores(users).exp()
+            transition[known] = F.pad(self._transition.scores(users).exp(), uncounted)
         for row, history in zip(recent, histories, strict=True):  # of a repeated item its last place counts
             row[np.asarray(history, dtype=np.int64)] = torch.from_numpy(1 / np.arange(len(history), 0, -1.0)).float()
         again = recent > 0
@@ -79,7 +84,7 @@ class Mixture:
             *(_scaled(part.masked_fill(again, 0)) for part in (model, transition, popularity)),
             *(_scaled(part.masked_fill(~again, 0)) for part in (model, transition)),
             _scaled(recent),
-            _scaled(model.masked_fill(again | self._warm, 0)),
+            _scaled(model.masked_fill(again | F.pad(self._warm, uncounted), 0)),
         ]
 
 

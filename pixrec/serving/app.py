@@ -21,13 +21,13 @@ from pixrec import errors, storage
 from pixrec.cluster.session import connect
 from pixrec.config import Config, change_config, load_config
 from pixrec.errors import ArtifactError, ConfigError, InputError
+from pixrec.live.places import PASSWORD_VARIABLE, store_place
 from pixrec.serving.deployments import bind
 from pixrec.serving.published import Published
 
 APP_NAME = "pixrec"
-EVENTS_FILE = "events.sqlite"
 API_KEY_VARIABLE = "PIXREC_API_KEY"
-KEY_VARIABLES = {"api_key": API_KEY_VARIABLE, "admin_key": "PIXREC_ADMIN_KEY"}
+KEY_VARIABLES = {"api_key": API_KEY_VARIABLE, "admin_key": "PIXREC_ADMIN_KEY", "store_password": PASSWORD_VARIABLE}
 
 _STATUS_SECONDS = 5.0
 
@@ -43,7 +43,7 @@ def build_app(model: str, index: str, data: str | None, config: Config) -> serve
     model, index = storage.absolute(model), storage.absolute(index)  # a replica's working directory is another one
     data = None if data is None else storage.absolute(data)
     settings = with_keys(config).serve
-    settings = dataclasses.replace(settings, events=events_place(settings.events, index))
+    settings = dataclasses.replace(settings, store=store_place(settings.store, index))
     return bind(Published(model, index, data, settings.blend, settings.popularity_half_life_days), settings)
 
 
@@ -112,14 +112,6 @@ def with_keys(config: Config) -> Config:
         if key and not getattr(config.serve, field):
             config = change_config(config, {f"serve.{field}": key})
     return config
-
-
-def events_place(events: str, index: str) -> str:
-    """The absolute path of the events file; `none` where there is none."""
-    if events == "index":
-        usable = not storage.is_remote(index) and os.access(index, os.W_OK)
-        return storage.join(index, EVENTS_FILE) if usable else "none"
-    return events if events == "none" else storage.absolute(events)
 
 
 def check_artifacts(model: str, index: str, data: str | None) -> None:

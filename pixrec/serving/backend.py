@@ -5,11 +5,11 @@ Knows plain values only: no torch, no Ray, no HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pixrec.query import Answer, Query, Vectors
+from pixrec.query import Answer, NewItem, Query, Vectors
 
 FilterValues = dict[str, list[tuple[Any, int]]]
 """Most frequent values of each field that a request may filter by, and how many items hold each."""
@@ -31,6 +31,23 @@ class ToEmbed:
     images: Sequence[bytes] = ()
     item_ids: Sequence[str] = ()
     histories: Sequence[Sequence[str]] = ()
+
+
+@dataclass(frozen=True)
+class ItemChange:
+    """What is to change of an item; the rest stays."""
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    hidden: bool | None = None
+
+
+@dataclass(frozen=True)
+class NotStored:
+    """A change of items that was not stored."""
+
+    message: str
+    full: bool = False
+    """whether the store holds as much as it may; otherwise it did not answer"""
 
 
 @dataclass(frozen=True)
@@ -95,6 +112,12 @@ class Backend(Protocol):
     async def fields(self, item_id: str) -> dict[str, Any] | None: ...
 
     async def image(self, item_id: str) -> bytes | None: ...
+
+    async def add_items(self, items: Mapping[str, NewItem]) -> Versions | Refusal | NotStored:
+        """Embed and store items by their ids, in the place of those that are there; the versions that embedded them."""
+        ...
+
+    async def change_item(self, item_id: str, change: ItemChange) -> Versions | Refusal | NotStored | None: ...
 
     async def versions(self) -> Versions: ...
 

@@ -109,6 +109,44 @@ class EventsBody(BaseModel):
     events: Annotated[list[EventBody], _FailFast()]
 
 
+ItemId = Annotated[Text, Field(min_length=1, max_length=500)]
+ColumnValue = FilterValue | Annotated[list[Text], _FailFast()] | None
+
+
+class ItemBody(NewItemBody):
+    """An item with the columns that every catalog has; further keys are further columns of this one."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    __pydantic_extra__: dict[Text, ColumnValue]
+
+    item_id: ItemId
+
+
+class ItemsBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    items: Annotated[list[ItemBody], _FailFast(), Field(min_length=1)]
+
+
+class ItemsStoredBody(BaseModel):
+    stored: int
+    model_version: str = Field(description="The model that embedded them.")
+    index_version: str
+
+
+class ItemChangeBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    fields: dict[Text, ColumnValue] = Field(
+        default_factory=dict, description="Columns to change, such as the price; those that are not named stay."
+    )
+    hidden: bool | None = Field(None, description="true: not among the answers any more; false: again; null: as it is.")
+
+
+class ChangedBody(BaseModel):
+    item_id: str
+
+
 class StoredBody(BaseModel):
     stored: int
 
@@ -141,6 +179,10 @@ class AnswerBody(BaseModel):
     reasons: dict[str, str] | None = Field(None, description="By item the nearest one of the history; if asked for.")
     missing_shards: list[int] | None = Field(
         None, description="Parts of the index that gave no answer, whose items are lacking; only where some did not."
+    )
+    store_away: bool = Field(
+        False,
+        description="The store of events and items did not answer: what is newest may lack. Only there if so.",
     )
 
 
@@ -221,6 +263,10 @@ REFUSED: dict[int | str, dict[str, Any]] = {
     403: {"model": Problem, "description": "The server has no key for its /admin routes"},
     409: {"model": Problem, "description": "The version cannot be served; the one before stays in use"},
 }
+CLOSED: dict[int | str, dict[str, Any]] = {
+    403: {"model": Problem, "description": "The server has no key for changes of items"}
+}
+FULL: dict[int | str, dict[str, Any]] = {409: {"model": Problem, "description": "The store holds as much as it may"}}
 NO_VERSION: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "There is no such version"}}
-NOT_STORED: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "The server stores no events"}}
+NOT_STORED: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "The server stores nothing"}}
 UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "The item is unknown"}}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,22 +19,23 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from pixrec.config import ServeConfig
-from pixrec.query import Answer, Query, Vectors
+from pixrec.query import Answer, NewItem, Query, Vectors
 from pixrec.serving.backend import (
     Change,
     FilterValues,
     Incomplete,
+    ItemChange,
+    NotStored,
     Overloaded,
     Refusal,
     ToEmbed,
     Unavailable,
     Versions,
 )
-from pixrec.serving.events import EventStore
 from pixrec.serving.http import create_api
 from pixrec.serving.metrics import RequestMetrics, merged
 from pixrec.serving.published import Source
-from pixrec.serving.replicas import RecommenderReplica, RetrievalReplica, replica_labels
+from pixrec.serving.replicas import RecommenderReplica, RetrievalReplica, replica_labels, store_of
 
 logger = logging.getLogger("ray.serve.pixrec")  # Serve writes what goes there, with the id of the request
 
@@ -76,6 +77,12 @@ class ServeBackend:
 
     async def image(self, item_id: str) -> bytes | None:
         return await self._ask("image", item_id)
+
+    async def add_items(self, items: Mapping[str, NewItem]) -> Versions | Refusal | NotStored:
+        return await self._ask("add_items", items)
+
+    async def change_item(self, item_id: str, change: ItemChange) -> Versions | Refusal | NotStored | None:
+        return await self._ask("change_item", item_id, change)
 
     async def versions(self) -> Versions:
         return await self._ask("versions")
@@ -155,9 +162,7 @@ class Ingress:
         self._config = config
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        path = self._config.events
-        events = None if path == "none" else EventStore(path, self._config.max_events_kept)
-        return create_api(self._backend, self._config, self._metrics, events)
+        return create_api(self._backend, self._config, self._metrics, store_of(self._config))
 
     async def own_metrics(self) -> tuple[dict[str, str], str]:
         return replica_labels(), self._metrics.text()

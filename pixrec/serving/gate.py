@@ -26,7 +26,9 @@ from pixrec.serving.metrics import RequestMetrics, arrived
 
 logger = logging.getLogger("ray.serve.pixrec")
 
-KEYED_PREFIX, ADMIN_PREFIX = "/v1/", "/admin/"
+KEYED_PREFIX, ADMIN_PREFIX, ITEMS_PREFIX = "/v1/", "/admin/", "/v1/items"
+CHANGING = ("POST", "PUT", "PATCH", "DELETE")
+"""Methods by which items are changed, which takes the key of the /admin routes."""
 SENDERS_KEPT = 10_000
 """Of so many keys or addresses the rate is known; the one that has been quiet the longest is forgotten first."""
 
@@ -98,9 +100,11 @@ class Gate:
     def _refusal(self, scope: Scope) -> Response | None:
         headers = scope["headers"]
         # Anywhere in the path, not at its start only: a proxy in front may leave its own prefix before it.
-        admin = ADMIN_PREFIX in scope["path"]
+        changes = ITEMS_PREFIX in scope["path"] and scope["method"] in CHANGING
+        admin = ADMIN_PREFIX in scope["path"] or changes
         if admin and not self.admin_keys:
-            return JsonResponse({"detail": "this server has no key for its /admin routes: set serve.admin_key"}, 403)
+            what = "changes of items" if changes else "its /admin routes"
+            return JsonResponse({"detail": f"this server has no key for {what}: set serve.admin_key"}, 403)
         keys = self.admin_keys if admin else self.keys if KEYED_PREFIX in scope["path"] else []
         key = _held_key(headers, keys)
         if keys and key is None:

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import hashlib
-import io
-import math
-import sys
-import time
-import warnings
+import dataclasses
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any
@@ -22,9 +15,11 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 import pixrec
 from pixrec.config import ServeConfig
+from pixrec.live.store import Store, StoreAway
 from pixrec.query import Answer, NewItem, Query
 from pixrec.serving.backend import Backend, BackendError, Change, Overloaded, Refusal, ToEmbed
 from pixrec.serving.bodies import (
+    CLOSED,
     NO_VERSION,
     NOT_STORED,
     PROBLEMS,
@@ -32,10 +27,8 @@ from pixrec.serving.bodies import (
     UNKNOWN,
     AnswerBody,
     ChangesBody,
-    DeletedBody,
     EmbedBody,
     EmbeddedBody,
-    EventsBody,
     FiltersBody,
     HealthBody,
     PinBody,
@@ -45,15 +38,14 @@ from pixrec.serving.bodies import (
     RecommendBody,
     SearchBody,
     SimilarBody,
-    StoredBody,
 )
-from pixrec.serving.events import Event, EventStore
+from pixrec.serving.edge import check_length, decoded, field_error, jsonable
 from pixrec.serving.gate import Gate, JsonResponse, unavailable
+from pixrec.serving.items import item_routes, unknown
+from pixrec.serving.live import event_routes, history_of
 from pixrec.serving.metrics import RequestMetrics
 
 MAX_REPORTED_ERRORS = 20
-NO_EVENTS = "this server stores no events: set serve.events"
-IMAGE_MAX_AGE_SECONDS = 3600
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SOFTWARE = ("ray", "torch", "transformers")
 
@@ -63,17 +55,14 @@ PAGE_POLICY = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
-# First bytes of the formats a stored picture may have; WebP names itself after its RIFF header.
-IMAGE_TYPES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"GIF8": "image/gif", b"RIFF": "image/webp"}
-
 
 def create_api(
     backend: Backend,
     config: ServeConfig,
     metrics: RequestMetrics | None = None,
-    events: EventStore | None = None,
+    store: Store | None = None,
 ) -> FastAPI:
-    """The whole HTTP application over a backend; `metrics` counts its requests, `events` holds what shoppers did."""
+    """The whole HTTP application over a backend; `metrics` counts its requests, `store` holds what changes."""
     api = FastAPI(
         title="PixRec",
         version=pixrec.__version__,
@@ -90,29 +79,30 @@ def create_api(
         return unavailable(str(error) or "the model is not available", config.retry_after_seconds)
 
     api.add_exception_handler(BackendError, no_answer)
+    api.add_exception_handler(StoreAway, no_answer)
     keyed = [Security(HTTPBearer(auto_error=False))] if config.api_key else []  # shows the key's field in /docs
-    rankings = _ranking_routes(backend, config, events)
+    rankings = _ranking_routes(backend, config, store)
     api.include_router(rankings, responses=PROBLEMS, dependencies=keyed, tags=["rankings"])
-    told = _event_routes(events, config)
+    told, items = event_routes(store, config), item_routes(backend, config, store is not None)
     api.include_router(told, responses=PROBLEMS | NOT_STORED, dependencies=keyed, tags=["events"])
-    api.include_router(_item_routes(backend), responses=PROBLEMS | UNKNOWN, dependencies=keyed, tags=["items"])
+    api.include_router(items, responses=PROBLEMS | UNKNOWN | CLOSED, dependencies=keyed, tags=["items"])
     api.include_router(_admin_routes(backend), responses=PROBLEMS | REFUSED, dependencies=keyed, tags=["admin"])
     api.include_router(_state_routes(backend), tags=["state"])
     return api
 
 
-def _ranking_routes(backend: Backend, config: ServeConfig, events: EventStore | None) -> APIRouter:
+def _ranking_routes(backend: Backend, config: ServeConfig, store: Store | None) -> APIRouter:
     router = APIRouter(prefix="/v1")
 
     @router.post("/recommend", response_model=AnswerBody)
     async def recommend(body: RecommendBody) -> Response:
         """The items that fit best after this history."""
         for name in ("history", "exclude"):
-            _check_length(name, len(getattr(body, name)), config.max_request_items, "items")
+            check_length(name, len(getattr(body, name)), config.max_request_items, "items")
         if body.timestamps is not None:
-            _check_length("timestamps", len(body.timestamps), config.max_request_items, "values")
+            check_length("timestamps", len(body.timestamps), config.max_request_items, "values")
         new_items = _new_items(body, config)
-        history, timestamps = await _history(body, events, config)
+        history, timestamps, away = await history_of(body, store, config)
         query = _query(
             body,
             config,
@@ -124,14 +114,17 @@ def _ranking_routes(backend: Backend, config: ServeConfig, events: EventStore | 
             reasons=body.reasons,
             user_id=body.user_id,
         )
-        return _answered(await backend.recommend(query))
+        answer = await backend.recommend(query)
+        if away and isinstance(answer, Answer):
+            answer = dataclasses.replace(answer, store_away=True)
+        return _answered(answer)
 
     @router.post("/similar", response_model=AnswerBody, responses=UNKNOWN)
     async def similar(body: SimilarBody) -> Response:
         """The items closest to one item."""
         answer = await backend.similar(body.item_id, _query(body, config, exclude=[body.item_id]))
         if answer is None:
-            raise _unknown(body.item_id)
+            raise unknown(body.item_id)
         return _answered(answer)
 
     @router.post("/search", response_model=AnswerBody)
@@ -139,10 +132,10 @@ def _ranking_routes(backend: Backend, config: ServeConfig, events: EventStore | 
         """The items closest to a text, a picture, or both."""
         query = _query(body, config)
         text = (body.text or "").strip()
-        _check_length("text", len(text), config.max_text_characters, "characters")
-        image = _decoded(body.image_base64, config) if body.image_base64 else None
+        check_length("text", len(text), config.max_text_characters, "characters")
+        image = decoded(body.image_base64, config) if body.image_base64 else None
         if not text and not image:
-            raise _field_error("text", "text and image_base64 are both empty: give one of them")
+            raise field_error("text", "text and image_base64 are both empty: give one of them")
         return _answered(await backend.search(text, image, query))
 
     @router.post("/embed", response_model=EmbeddedBody)
@@ -151,19 +144,19 @@ def _ranking_routes(backend: Backend, config: ServeConfig, events: EventStore | 
         fields = {name: getattr(body, name) for name in EmbedBody.model_fields}
         together = sum(map(len, fields.values()))
         if not together:
-            raise _field_error("texts", f"give at least one of {', '.join(fields)}")
+            raise field_error("texts", f"give at least one of {', '.join(fields)}")
         largest = max(fields, key=lambda name: len(fields[name]))
-        _check_length(largest, together, config.max_embedded, "entries, together with the other fields")
+        check_length(largest, together, config.max_embedded, "entries, together with the other fields")
         for name, most, unit in (
             ("texts", config.max_text_characters, "characters"),
             ("histories", config.max_request_items, "items"),
         ):
             for entry in fields[name]:
-                _check_length(name, len(entry), most, f"{unit} in one entry")
-        images = [_decoded(image, config, "images_base64") for image in body.images_base64]
+                check_length(name, len(entry), most, f"{unit} in one entry")
+        images = [decoded(image, config, "images_base64") for image in body.images_base64]
         found = await backend.embed(ToEmbed(body.texts, images, body.item_ids, body.histories))
         if isinstance(found, Refusal):
-            raise _field_error(found.field, found.message)
+            raise field_error(found.field, found.message)
         return JsonResponse(vars(found))
 
     @router.get("/filters", response_model=FiltersBody)
@@ -172,81 +165,6 @@ def _ranking_routes(backend: Backend, config: ServeConfig, events: EventStore | 
         found = await backend.filters()
         counted = {name: [{"value": v, "items": n} for v, n in values] for name, values in found.items()}
         return JsonResponse(jsonable({"filters": counted}))
-
-    return router
-
-
-async def _history(
-    body: RecommendBody, events: EventStore | None, config: ServeConfig
-) -> tuple[list[str], list[int] | None]:
-    """Items and times of the history: of the body, or of what is stored of the user."""
-    given = body.model_fields_set
-    if body.user_id is None:
-        if "history" not in given:
-            raise _field_error("history", "give a history, or a user_id")
-        return body.history, body.timestamps
-    if "history" in given or body.timestamps is not None:
-        raise _field_error("user_id", "give a history with its timestamps, or a user_id: not both")
-    if events is None:
-        raise _field_error("user_id", NO_EVENTS)
-    found = await asyncio.to_thread(events.history, body.user_id, config.max_request_items)
-    return [item_id for item_id, _ in found], [timestamp for _, timestamp in found]
-
-
-def _event_routes(events: EventStore | None, config: ServeConfig) -> APIRouter:
-    router = APIRouter(prefix="/v1")
-
-    def store() -> EventStore:
-        if events is None:
-            raise HTTPException(404, NO_EVENTS)
-        return events
-
-    @router.post("/events", response_model=StoredBody)
-    async def add_events(body: EventsBody) -> Response:
-        """Store what shoppers did; the same event sent again is stored once."""
-        _check_length("events", len(body.events), config.max_events, "events")
-        now = int(1000 * time.time())
-        added = [Event(e.user_id, e.item_id, now if e.timestamp is None else e.timestamp, e.event) for e in body.events]
-        await asyncio.to_thread(store().add, added)
-        return JsonResponse({"stored": len(added)})
-
-    @router.delete("/users/{user_id:path}", response_model=DeletedBody)
-    async def forget(user_id: str) -> Response:
-        """Delete all that is stored of a user."""
-        return JsonResponse({"deleted": await asyncio.to_thread(store().forget, user_id)})
-
-    return router
-
-
-def _item_routes(backend: Backend) -> APIRouter:
-    router = APIRouter(prefix="/v1/items")
-
-    # Ids may hold slashes, so the longer pattern has to come first.
-    @router.get("/{item_id:path}/image", response_class=Response, responses={200: {"content": {"image/*": {}}}})
-    async def item_image(item_id: str, request: Request) -> Response:
-        """The item's picture."""
-        if request.scope.get("raw_path", b"").lower().endswith(b"%2fimage"):  # the id itself ends in /image
-            return await item_fields(f"{item_id}/image")
-        data = await backend.image(item_id)
-        if data is None:
-            raise HTTPException(404, f"item {item_id!r} is unknown or has no picture")
-        tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
-        headers = {
-            "ETag": tag,
-            "Cache-Control": f"private, max-age={IMAGE_MAX_AGE_SECONDS}",
-            "X-Content-Type-Options": "nosniff",
-        }
-        if _names_tag(request.headers.get("if-none-match", ""), tag):
-            return Response(status_code=304, headers=headers)
-        return Response(data, media_type=image_type(data), headers=headers)
-
-    @router.get("/{item_id:path}", response_model=dict[str, Any])
-    async def item_fields(item_id: str) -> Response:
-        """Everything the catalog says about the item."""
-        fields = await backend.fields(item_id)
-        if fields is None:
-            raise _unknown(item_id)
-        return JsonResponse(jsonable(fields))
 
     return router
 
@@ -340,27 +258,9 @@ def software() -> dict[str, str | None]:
     return found
 
 
-def image_type(data: bytes) -> str:
-    """Media type by the first bytes; the name or the uploader's word is not to be trusted."""
-    return next((kind for start, kind in IMAGE_TYPES.items() if data.startswith(start)), "application/octet-stream")
-
-
-def jsonable(value: Any) -> Any:
-    """`value` with NaN and infinities as null, and anything JSON has no word for as text."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int)):
-        return value
-    if isinstance(value, dict):
-        return {str(key): jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(entry) for entry in value]
-    return str(value)
-
-
 def _answered(answer: Answer | Refusal) -> Response:
     if isinstance(answer, Refusal):
-        raise _field_error(answer.field, answer.message)
+        raise field_error(answer.field, answer.message)
     return JsonResponse(jsonable(answer.to_dict()))
 
 
@@ -371,9 +271,9 @@ def _query(body: RankingBody, config: ServeConfig, **fields: Any) -> Query:
         if isinstance(wanted, RangeBody):
             filters[name] = wanted.model_dump(exclude_none=True)
             if not filters[name]:
-                raise _field_error("filters", f"the range of {name!r} needs a min, a max, or both")
+                raise field_error("filters", f"the range of {name!r} needs a min, a max, or both")
         else:
-            _check_length("filters", len(wanted), config.max_request_items, "values of one field")
+            check_length("filters", len(wanted), config.max_request_items, "values of one field")
             filters[name] = wanted
     k = _checked_k(body, config)
     history = fields.pop("history", [])
@@ -384,62 +284,20 @@ def _checked_k(body: RankingBody, config: ServeConfig) -> int:
     if "k" not in body.model_fields_set:
         return min(body.k, config.max_k)
     if body.k > config.max_k:
-        raise _field_error("k", f"k is {body.k}: must be at most {config.max_k}")
+        raise field_error("k", f"k is {body.k}: must be at most {config.max_k}")
     return body.k
 
 
-def _check_length(field: str, length: int, most: int, unit: str) -> None:
-    if length > most:
-        raise _field_error(field, f"{field} holds {length} {unit}: at most {most}")
-
-
 def _new_items(body: RecommendBody, config: ServeConfig) -> dict[str, NewItem]:
-    _check_length("new_items", len(body.new_items), config.max_new_items, "items")
+    check_length("new_items", len(body.new_items), config.max_new_items, "items")
     found = {}
     for item_id, item in body.new_items.items():
         fields = item.model_dump(exclude={"image_base64"}, exclude_none=True)
-        _check_length("new_items", sum(len(str(v)) for v in fields.values()), config.max_text_characters, "characters")
+        check_length("new_items", sum(len(str(v)) for v in fields.values()), config.max_text_characters, "characters")
         if not fields and not item.image_base64:
-            raise _field_error("new_items", f"item {item_id!r} has neither text nor a picture")
-        found[item_id] = NewItem(
-            fields, _decoded(item.image_base64, config, "new_items") if item.image_base64 else None
-        )
+            raise field_error("new_items", f"item {item_id!r} has neither text nor a picture")
+        found[item_id] = NewItem(fields, decoded(item.image_base64, config, "new_items") if item.image_base64 else None)
     return found
-
-
-def _decoded(image_base64: str, config: ServeConfig, field: str = "image_base64") -> bytes:
-    try:
-        image = base64.b64decode(image_base64, validate=True)
-    except ValueError:
-        raise _field_error(field, "image_base64 is not base64") from None
-    _check_length(field, len(image), config.max_image_bytes, "bytes of a picture")
-    _check_length(field, _pixels(image), config.max_image_pixels, "pixels")
-    return image
-
-
-def _pixels(image: bytes) -> int:
-    """The size that a picture claims to have; 0 where that cannot be read, which decoding will say better."""
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(image)) as opened:
-            return opened.width * opened.height
-    except Image.DecompressionBombError:
-        return sys.maxsize
-    except (OSError, ValueError, SyntaxError):
-        return 0
-
-
-def _field_error(field: str, message: str) -> RequestValidationError:
-    return RequestValidationError([{"type": "value_error", "loc": ("body", field), "msg": message}])
-
-
-def _unknown(item_id: str) -> HTTPException:
-    return HTTPException(404, f"item {item_id!r} is unknown")
-
-
-def _names_tag(if_none_match: str, tag: str) -> bool:
-    return any(offered.strip().removeprefix("W/") in (tag, "*") for offered in if_none_match.split(","))
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,20 @@ from ray.serve.handle import DeploymentHandle
 
 from pixrec.config import ServeConfig
 from pixrec.errors import ArtifactError, InputError, PixRecError, UnreadableImage
-from pixrec.query import Answer, Filters, Query, Vectors
-from pixrec.serving.backend import Change, FilterValues, Incomplete, Refusal, ShardsMissing, ToEmbed, Versions
+from pixrec.live.places import open_store
+from pixrec.live.store import Store, StoreAway, StoreFull
+from pixrec.query import Answer, Filters, NewItem, Query, Vectors
+from pixrec.serving.backend import (
+    Change,
+    FilterValues,
+    Incomplete,
+    ItemChange,
+    NotStored,
+    Refusal,
+    ShardsMissing,
+    ToEmbed,
+    Versions,
+)
 from pixrec.serving.metrics import Counted, ReplicaMetrics, ShardMetrics
 from pixrec.serving.published import Outcome, Rollout, Source
 
@@ -72,12 +84,18 @@ class RetrievalReplica(Replica):
         self._held.of(Versions(str(wanted["model_fingerprint"]), str(wanted["version"])))
 
     async def search(
-        self, versions: Versions, vectors: np.ndarray, k: int, filters: Filters, of_content: bool
+        self,
+        versions: Versions,
+        vectors: np.ndarray,
+        k: int,
+        filters: Filters,
+        of_content: bool,
+        barred: np.ndarray,
     ) -> Found:
         shard = self._held.get(versions)
         if shard is None:
             shard = await asyncio.to_thread(self._held.of, versions)
-        return await self._compute("search", shard.search, vectors, k, filters, of_content)
+        return await self._compute("search", shard.search, vectors, k, filters, of_content, barred)
 
     async def hold(self, versions: Versions) -> str | None:
         """Load these versions where they are not; returns why they cannot be."""
@@ -97,15 +115,21 @@ class RecommenderReplica(Replica):
     def __init__(self, source: Source, config: ServeConfig, *retrieval: DeploymentHandle) -> None:
         """retrieval: the deployments that search the parts of the index; none: this replica does."""
         self._shards = _shards(retrieval, config, self._lost_shard) if retrieval else None
-        held = self._shards.hold if self._shards else None
-        told = (lambda found: held(_versions(found))) if held else (lambda found: None)
-        self._rollout = Rollout(source, told, config.canary_share)
+        self._config, self._store = config, store_of(config)
+        self._rollout = Rollout(source, self._loaded, config.canary_share)
         self._counted = ReplicaMetrics(self._rollout)
         super().__init__(config, self._counted)
         self._rollout.watch(config.poll_seconds)
         self._filter_values: tuple[Recommender, FilterValues] | None = None
         batched = serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_seconds)
         self._answer_together = batched(self.answer_all)
+
+    def _loaded(self, recommender: Recommender) -> None:
+        """Prepare a recommender that was loaded and is not used yet."""
+        if self._store is not None:
+            recommender.live.follow(self._store)
+        if self._shards is not None:
+            self._shards.hold(_versions(recommender))
 
     @property
     def _recommender(self) -> Recommender:
@@ -173,7 +197,7 @@ class RecommenderReplica(Replica):
         return [dataclasses.replace(answer, missing_shards=missing_shards) for answer in found]
 
     async def similar(self, item_id: str, query: Query) -> Answer | Refusal | Incomplete | None:
-        if item_id not in self._recommender.items.row_of:
+        if not await asyncio.to_thread(self._recommender.knows, item_id):
             return None
 
         def vector(recommender: Recommender) -> np.ndarray:
@@ -212,14 +236,47 @@ class RecommenderReplica(Replica):
         return known[1]
 
     async def fields(self, item_id: str) -> dict[str, Any] | None:
-        items = self._recommender.items
-        row = items.row_of.get(item_id)
-        return None if row is None else items.fields(row)
+        recommender = self._recommender
+        return recommender.fields(item_id) if await asyncio.to_thread(recommender.knows, item_id) else None
 
     async def image(self, item_id: str) -> bytes | None:
-        items = self._recommender.items
-        row = items.row_of.get(item_id)
-        return None if row is None else items.image(row)
+        recommender = self._recommender
+        known = await asyncio.to_thread(recommender.knows, item_id)
+        return await asyncio.to_thread(recommender.image, item_id) if known else None
+
+    async def add_items(self, items: Mapping[str, NewItem]) -> Versions | Refusal | NotStored:
+        return await self._compute("encode", self._add_items, items)
+
+    def _add_items(self, items: Mapping[str, NewItem]) -> Versions | Refusal | NotStored:
+        recommender, store = self._recommender, self._store
+        assert store is not None
+        try:
+            store.put(recommender.model_version, *recommender.embed_new(items), self._config.max_live_items)
+        except InputError as error:
+            return Refusal("items", str(error))
+        except StoreFull:
+            most = self._config.max_live_items
+            return NotStored(f"the store holds {most} items, the most that serve.max_live_items allows", full=True)
+        except StoreAway as error:
+            return NotStored(str(error))
+        return _versions(recommender)
+
+    async def change_item(self, item_id: str, change: ItemChange) -> Versions | Refusal | NotStored | None:
+        return await asyncio.to_thread(self._change_item, item_id, change)
+
+    def _change_item(self, item_id: str, change: ItemChange) -> Versions | Refusal | NotStored | None:
+        recommender, store = self._recommender, self._store
+        assert store is not None
+        if not recommender.knows(item_id):
+            return None
+        problem = recommender.column_problem(change.fields)
+        if problem is not None:
+            return Refusal("fields", problem)
+        try:
+            store.change(item_id, change.fields, change.hidden)
+        except StoreAway as error:
+            return NotStored(str(error))
+        return _versions(recommender)
 
     async def versions(self) -> Versions:
         return _versions(self._recommender)
@@ -250,6 +307,13 @@ class RecommenderReplica(Replica):
         return None if wrong is None else Refusal(*wrong)
 
 
+def store_of(config: ServeConfig) -> Store | None:
+    """The store that the settings name; None where they name none (`index` has become a place by now)."""
+    if config.store in ("none", "index"):
+        return None
+    return open_store(config.store, config.max_events_kept, config.store_password)
+
+
 def _versions(recommender: Recommender) -> Versions:
     return Versions(recommender.model_version, recommender.index_version)
 
@@ -269,7 +333,7 @@ def _embedded(recommender: Recommender, wanted: ToEmbed) -> Vectors:
     """The vectors wanted: contents in one pass of the item tower, histories in one of the user tower."""
     contents = [(text, None) for text in wanted.texts] + [("", image) for image in wanted.images]
     made = recommender.content_vectors(contents).tolist() if contents else []
-    known = [item_id for item_id in wanted.item_ids if item_id in recommender.items.row_of]
+    known = [item_id for item_id in dict.fromkeys(wanted.item_ids) if recommender.knows(item_id)]
     of_item = dict(zip(known, recommender.item_vectors(known).tolist() if known else [], strict=True))
     asked = recommender.read([Query(history) for history in wanted.histories])
     users = recommender.encode(asked).tolist() if asked else []

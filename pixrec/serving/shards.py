@@ -51,12 +51,14 @@ class Shard:
         self._items, self._indexed = items, indexed
         self._searcher, self._content = searcher, content
 
-    def search(self, vectors: np.ndarray, k: int, filters: Filters, of_content: bool) -> Found:
+    def search(self, vectors: np.ndarray, k: int, filters: Filters, of_content: bool, barred: np.ndarray) -> Found:
         """A `VectorSearch` (`pixrec.recommender`) among the rows of this shard, numbered as in the whole index."""
         first = self._searcher.first_row
-        allowed = self._indexed
+        allowed = self._indexed.copy()
         if filters:
-            allowed = allowed & self._items.filter_mask(filters)[first : first + len(allowed)]
+            allowed &= self._items.filter_mask(filters)[first : first + len(allowed)]
+        here = barred - first
+        allowed[here[(here >= 0) & (here < len(allowed))]] = False
         return ((self._content if of_content else None) or self._searcher).search(vectors, k, allowed)
 
 
@@ -183,13 +185,13 @@ class ShardSearch:
         self.missing: set[int] = set()
         """Numbers of the shards that have not always answered."""
 
-    def __call__(self, vectors: np.ndarray, k: int, filters: Filters, of_content: bool) -> Found:
+    def __call__(self, vectors: np.ndarray, k: int, filters: Filters, of_content: bool, barred: np.ndarray) -> Found:
         """Raises ShardsMissing where a shard gives no answer and one without it is not wanted, or none does."""
         handles, config = self._shards.handles, self._shards.config
 
         async def ask(handle: Any) -> Found:
             async with asyncio.timeout(config.shard_timeout_seconds):
-                return await handle.search.remote(self._versions, vectors, k, filters, of_content)
+                return await handle.search.remote(self._versions, vectors, k, filters, of_content, barred)
 
         def lost(number: int, error: Exception) -> None:
             self.missing.add(number)

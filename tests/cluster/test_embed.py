@@ -38,9 +38,12 @@ from pixrec.cluster.embed import embed
 from pixrec.config import EmbedConfig, dump_config
 from pixrec.data.images import decode_image
 from pixrec.data.items import ItemTable
-from pixrec.errors import UnreadableImage
+from pixrec.errors import InputError, UnreadableImage
+from pixrec.live.sqlite import SqliteStore
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoding import Content
+from pixrec.query import NewItem
+from pixrec.recommender import load_recommender
 from pixrec.schema import IMAGE
 
 MANY = 300
@@ -267,3 +270,47 @@ def test_an_index_names_its_data_set_from_where_it_lies():
     assert embedding._relative("s3://shop/a/data", "s3://shop/index") == "../a/data"
     assert embedding._relative("s3://shop/data", "s3://other/index") is None
     assert embedding._relative("s3://shop/data", "/shop/index") is None
+
+
+def test_live_items_become_part_of_a_version_and_never_twice(place: Place) -> None:
+    """What a server was sent, embedded with the rest; once the data set has an item, its row there is the only one."""
+    places = [str(place.folder / name) for name in ("model", "index", "data")]
+    assert place.embed()["rows"] == 12
+    store, shop = SqliteStore(str(place.folder / "index" / "live.sqlite"), 10), load_recommender(*places)
+    shop.live.follow(store)
+    square_lamp = NewItem({"title": "Lamp", "brand": "Cyn"}, square(0.1))
+    store.put(shop.model_version, *shop.embed_new({"n/1": square_lamp, "i03": square_lamp}), 100)
+    added, made = shop.embed_new({"n/2": NewItem({"title": "Patch"}), "n/3": square_lamp})
+    store.put("an older model", added, made, 100)
+    store.change("n/3", {}, hidden=True)
+    store.change("i04", {"price": 3.0})
+    expected = shop.recommend(["i00", "i01"], 50)
+
+    manifest = place.embed()
+    assert (manifest["rows"], manifest["computed"], manifest["live_items"], manifest["live_computed"]) == (12, 0, 3, 0)
+    place.check()
+    alone = load_recommender(*places)  # as a server that never had the store
+    assert {item for item, _ in alone.recommend(["i00"], 50)} >= {"n/1", "n/2"}
+    assert alone.fields("n/1")["title"] == "Lamp"
+    for _ in range(2):  # also after it is made anew
+        again = load_recommender(*places)
+        again.live.follow(store)
+        found = again.recommend(["i00", "i01"], 50)
+        assert [item for item, _ in found] == [item for item, _ in expected]
+        np.testing.assert_allclose([s for _, s in found], [s for _, s in expected], atol=1e-6)
+        place.embed()
+
+    patch = {"item_id": "n/2", "title": "Patch", "image_status": "missing"}
+    whole = pa.concat_tables([place.items._table, pa.Table.from_pylist([patch], place.items.schema)])
+    place.write(ItemTable(whole))
+    manifest = place.embed()
+    assert (manifest["rows"], manifest["live_items"]) == (13, 2)
+    place.check()
+    again = load_recommender(*places)
+    again.live.follow(store)
+    assert sorted(item for item, _ in again.recommend(["i00", "i01"], 50)) == sorted(item for item, _ in expected)
+
+
+def test_a_store_that_is_not_there_is_the_users_to_cure(place: Place) -> None:
+    with pytest.raises(InputError, match=r"embed\.live_items is .*nowhere: there is no such store"):
+        place.embed(live_items=str(place.folder / "nowhere"))

@@ -91,10 +91,12 @@ class Client:
     def __init__(self, url: str) -> None:
         self._url = url
 
-    def __call__(self, path: str, body: Any = None, data: bytes | None = None) -> tuple[int, Any]:
+    def __call__(
+        self, path: str, body: Any = None, data: bytes | None = None, method: str | None = None
+    ) -> tuple[int, Any]:
         sent = data if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", "X-API-Key": "boss"}
-        request = urllib.request.Request(f"{self._url}{path}", sent, headers)
+        request = urllib.request.Request(f"{self._url}{path}", sent, headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 status, kind, content = answer.status, answer.headers["Content-Type"], answer.read()
@@ -105,11 +107,16 @@ class Client:
 
 
 @pytest.fixture(scope="module")
-def client(ray_session: Any, artifacts: Artifacts) -> Iterator[Client]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("store") / "live.sqlite")
+
+
+@pytest.fixture(scope="module")
+def client(ray_session: Any, artifacts: Artifacts, store: str) -> Iterator[Client]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    small = ServeConfig(poll_seconds=0, **SMALL)
+    small = ServeConfig(poll_seconds=0, num_replicas=2, store=store, **SMALL)
     serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
     try:
         serve.run(build_app(*artifacts, Config(serve=small)), name=APP_NAME, route_prefix="/")
@@ -207,7 +214,7 @@ def test_versions_change_under_load(client: Client, artifacts: Artifacts, recomm
     with Load(client) as load:
         second = publish(artifacts, model, items, vectors[::-1].copy())
         status, changed = post(client, "/admin/reload")
-        assert (status, [change["outcome"] for change in changed["replicas"]]) == (200, ["swapped"])
+        assert (status, [change["outcome"] for change in changed["replicas"]]) == (200, ["swapped"] * 2)
         assert client("/v1/recommend", {"history": ["item/1"]})[1]["index_version"] == second
         foreign = publish(artifacts, "f" * 32, items, vectors)
         status, refused = post(client, "/admin/reload")
@@ -228,15 +235,35 @@ def test_versions_change_under_load(client: Client, artifacts: Artifacts, recomm
     assert post(client, "/admin/pin", {"index_version": second})[0] == 200
 
 
-def test_retrieval_apart_gives_the_same_answers(client: Client, artifacts: Artifacts) -> None:
+def test_an_added_item_is_found_by_every_replica_and_a_hidden_one_by_none(client: Client, recommender: Any) -> None:
+    """Whichever of the two replicas answers."""
+    lamp = {"title": "Lamp 77", "brand": "New", "image_base64": base64.b64encode(recommender.items.image(3)).decode()}
+    assert client("/v1/items", {"items": [{"item_id": "new/1", **lamp}, {"item_id": "item/9", **lamp}]})[0] == 200
+    only_new = {"history": ["item/1"], "filters": {"brand": ["New"]}}
+    for _ in range(10):
+        found = client("/v1/recommend", only_new)[1]["items"]
+        assert {item["item_id"] for item in found} == {"new/1", "item/9"}
+    assert client("/v1/recommend", {"history": ["new/1"]})[1]["unknown_items"] == []
+    assert client("/v1/similar", {"item_id": "new/1", "k": 1})[1]["items"][0]["item_id"] == "item/9"
+    assert client("/v1/items/new%2F1")[1]["title"] == "Lamp 77"
+    assert client("/v1/items/item%2F9", method="DELETE")[0] == 200
+    for _ in range(10):
+        assert [item["item_id"] for item in client("/v1/recommend", only_new)[1]["items"]] == ["new/1"]
+    assert client("/v1/items/item%2F9", {"fields": {"brand": "Acme"}}, method="PATCH")[0] == 422
+    assert client("/v1/items/item%2F9", {"fields": {"price": 3.0}, "hidden": False}, method="PATCH")[0] == 200
+    assert len(client("/v1/recommend", only_new)[1]["items"]) == 2
+
+
+def test_retrieval_apart_gives_the_same_answers(client: Client, artifacts: Artifacts, store: str) -> None:
     """The application is deployed anew, with replicas that only rank, and follows what is published by itself."""
     asked = [
         ("/v1/recommend", {"history": ["item/1", "ghost"], "k": 4, "reasons": True, "max_per": {"brand": 1}}),
         ("/v1/similar", {"item_id": "item/3", "k": 4, "diversity": 0.5}),
         ("/v1/search", {"text": "Lamp 3", "k": 4, "filters": {"brand": ["Acme"]}}),
+        ("/v1/recommend", {"history": ["new/1"], "filters": {"brand": ["New"]}}),
     ]
     before = [client(path, body) for path, body in asked]
-    apart = ServeConfig(num_retrieval_replicas=1, cpus_per_retrieval=0.1, poll_seconds=0.2, **SMALL)
+    apart = ServeConfig(num_retrieval_replicas=1, cpus_per_retrieval=0.1, poll_seconds=0.2, store=store, **SMALL)
     serve.run(build_app(*artifacts, Config(serve=apart)), name=APP_NAME, route_prefix="/")
     assert [client(path, body) for path, body in asked] == before
     vectors = client("/v1/embed", {"item_ids": ["item/3", "ghost"], "histories": [["item/3"]], "texts": ["Lamp 3"]})[1]

@@ -21,7 +21,8 @@ from pixrec import cli, storage, verbs
 from pixrec.artifact import Model
 from pixrec.data.sequences import Dataset
 from pixrec.errors import InputError
-from pixrec.serving.events import Event, EventStore
+from pixrec.live.sqlite import SqliteStore
+from pixrec.live.store import Event
 
 
 class Ran(NamedTuple):
@@ -380,7 +381,7 @@ def test_evaluate_refuses(run: Run, made: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_stored_events_are_exported(tmp_path, capsys):
-    EventStore(str(tmp_path / "events"), 9).add([Event("u", "a", 1)])
+    SqliteStore(str(tmp_path / "events"), 9).add([Event("u", "a", 1)])
     out = str(tmp_path / "out.parquet")
     assert cli.main(["events", "export", "--events", str(tmp_path / "events"), "--out", out]) == 0
     assert json.loads(capsys.readouterr().out) == {"out": out, "events": 1}

@@ -19,7 +19,7 @@ LAYERS = [
     ["config", "console", "query"],
     ["storage", "client"],
     ["data"],
-    ["model"],
+    ["live", "model"],
     ["index", "metrics"],
     ["retrieval"],
     ["artifact"],
@@ -55,6 +55,8 @@ KEPT_TO = {
     "faiss": {"retrieval"},
     "httpx": {"client"},
     "prometheus_client": {"serving"},
+    "redis": {"live"},
+    "sqlite3": {"live"},
 }
 CONVERTS = "pixrec.model.packages"
 """May read a checkpoint of torch, as weights alone, to keep it as safetensors."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx
@@ -13,8 +13,8 @@ import pytest
 from fastapi import FastAPI
 
 from pixrec.config import ServeConfig
-from pixrec.query import COSINE, PURCHASE_SHARE, Answer, Filters, Query, Vectors
-from pixrec.serving.backend import Change, FilterValues, Refusal, ToEmbed, Versions
+from pixrec.query import COSINE, PURCHASE_SHARE, Answer, Filters, NewItem, Query, Vectors
+from pixrec.serving.backend import Change, FilterValues, ItemChange, NotStored, Refusal, ToEmbed, Versions
 from pixrec.serving.http import create_api
 
 JPEG = b"\xff\xd8\xff and so on"
@@ -96,6 +96,29 @@ class FakeBackend:
         self._ask("image", item_id)
         return self.images.get(item_id)
 
+    async def add_items(self, items: Mapping[str, NewItem]) -> Versions | Refusal | NotStored:
+        self._ask("add_items", items)
+        if len(self.catalog) + len(items) > 100:
+            return NotStored("the store is full", full=True)
+        if "away" in items:
+            return NotStored("the store is away")
+        for item_id, item in items.items():
+            if set(item.fields) - {"title", "brand", "category", "price", "description", "stock"}:
+                return Refusal("items", f"item {item_id!r} has a column that this catalog lacks")
+            self.catalog[item_id] = {"item_id": item_id, **item.fields}
+            if item.image is not None:
+                self.images[item_id] = item.image
+        return Versions("model-1", "index-1")
+
+    async def change_item(self, item_id: str, change: ItemChange) -> Versions | Refusal | NotStored | None:
+        self._ask("change_item", item_id, change)
+        if item_id not in self.catalog:
+            return None
+        if set(change.fields) - {"price", "stock"}:
+            return Refusal("fields", "no such column")
+        self.catalog[item_id] |= change.fields
+        return Versions("model-1", "index-1")
+
     async def versions(self) -> Versions:
         self._ask("versions")
         return Versions("model-1", "index-1")
@@ -142,8 +165,8 @@ def backend() -> FakeBackend:
 def client_for(backend: FakeBackend) -> Callable[..., Client]:
     """A client of the application under this `serve` config."""
 
-    def make(metrics: Any = None, events: Any = None, **config: Any) -> Client:
-        return Client(create_api(backend, ServeConfig(**config), metrics, events))
+    def make(metrics: Any = None, store: Any = None, **config: Any) -> Client:
+        return Client(create_api(backend, ServeConfig(**config), metrics, store))
 
     return make
 

@@ -11,6 +11,7 @@ import pytest
 
 from pixrec.config import Config, load_config
 from pixrec.errors import ArtifactError, ConfigError, InputError
+from pixrec.live.places import store_place
 from pixrec.serving import app
 
 
@@ -74,7 +75,7 @@ def test_the_builder_takes_the_config_and_absolute_places(monkeypatch: pytest.Mo
     monkeypatch.delenv(app.API_KEY_VARIABLE, raising=False)
     built = app.builder({"model": "m", "index": "s3://bucket/i", "config": {"serve": {"num_replicas": 4}}})
     recommender, config, *_ = built._bound_deployment.init_args
-    assert config == load_config("serve: {num_replicas: 4, events: none}").serve
+    assert config == load_config("serve: {num_replicas: 4, store: none}").serve
     source = recommender._bound_deployment.init_args[0]
     assert (source.model, source.index, source.data) == (str(tmp_path / "m"), "s3://bucket/i", None)
 
@@ -82,11 +83,11 @@ def test_the_builder_takes_the_config_and_absolute_places(monkeypatch: pytest.Mo
 def test_where_events_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "index").mkdir()
-    assert app.events_place("index", str(tmp_path / "index")) == str(tmp_path / "index" / "events.sqlite")
-    assert app.events_place("index", "s3://bucket/index") == "none"
-    assert app.events_place("index", str(tmp_path / "nowhere")) == "none"
-    assert app.events_place("none", str(tmp_path / "index")) == "none"
-    assert app.events_place("my.sqlite", "s3://bucket/index") == str(tmp_path / "my.sqlite")
+    assert store_place("index", str(tmp_path / "index")) == str(tmp_path / "index" / "live.sqlite")
+    assert store_place("index", "s3://bucket/index") == "none"
+    assert store_place("index", str(tmp_path / "nowhere")) == "none"
+    assert store_place("none", str(tmp_path / "index")) == "none"
+    assert store_place("my.sqlite", "s3://bucket/index") == str(tmp_path / "my.sqlite")
 
 
 def test_the_api_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +18,19 @@ from ray.serve.exceptions import BackPressureError
 from pixrec.config import ServeConfig
 from pixrec.data.items import ItemTable
 from pixrec.errors import ArtifactError, InputError, UnreadableImage
+from pixrec.live.store import AddedItem, EmbeddedVectors
 from pixrec.query import COSINE, PURCHASE_SHARE, Answer, NewItem, Query, Vectors
-from pixrec.serving.backend import Change, Incomplete, Overloaded, Refusal, ToEmbed, Unavailable, Versions
+from pixrec.serving.backend import (
+    Change,
+    Incomplete,
+    ItemChange,
+    NotStored,
+    Overloaded,
+    Refusal,
+    ToEmbed,
+    Unavailable,
+    Versions,
+)
 from pixrec.serving.deployments import ServeBackend, bind
 from pixrec.serving.published import place_of
 from pixrec.serving.replicas import RecommenderReplica, RetrievalReplica
@@ -31,6 +43,15 @@ def answer_of(item_id: str, score: float) -> Answer:
 FALLBACK = Answer([("b", 0.1)], PURCHASE_SHARE, "model-1", "index-1", fallback=True)
 
 
+class Followed:
+    """An overlay that only says which store it was told to follow."""
+
+    store: Any = None
+
+    def follow(self, store: Any) -> None:
+        self.store = store
+
+
 class FakeRecommender:
     model_version, index_version = "model-1", "index-1"
 
@@ -39,6 +60,26 @@ class FakeRecommender:
         self.batches: list[int] = []
         self.encoded: list[tuple[str, Any, Any]] = []
         self.threads: set[str] = set()
+        self.live = Followed()
+        self.added: list[Any] = []
+
+    def knows(self, item_id: str) -> bool:
+        return item_id in self.items.row_of
+
+    def fields(self, item_id: str) -> Any:
+        return self.items.fields(self.items.row_of[item_id])
+
+    def image(self, item_id: str) -> bytes | None:
+        return self.items.image(self.items.row_of[item_id])
+
+    def column_problem(self, fields: Any) -> str | None:
+        return "'odd' is no column" if "odd" in fields else None
+
+    def embed_new(self, items: Any) -> tuple[list[Any], list[Any]]:
+        if problem := next(filter(None, (self.column_problem(item.fields) for item in items.values())), None):
+            raise InputError(problem)
+        added = [AddedItem(item_id, item.fields, "text", None, "hash") for item_id, item in items.items()]
+        return added, [EmbeddedVectors(np.ones(2, np.float32), None)] * len(added)
 
     def read(self, queries: list[Query]) -> list[Query]:
         return queries
@@ -199,6 +240,28 @@ def test_what_the_catalog_lacks_is_none(replica: RecommenderReplica) -> None:
         assert asyncio.run(answer) is None
 
 
+def test_changes_of_items_are_stored_or_refused(recommender: FakeRecommender, tmp_path: Path) -> None:
+    config = ServeConfig(poll_seconds=0, store=str(tmp_path / "live"), max_live_items=2)
+    replica = RecommenderReplica(FakeSource(recommender), config)
+    store = recommender.live.store
+    here = Versions("model-1", "index-1")
+    assert asyncio.run(replica.add_items({"n": NewItem({"title": "Tile"})})) == here
+    assert asyncio.run(replica.change_item("a", ItemChange({"price": 2.0}, True))) == here
+    assert [(i.item_id, i.fields, i.hidden) for i in store.changes(0, "model-1", 9)] == [
+        ("n", {"title": "Tile"}, False),
+        ("a", {"price": 2.0}, True),
+    ]
+    assert asyncio.run(replica.change_item("ghost", ItemChange(hidden=True))) is None
+    assert asyncio.run(replica.change_item("a", ItemChange({"odd": 1}))) == Refusal("fields", "'odd' is no column")
+    assert asyncio.run(replica.add_items({"x": NewItem({"odd": 1})})) == Refusal("items", "'odd' is no column")
+    full = asyncio.run(replica.add_items({"x": NewItem({}), "y": NewItem({})}))
+    assert isinstance(full, NotStored)
+    assert (full.full, "holds 2 items" in full.message) == (True, True)
+    store.close()
+    away = [asyncio.run(replica.add_items({"x": NewItem({})})), asyncio.run(replica.change_item("a", ItemChange()))]
+    assert [(type(one), one.full) for one in away] == [(NotStored, False)] * 2
+
+
 def backend_whose_handle(remote: Any) -> ServeBackend:
     handle = SimpleNamespace(versions=SimpleNamespace(remote=remote))
     return ServeBackend(handle, ServeConfig(request_timeout_seconds=0.01))  # type: ignore[arg-type]
@@ -283,7 +346,7 @@ class FakeShard:
     def __init__(self, name: str, rows: list[int], scores: list[float], asked: list[tuple[Any, ...]]) -> None:
         self.name, self.rows, self.scores, self.asked = name, rows, scores, asked
 
-    def search(self, vectors: Any, k: int, filters: Any, of_content: bool) -> Any:
+    def search(self, vectors: Any, k: int, filters: Any, of_content: bool, barred: Any) -> Any:
         self.asked.append((self.name, len(vectors), k, dict(filters), of_content))
         row = np.ones((len(vectors), 1), np.float32)
         return row * np.array(self.scores, np.float32)[None, :k], np.int64(row) * np.array(self.rows)[None, :k]
@@ -293,12 +356,12 @@ class SearchingRecommender(FakeRecommender):
     """Ranks by the search it is given."""
 
     def rank(self, queries: list[Query], vectors: Any, search: Any = None) -> list[Answer]:
-        scores, rows = search(vectors, queries[0].k, queries[0].filters, False)
+        scores, rows = search(vectors, queries[0].k, queries[0].filters, False, np.zeros(0, np.int64))
         self.batches.append(len(queries))
         return [self._of(s, r) for s, r in zip(scores.tolist(), rows.tolist(), strict=True)]
 
     def near(self, vector: Any, query: Query, of_content: bool = False, search: Any = None) -> Answer:
-        scores, rows = search(vector[None], query.k, query.filters, of_content)
+        scores, rows = search(vector[None], query.k, query.filters, of_content, np.zeros(0, np.int64))
         return self._of(scores[0].tolist(), rows[0].tolist())
 
     def _of(self, scores: list[float], rows: list[int]) -> Answer:

@@ -18,13 +18,16 @@ from fakes import square
 
 from pixrec.client import AsyncClient, Rejected
 from pixrec.config import ServeConfig
+from pixrec.live.sqlite import SqliteStore
+from pixrec.live.store import StoreAway
 from pixrec.query import Answer, NewItem, Query, ScoreKind
 from pixrec.schema import TEXT_FIELDS
-from pixrec.serving.backend import Overloaded, Unavailable
+from pixrec.serving.backend import ItemChange, Overloaded, Unavailable
 from pixrec.serving.bodies import AnswerBody, FilterValue, NewItemBody, RangeBody, RankedItem, RecommendBody
-from pixrec.serving.events import EventStore
+from pixrec.serving.edge import jsonable
 from pixrec.serving.gate import Rate
-from pixrec.serving.http import create_api, image_type, jsonable
+from pixrec.serving.http import create_api
+from pixrec.serving.items import image_type
 from pixrec.serving.metrics import RequestMetrics
 
 RANKING_KEYS = {"items", "score_kind", "model_version", "index_version", "unknown_items", "fallback"}
@@ -278,6 +281,7 @@ def test_state_version_page_and_documentation(client: Any) -> None:
         "/v1/similar",
         "/v1/search",
         "/v1/filters",
+        "/v1/items",
         "/v1/items/{item_id}",
         "/v1/items/{item_id}/image",
         "/v1/embed",
@@ -593,10 +597,28 @@ def test_the_shipped_client_and_the_server_understand_each_other(backend: Any) -
     asyncio.run(ask())
 
 
+def test_the_shipped_client_changes_items(backend: Any, tmp_path: Path) -> None:
+    async def ask() -> None:
+        store = SqliteStore(str(tmp_path / "live"), 100)
+        transport = httpx.ASGITransport(create_api(backend, ServeConfig(api_key="k"), store=store))
+        async with AsyncClient("http://pixrec", api_key="k", transport=transport) as client:
+            items = {"n/1": NewItem({"title": "A lamp", "stock": 3}, backend.images["a"])}
+            assert await client.add_items(items) == 1
+            assert backend.asked[-1] == ("add_items", items)
+            await client.change_item("n/1", {"stock": 2})
+            assert (await client.item("n/1"))["stock"] == 2
+            await client.hide_item("n/1")
+            assert backend.asked[-1] == ("change_item", "n/1", ItemChange(hidden=True))
+            with pytest.raises(Rejected, match="is unknown"):
+                await client.hide_item("ghost")
+
+    asyncio.run(ask())
+
+
 @pytest.fixture
 def shop(client_for: Callable[..., Any], tmp_path: Path) -> Any:
     """A client of a server that stores events."""
-    return client_for(events=EventStore(str(tmp_path / "events"), 100), max_events=3)
+    return client_for(store=SqliteStore(str(tmp_path / "events"), 100), max_events=3)
 
 
 def test_stored_events_are_the_history_of_their_user(shop: Any, backend: Any) -> None:
@@ -643,3 +665,91 @@ def test_a_server_without_a_store_says_so(client: Any) -> None:
     for answer in (client("POST", "/v1/events", json={"events": [event]}), client("DELETE", "/v1/users/u")):
         assert (answer.status_code, "stores no events" in answer.json()["detail"]) == (404, True)
     assert client("POST", "/v1/recommend", json={"user_id": "u"}).status_code == 422
+
+
+@pytest.fixture
+def keeper(client_for: Callable[..., Any], tmp_path: Path) -> Any:
+    """A client with the key of a server that has a store."""
+    client = client_for(store=SqliteStore(str(tmp_path / "live"), 100), api_key="k", max_items=3)
+    return lambda method, path, **request: client(method, path, headers={"X-API-Key": "k"}, **request)
+
+
+def test_items_are_added_changed_and_hidden(keeper: Any, backend: Any) -> None:
+    picture = base64.b64encode(backend.images["a"]).decode()
+    items = [{"item_id": "n/1", "title": "A lamp", "stock": 3, "image_base64": picture}, {"item_id": "a", "title": "A"}]
+    answer = keeper("POST", "/v1/items", json={"items": items})
+    assert answer.json() == {"stored": 2, "model_version": "model-1", "index_version": "index-1"}
+    assert backend.asked[-1][1]["n/1"] == NewItem({"title": "A lamp", "stock": 3}, backend.images["a"])
+    assert keeper("GET", "/v1/items/n%2F1").json() == {"item_id": "n/1", "title": "A lamp", "stock": 3}
+    for body, change in (
+        ({"fields": {"price": 2.5}}, ItemChange({"price": 2.5})),
+        ({"hidden": False}, ItemChange(hidden=False)),
+    ):
+        assert keeper("PATCH", "/v1/items/n%2F1", json=body).json() == {"item_id": "n/1"}
+        assert backend.asked[-1] == ("change_item", "n/1", change)
+    assert keeper("DELETE", "/v1/items/n%2F1").json() == {"item_id": "n/1"}
+    assert backend.asked[-1] == ("change_item", "n/1", ItemChange(hidden=True))
+    assert keeper("DELETE", "/v1/items/ghost").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "body", "code", "said"),
+    [
+        ("POST", {"items": []}, 422, "items"),
+        ("POST", {"items": [{"title": "no id"}]}, 422, "item_id"),
+        ("POST", {"items": [{"item_id": "x", "title": 1}]}, 422, "title"),
+        ("POST", {"items": [{"item_id": "x"}]}, 422, "neither a title nor a picture"),
+        ("POST", {"items": [{"item_id": "x", "title": "t", "odd": {"a": 1}}]}, 422, "odd"),
+        ("POST", {"items": [{"item_id": "x", "title": "t", "odd": 1}]}, 422, "lacks"),
+        ("POST", {"items": [{"item_id": "x", "title": "t"}] * 2}, 422, "more than once"),
+        ("POST", {"items": [{"item_id": str(n), "title": "t"} for n in range(4)]}, 422, "at most 3"),
+        ("POST", {"items": [{"item_id": "x", "title": "t" * 20_000}]}, 422, "at most 10000"),
+        ("POST", {"items": [{"item_id": "x", "image_base64": "*"}]}, 422, "not base64"),
+        ("POST", {"items": [{"item_id": "away", "title": "t"}]}, 503, "the store is away"),
+        ("PATCH", {}, 422, "give columns to change"),
+        ("PATCH", {"fields": {"title": "other"}}, 422, "send the item to POST"),
+        ("PATCH", {"fields": {"odd": 1}}, 422, "no such column"),
+    ],
+)
+def test_changes_of_items_at_fault(keeper: Any, method: str, body: Any, code: int, said: str) -> None:
+    answer = keeper(method, "/v1/items" if method == "POST" else "/v1/items/a", json=body)
+    assert answer.status_code == code, answer.text
+    assert said in answer.text
+    assert ("retry-after" in answer.headers) == (code == 503)
+
+
+def test_a_full_store_says_so(keeper: Any, backend: Any) -> None:
+    backend.catalog |= {str(n): {} for n in range(98)}
+    answer = keeper("POST", "/v1/items", json={"items": [{"item_id": "x", "title": "t"}]})
+    assert (answer.status_code, answer.json()["detail"]) == (409, "the store is full")
+
+
+def test_changes_of_items_want_the_admin_key(client_for: Any) -> None:
+    body = {"items": [{"item_id": "x", "title": "t"}]}
+    answer = client_for()("POST", "/v1/items", json=body)
+    assert (answer.status_code, "set serve.admin_key" in answer.json()["detail"]) == (403, True)
+    both = client_for(api_key="k", admin_key="boss")
+    for method, path in (("POST", "/v1/items"), ("PATCH", "/v1/items/a"), ("DELETE", "/v1/items/a")):
+        assert both(method, path, json=body, headers={"X-API-Key": "k"}).status_code == 401
+        # who has the key learns that nothing is stored here
+        assert both(method, path, json=body, headers={"X-API-Key": "boss"}).status_code in (404, 422)
+    assert both("GET", "/v1/items/a", headers={"X-API-Key": "k"}).status_code == 200
+
+
+class Away:
+    """A store that does not answer."""
+
+    def history(self, user_id: str, most: int) -> list[tuple[str, int]]:
+        raise StoreAway("the store is away")
+
+    def add(self, events: Any) -> None:
+        raise StoreAway("the store is away")
+
+
+def test_a_store_that_is_away_stops_no_recommendation(client_for: Any) -> None:
+    client = client_for(store=Away())
+    answer = client("POST", "/v1/recommend", json={"user_id": "u"})
+    assert (answer.status_code, answer.json()["store_away"], answer.json()["fallback"]) == (200, True, True)
+    assert "store_away" not in client("POST", "/v1/recommend", json={"history": ["a"]}).json()
+    refused = client("POST", "/v1/events", json={"events": [{"user_id": "u", "item_id": "a"}]})
+    assert (refused.status_code, "retry-after" in refused.headers) == (503, True)

@@ -16,7 +16,9 @@ from pixrec.artifact import index_manifest, index_version
 from pixrec.artifact.approximate import add_structure
 from pixrec.config import EmbedConfig
 from pixrec.errors import ArtifactError
-from pixrec.query import Query
+from pixrec.live.sqlite import SqliteStore
+from pixrec.live.store import EmbeddedVectors
+from pixrec.query import NewItem, Query
 from pixrec.retrieval.search import merge
 from pixrec.serving.backend import Versions
 from pixrec.serving.published import Published
@@ -46,8 +48,8 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Published:
     return Published(str(tmp_path / "model"), str(tmp_path / "index"), str(tmp_path / "data"))
 
 
-def sharded(parts: list[Shard], vectors: np.ndarray, k: int, filters: Any, of_content: bool) -> Any:
-    return merge([part.search(vectors, k, filters, of_content) for part in parts], k)[:2]
+def sharded(parts: list[Shard], vectors: np.ndarray, k: int, *how: Any) -> Any:
+    return merge([part.search(vectors, k, *how) for part in parts], k)[:2]
 
 
 def parts_of(shop: Published, shards: int) -> list[Shard]:
@@ -56,9 +58,15 @@ def parts_of(shop: Published, shards: int) -> list[Shard]:
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3])
-def test_shards_answer_as_the_whole_recommender(shop: Published, shards: int) -> None:
-    """Filters, exclusions, diversity, caps, reasons and a search by content alike."""
+def test_shards_answer_as_the_whole_recommender(shop: Published, tmp_path: Path, shards: int) -> None:
+    """Filters, exclusions, diversity, caps, reasons, live items and a search by content alike."""
     whole = pixrec.load_recommender(shop.model, shop.index, shop.data)
+    whole.live.follow(store := SqliteStore(str(tmp_path / "live.sqlite"), 100))
+    added, vectors = whole.embed_new({"new": NewItem({"title": "Lamp"}), "i09": NewItem({"title": "Other"})})
+    made = [EmbeddedVectors(v.vector, np.ones(CONTENT_WIDTH, np.float16)) for v in vectors]
+    store.put(whole.model_version, added, made, 10)
+    store.change("i05", {}, True)
+    store.change("i299", {}, True)
     search = partial(sharded, parts_of(shop, shards))
     history = ["i03", "i07", "ghost"]
     queries = [

@@ -1,0 +1,1 @@
+"""What changes between two versions of an index: events, items and feedback."""
