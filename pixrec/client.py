@@ -145,6 +145,12 @@ def _add_events(events: Sequence[Mapping[str, Any]]) -> _Call[int]:
     return _Call("POST", "/v1/events", lambda answer: int(answer.json()["stored"]), body)
 
 
+def _add_feedback(request_id: str, model_version: str, impressions: Sequence[str], clicks: Sequence[str]) -> _Call[int]:
+    body = {"request_id": request_id, "model_version": model_version}
+    told = {**body, "impressions": list(impressions), "clicks": list(clicks)}
+    return _Call("POST", "/v1/feedback", lambda answer: int(answer.json()["stored"]), told)
+
+
 def _forget(user_id: str) -> _Call[int]:
     path = f"/v1/users/{quote(user_id, safe='')}"
     return _Call("DELETE", path, lambda answer: int(answer.json()["deleted"]))
@@ -273,6 +279,12 @@ class Client:
         """Store what shoppers did: each `user_id`, `item_id` and, where known, `event` and `timestamp` (ms; now)."""
         return self._send(_add_events(events))
 
+    def add_feedback(
+        self, request_id: str, model_version: str, impressions: Sequence[str] = (), clicks: Sequence[str] = ()
+    ) -> int:
+        """Tell which items of an answer were seen and clicked; `request_id` is any name of the answer."""
+        return self._send(_add_feedback(request_id, model_version, impressions, clicks))
+
     def forget(self, user_id: str) -> int:
         """Delete all that is stored of a user; returns how many events were there."""
         return self._send(_forget(user_id))
@@ -371,6 +383,11 @@ class AsyncClient:
 
     async def add_events(self, events: Sequence[Mapping[str, Any]]) -> int:
         return await self._send(_add_events(events))
+
+    async def add_feedback(
+        self, request_id: str, model_version: str, impressions: Sequence[str] = (), clicks: Sequence[str] = ()
+    ) -> int:
+        return await self._send(_add_feedback(request_id, model_version, impressions, clicks))
 
     async def forget(self, user_id: str) -> int:
         return await self._send(_forget(user_id))

@@ -5,6 +5,8 @@ they become visible. A server that does not answer is left in peace for a second
 
     pixrec:u:USER   sorted set, by time: number of arrival, kind and item of each event
     pixrec:i:ITEM   hash: columns, text, picture, content hash, hidden, and vectors by model
+    pixrec:f:ANSWER hash: items of an answer that were seen, 1 where clicked; for a week
+    pixrec:impressions, pixrec:clicks  hashes: counts by model version
     pixrec:changes  sorted set: the number of the last change of each item
 """
 
@@ -21,7 +23,17 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from pixrec.live.store import MODELS_KEPT, AddedItem, EmbeddedVectors, Event, LiveItem, StoreAway, StoreFull
+from pixrec.live.store import (
+    FEEDBACK_SECONDS,
+    MODELS_KEPT,
+    AddedItem,
+    EmbeddedVectors,
+    Event,
+    Feedback,
+    LiveItem,
+    StoreAway,
+    StoreFull,
+)
 from pixrec.live.vectors import bytes_of, vectors_of
 
 logger = logging.getLogger("ray.serve.pixrec")
@@ -42,6 +54,22 @@ for i = 2, #ARGV, 3 do
         redis.call('ZREMRANGEBYRANK', key, 0, -ARGV[1] - 1)
     end
 end
+"""
+_FEEDBACK = """
+local told, seen, clicked = cjson.decode(ARGV[1]), 0, 0
+local key = 'pixrec:f:' .. told.request_id
+for _, item in ipairs(told.seen) do
+    seen = seen + redis.call('HSETNX', key, item, '0')
+end
+for _, item in ipairs(told.clicks) do
+    if redis.call('HGET', key, item) == '0' then
+        redis.call('HSET', key, item, '1')
+        clicked = clicked + 1
+    end
+end
+redis.call('EXPIRE', key, ARGV[2])
+redis.call('HINCRBY', 'pixrec:impressions', told.model, seen)
+redis.call('HINCRBY', 'pixrec:clicks', told.model, clicked)
 """
 _CHANGED = """
 local function changed(id)
@@ -118,8 +146,9 @@ class RedisStore:
             **options,
         )
         self._most, self._away_until, self._checked = most_per_user, 0.0, False
-        scripts = (_ADD, _PUT, _CHANGE_ITEM, _SET_VECTORS)
-        self._add, self._put, self._change, self._set_vectors = map(self._redis.register_script, scripts)
+        self._add, self._feedback, self._put, self._change, self._set_vectors = map(
+            self._redis.register_script, (_ADD, _FEEDBACK, _PUT, _CHANGE_ITEM, _SET_VECTORS)
+        )
 
     def add(self, events: Sequence[Event]) -> None:
         arguments: list[Any] = [self._most]
@@ -147,6 +176,18 @@ class RedisStore:
                 found = self._redis.zrange(key, 0, -1, withscores=True)
                 told = ((*_event(member), int(score)) for member, score in found)
                 yield [Event(user_id, item_id, timestamp, kind or None) for kind, item_id, timestamp in told]
+
+    def add_feedback(self, feedback: Sequence[Feedback]) -> None:
+        with self._answered():
+            for one in feedback:
+                seen, clicks = [*one.impressions, *one.clicks], list(one.clicks)
+                told = {"request_id": one.request_id, "model": one.model_version, "seen": seen, "clicks": clicks}
+                self._feedback(args=[json.dumps(told), FEEDBACK_SECONDS])
+
+    def click_through(self) -> dict[str, tuple[int, int]]:
+        with self._answered():
+            seen, clicked = (self._redis.hgetall(f"pixrec:{name}") for name in ("impressions", "clicks"))
+        return {model.decode(): (int(count), int(clicked.get(model, 0))) for model, count in seen.items()}
 
     def put(self, model: str, items: Sequence[AddedItem], vectors: Sequence[EmbeddedVectors], most: int) -> None:
         arguments: list[Any] = [most, model]

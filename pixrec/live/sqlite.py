@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from pixrec.errors import InputError, OutputError
-from pixrec.live.store import MODELS_KEPT, AddedItem, EmbeddedVectors, Event, LiveItem, StoreAway, StoreFull
+from pixrec.live.store import (
+    FEEDBACK_KEPT,
+    MODELS_KEPT,
+    AddedItem,
+    EmbeddedVectors,
+    Event,
+    Feedback,
+    LiveItem,
+    StoreAway,
+    StoreFull,
+)
 from pixrec.live.vectors import bytes_of, vectors_of
 
 _EVENTS_AT_A_TIME, _WAIT_SECONDS = 100_000, 10.0
@@ -27,6 +37,12 @@ CREATE TABLE IF NOT EXISTS events (
 CREATE TABLE IF NOT EXISTS items (
     item_id TEXT PRIMARY KEY, change INTEGER NOT NULL UNIQUE, fields TEXT NOT NULL, hidden INTEGER NOT NULL,
     content_hash TEXT, text TEXT, image BLOB
+);
+CREATE TABLE IF NOT EXISTS feedback (
+    request_id TEXT NOT NULL, item_id TEXT NOT NULL, clicked INTEGER NOT NULL, UNIQUE (request_id, item_id)
+);
+CREATE TABLE IF NOT EXISTS click_through (
+    model TEXT PRIMARY KEY, impressions INTEGER NOT NULL DEFAULT 0, clicks INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE IF NOT EXISTS vectors (
     item_id TEXT NOT NULL, model TEXT NOT NULL, vector BLOB NOT NULL, content BLOB, UNIQUE (item_id, model)
@@ -89,6 +105,29 @@ class SqliteStore:
             )
             while found := cursor.fetchmany(_EVENTS_AT_A_TIME):
                 yield [Event(*row) for row in found]
+
+    def add_feedback(self, feedback: Sequence[Feedback]) -> None:
+        with self._transaction():
+            for one in feedback:
+                seen = [(one.request_id, item_id) for item_id in (*one.impressions, *one.clicks)]
+                clicked = [(one.request_id, item_id) for item_id in one.clicks]
+                counts = (
+                    self._sql.executemany("INSERT OR IGNORE INTO feedback VALUES (?, ?, 0)", seen).rowcount,
+                    self._sql.executemany(
+                        "UPDATE feedback SET clicked = 1 WHERE request_id = ? AND item_id = ? AND clicked = 0", clicked
+                    ).rowcount,
+                )
+                self._sql.execute(
+                    "INSERT INTO click_through VALUES (?1, ?2, ?3) ON CONFLICT (model) "
+                    "DO UPDATE SET impressions = impressions + ?2, clicks = clicks + ?3",
+                    (one.model_version, *(max(0, count) for count in counts)),
+                )
+            newest = "(SELECT MAX(rowid) FROM feedback)"
+            self._sql.execute(f"DELETE FROM feedback WHERE rowid <= {newest} - ?", (FEEDBACK_KEPT,))
+
+    def click_through(self) -> dict[str, tuple[int, int]]:
+        found = self._rows("SELECT model, impressions, clicks FROM click_through ORDER BY rowid")
+        return {model: (impressions, clicks) for model, impressions, clicks in found}
 
     def put(self, model: str, items: Sequence[AddedItem], vectors: Sequence[EmbeddedVectors], most: int) -> None:
         with self._transaction():

@@ -16,6 +16,9 @@ import numpy as np
 
 MODELS_KEPT = 2
 """Of each item the vectors of so many models are kept: that in use, and the one that takes its place."""
+FEEDBACK_KEPT = 1_000_000
+"""Of so many seen items it is known that they were counted, in a SQLite store; in Redis, for the time below."""
+FEEDBACK_SECONDS = 7 * 86_400
 
 
 class StoreAway(Exception):
@@ -36,6 +39,18 @@ class Event:
     """milliseconds since the epoch"""
     event: str | None = None
     """view, cart, purchase, or any word"""
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What became of an answer."""
+
+    request_id: str
+    model_version: str
+    impressions: Sequence[str]
+    """items of the answer that were seen"""
+    clicks: Sequence[str]
+    """those that were clicked, which counts as seen"""
 
 
 class EmbeddedVectors(NamedTuple):
@@ -93,6 +108,14 @@ class Store(Protocol):
 
     def events(self) -> Iterator[list[Event]]:
         """All events, user by user, each oldest first, some at a time."""
+        ...
+
+    def add_feedback(self, feedback: Sequence[Feedback]) -> None:
+        """Count impressions and clicks; of one answer an item counts once, however often it is told."""
+        ...
+
+    def click_through(self) -> dict[str, tuple[int, int]]:
+        """Impressions and clicks by model version."""
         ...
 
     def put(self, model: str, items: Sequence[AddedItem], vectors: Sequence[EmbeddedVectors], most: int) -> None:

@@ -147,6 +147,22 @@ class ChangedBody(BaseModel):
     item_id: str
 
 
+RequestId = Annotated[Text, Field(min_length=1, max_length=200)]
+
+
+class FeedbackBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    request_id: RequestId = Field(description="`X-Request-Id` of the answer.")
+    model_version: Annotated[str, Field(pattern=r"^[0-9A-Za-z-]{1,80}$")] = Field(description="As the answer says.")
+    impressions: Annotated[list[ItemId], _FailFast()] = Field(
+        default_factory=list, description="Items of the answer that were seen."
+    )
+    clicks: Annotated[list[ItemId], _FailFast()] = Field(
+        default_factory=list, description="Items that were clicked, which counts as seen."
+    )
+
+
 class StoredBody(BaseModel):
     stored: int
 

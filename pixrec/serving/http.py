@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
@@ -42,7 +43,7 @@ from pixrec.serving.bodies import (
 from pixrec.serving.edge import check_length, decoded, field_error, jsonable
 from pixrec.serving.gate import Gate, JsonResponse, unavailable
 from pixrec.serving.items import item_routes, unknown
-from pixrec.serving.live import event_routes, history_of
+from pixrec.serving.live import event_routes, feedback_metrics, history_of
 from pixrec.serving.metrics import RequestMetrics
 
 MAX_REPORTED_ERRORS = 20
@@ -83,11 +84,11 @@ def create_api(
     keyed = [Security(HTTPBearer(auto_error=False))] if config.api_key else []  # shows the key's field in /docs
     rankings = _ranking_routes(backend, config, store)
     api.include_router(rankings, responses=PROBLEMS, dependencies=keyed, tags=["rankings"])
-    told, items = event_routes(store, config), item_routes(backend, config, store is not None)
+    told, items = event_routes(store, config, backend), item_routes(backend, config, store is not None)
     api.include_router(told, responses=PROBLEMS | NOT_STORED, dependencies=keyed, tags=["events"])
     api.include_router(items, responses=PROBLEMS | UNKNOWN | CLOSED, dependencies=keyed, tags=["items"])
     api.include_router(_admin_routes(backend), responses=PROBLEMS | REFUSED, dependencies=keyed, tags=["admin"])
-    api.include_router(_state_routes(backend), tags=["state"])
+    api.include_router(_state_routes(backend, store), tags=["state"])
     return api
 
 
@@ -199,7 +200,7 @@ def _changed(changes: list[Change] | None) -> Response:
     return JsonResponse({"replicas": [vars(change) for change in changes]})
 
 
-def _state_routes(backend: Backend) -> APIRouter:
+def _state_routes(backend: Backend, store: Store | None) -> APIRouter:
     router = APIRouter()
     static = files("pixrec.serving").joinpath("static")
     pages = {name: static.joinpath(f"{name}.html").read_text("utf-8") for name in ("index", "docs")}
@@ -230,7 +231,8 @@ def _state_routes(backend: Backend) -> APIRouter:
     )
     async def metrics() -> Response:
         """What all replicas count and measure, for Prometheus."""
-        return Response(await backend.metrics(), headers={"Content-Type": METRICS_TYPE})
+        told = await backend.metrics() + await asyncio.to_thread(feedback_metrics, store)
+        return Response(told, headers={"Content-Type": METRICS_TYPE})
 
     @router.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def try_it() -> Response:

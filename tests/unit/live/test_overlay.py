@@ -48,10 +48,10 @@ def store(tmp_path: Path) -> SqliteStore:
 
 @pytest.fixture
 def shop(store: SqliteStore) -> Callable[..., Recommender]:
-    """A recommender of the first items of the tiny catalog that follows the store."""
+    """A recommender of the tiny catalog that follows the store."""
 
-    def make(model: Model, most: int = 12, version: VersionContents | None = None) -> Recommender:
-        found = recommender_of(model, tiny_items(12).take(range(most)) if most < 12 else tiny_items(), version)
+    def make(model: Model, version: VersionContents | None = None) -> Recommender:
+        found = recommender_of(model, tiny_items(), version)
         found.live.follow(store)
         return found
 

@@ -19,7 +19,7 @@ from fakes import tiny_config, tiny_dataset, tiny_items, tiny_model
 from pixrec.artifact import Index
 from pixrec.live import redis as redis_store
 from pixrec.live.places import added_items, export_events, open_store
-from pixrec.live.store import AddedItem, EmbeddedVectors, Event, LiveItem, Store, StoreAway, StoreFull
+from pixrec.live.store import AddedItem, EmbeddedVectors, Event, Feedback, LiveItem, Store, StoreAway, StoreFull
 from pixrec.model.catalog import Catalog
 from pixrec.query import NewItem, Query
 from pixrec.recommender import Recommender
@@ -156,6 +156,14 @@ def test_vectors_of_other_models(store: Store) -> None:
     assert same(store.changes(3, "m2", 9)[0].vectors, made(2, content=True))
     store.put("m1", [added("a")], [made(5)], 9)
     assert store.changes(4, "m2", 9)[0].vectors is None  # of what the item was
+
+
+def test_feedback_of_one_answer_counts_once(store: Store) -> None:
+    assert store.click_through() == {}
+    for _ in range(2):
+        store.add_feedback([Feedback("r1", "m1", ["a", "b"], ["b"]), Feedback("r1", "m1", [], ["c"])])
+    store.add_feedback([Feedback("r2", "m2", ["a"], []), Feedback("r2", "m2", [], ["a"])])
+    assert store.click_through() == {"m1": (3, 2), "m2": (1, 1)}
 
 
 def test_changes_at_the_same_time_lose_nothing(store: Store, place: str) -> None:

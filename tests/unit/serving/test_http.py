@@ -286,6 +286,7 @@ def test_state_version_page_and_documentation(client: Any) -> None:
         "/v1/items/{item_id}/image",
         "/v1/embed",
         "/v1/events",
+        "/v1/feedback",
         "/v1/users/{user_id}",
         "/admin/reload",
         "/admin/pin",
@@ -753,3 +754,16 @@ def test_a_store_that_is_away_stops_no_recommendation(client_for: Any) -> None:
     assert "store_away" not in client("POST", "/v1/recommend", json={"history": ["a"]}).json()
     refused = client("POST", "/v1/events", json={"events": [{"user_id": "u", "item_id": "a"}]})
     assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
+
+
+def test_feedback_counts_once_by_model_version(shop: Any) -> None:
+    told = {"request_id": "r1", "model_version": "model-1", "impressions": ["a", "c"], "clicks": ["c"]}
+    assert "pixrec_clicks_total" not in shop("GET", "/metrics").text
+    for _ in range(2):
+        assert shop("POST", "/v1/feedback", json=told).json() == {"stored": 2}
+    assert shop("POST", "/v1/feedback", json={**told, "request_id": "r2", "clicks": []}).status_code == 200
+    metrics = shop("GET", "/metrics").text
+    assert 'pixrec_impressions_total{model_version="model-1"} 4\n' in metrics
+    assert 'pixrec_clicks_total{model_version="model-1"} 1\n' in metrics
+    refused = shop("POST", "/v1/feedback", json={**told, "model_version": "ghost"})
+    assert (refused.status_code, refused.json()["detail"][0]["loc"]) == (422, ["body", "model_version"])
