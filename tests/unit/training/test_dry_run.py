@@ -81,7 +81,9 @@ def test_memory_of_a_larger_smolvlm_shape(dataset, tmp_path):
 def test_memory_of_a_qwen_which_takes_pictures_of_any_shape(dataset, tmp_path, name):
     texts = texts_of(dataset)
     tokenizer = shapes.small_tokenizer(texts)
-    AutoModelForImageTextToText.from_config(shapes.shape(name, tokenizer.get_vocab(), small=True)).save_pretrained(tmp_path)
+    AutoModelForImageTextToText.from_config(shapes.shape(name, tokenizer.get_vocab(), small=True)).save_pretrained(
+        tmp_path
+    )
     tokenizer.save_pretrained(tmp_path)
     config = tiny_config(model={"user_tower": "interleaved", "backbone": str(tmp_path), "max_pixels": 64**2})
     (kept, _), computed, real = measured_beside_computed(config, texts, dataset)
