@@ -12,8 +12,9 @@ the item that followed it), padded to the longest, the library's own forward pas
 decoded and encoded for each prompt anew, the same objective, optimiser and precision, the same weights.
 
 MFU is the arithmetic of a step (matrix products and attention, forward and backward, counted by torch's
-FlopCounterMode; padding and a second forward pass included) over the device's peak in bf16. The last line of stdout is
-JSON. Without a GPU the same code runs shapes of some 100,000 weights, says so, and reports no MFU and no GPU figure.
+FlopCounterMode; padding included, and the second forward pass of activation checkpointing, which the shapes of 2 B and
+more use: of those it is the share of the device that is busy) over the device's peak in bf16. The last line of stdout
+is JSON. Without a GPU the same code runs shapes of some 100,000 weights, says so, and reports no MFU and no GPU figure.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ from pixrec.config import Config, load_config
 from pixrec.data.drawing import COLOURS, CUTS, KINDS, PATTERNS, draw_product
 from pixrec.data.items import ItemTable
 from pixrec.errors import PixRecError
+from pixrec.model.backbone import with_masks
 from pixrec.model.catalog import Catalog
+from pixrec.model.families.qwen import QwenVL
 from pixrec.model.losses import info_nce, next_item_generation
 from pixrec.model.usage import peak_flops
 from pixrec.schema import MISSING, OK, PREPARED_ITEM_FIELDS
@@ -141,6 +144,9 @@ class PlainLoop:
     def __init__(self, work: Work) -> None:
         self.work, self.tower, self.encoder = work, work.model.tower.train(), work.model.encoder
         self.backbone, self.rng = self.tower.backbone, np.random.default_rng(2)
+        with_masks(self.backbone.model)
+        if isinstance(self.backbone.family, QwenVL):  # as it comes
+            self.backbone.family.vision._attn_implementation_internal = "sdpa"
         self.optimizer = torch.optim.AdamW([p for p in self.tower.parameters() if p.requires_grad], lr=1e-4)
         self.examples = work.config.train.histories_per_step
 
@@ -192,7 +198,7 @@ class PlainLoop:
         elif kind == "paligemma":
             inputs |= {"pixel_values": pixels, "token_type_ids": 1 - in_picture}
         else:
-            grid = F.pad(items.grid * self.backbone.family.merge, (1, 0), value=1)
+            grid = F.pad(items.grid * self.backbone.family.merge, (1, 0), value=1).to(device)
             inputs |= {"pixel_values": self.backbone.family.patches(pixels), "image_grid_thw": grid,
                        "mm_token_type_ids": in_picture}  # fmt: skip
         return model.model(**inputs, use_cache=False).last_hidden_state.float(), prompts
@@ -231,6 +237,14 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def attempt(name: str, folder: str, mode: str, items: ItemTable, device: str, overrides: list[str]) -> dict[str, Any]:
+    """`measure_one`, or what kept it; the model is gone afterwards."""
+    try:
+        return measure_one(Work.make(name, folder, mode, items, device, overrides), name, mode)
+    except (PixRecError, torch.OutOfMemoryError) as error:
+        return {"shape": name, "mode": mode, "failed": " ".join(str(error).split())[:100]}
+
+
 def measure_one(work: Work, name: str, mode: str) -> dict[str, Any]:
     """Training, embedding and the plain loop of one shape in one mode."""
     parameters = list(work.model.tower.parameters())
@@ -241,10 +255,12 @@ def measure_one(work: Work, name: str, mode: str) -> dict[str, Any]:
     embedder, catalog = work.model.embedder(), Catalog(work.items, work.model.encoder, cache_bytes=0)
     embedder.precision = work.config.train.precision
     rows = np.arange(len(work.items))
+    tokens = int(catalog.items(rows).length.sum())
     embedding = measure(lambda: embedder.items(catalog, rows, batch_size=64), work.device, 2)
     found["embedding"] = {
         **embedding,
         "items_per_second": len(rows) / embedding["step_seconds"],
+        "tokens_per_second": tokens / embedding["step_seconds"],
         "pictures_per_second": int(work.items.with_image.sum()) / embedding["step_seconds"],
     }
     plain = PlainLoop(work)
@@ -281,7 +297,7 @@ def _free(work: Work) -> None:
 
 def table(results: list[dict[str, Any]]) -> str:
     head = ("shape", "mode", "step s", "MFU", "GiB", "tokens/s", "pictures/s", "examples/s", "plain", "ratio",
-            "plain MFU", "padding", "embed items/s")  # fmt: skip
+            "plain MFU", "padding", "embed items/s", "embed MFU")  # fmt: skip
     lines = [head]
     for one in results:
         if "failed" in one:
@@ -294,6 +310,7 @@ def table(results: list[dict[str, Any]]) -> str:
             f"{training['tokens_per_second']:,.0f}", f"{training['pictures_per_second']:,.0f}",
             f"{training['examples_per_second']:,.1f}", f"{plain['examples_per_second']:,.1f}", f"{one['ratio']:.1f}",
             _mfu(plain), f"{training['padding_share']:.0%}", f"{one['embedding']['items_per_second']:,.0f}",
+            _mfu(one["embedding"]),
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
@@ -308,7 +325,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--photographs", metavar="FOLDER", help="JPEGs to use in place of drawn products")
-    parser.add_argument("--seconds", type=float, default=540.0, help="begin nothing new after so long")
+    parser.add_argument("--seconds", type=float, default=540.0, help="time; no shape begins a mode after its share")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -317,20 +334,17 @@ def main(arguments: list[str]) -> int:
     started, results = time.monotonic(), []
     items = make_items(options.photographs, small=device == "cpu")
     texts = [items.text(row) for row in range(len(items))]
-    for name in options.shapes:
+    for number, name in enumerate(options.shapes):
+        until = started + options.seconds * (number + 1) / len(options.shapes)  # what is left goes to the next
         with tempfile.TemporaryDirectory() as folder:
-            if time.monotonic() - started < options.seconds:
+            if time.monotonic() < until:
                 save_shape(folder, name, texts, device)
             for mode in options.modes:
-                if time.monotonic() - started > options.seconds:
+                if time.monotonic() > until:
                     results.append({"shape": name, "mode": mode, "failed": "no time left"})
                     continue
                 print(f"{name} {mode} ...", file=sys.stderr, flush=True)
-                try:
-                    work = Work.make(name, folder, mode, items, device, options.set)
-                    results.append(measure_one(work, name, mode))
-                except (PixRecError, torch.OutOfMemoryError) as error:
-                    results.append({"shape": name, "mode": mode, "failed": " ".join(str(error).split())[:100]})
+                results.append(attempt(name, folder, mode, items, device, options.set))
                 gc.collect()
                 if device == "cuda":
                     torch.cuda.empty_cache()
