@@ -43,9 +43,9 @@ START_ATTEMPTS = 3
 PLACES, CPU = ("model", "index", "data"), "answers_per_cpu_second"
 MODES: dict[str, dict[str, str]] = {
     "default": {},
-    "throughput": {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
     # HAProxy listens on all interfaces, whatever --host says: close the port where the machine is not alone.
     "haproxy": {"RAY_SERVE_ENABLE_HA_PROXY": "1"},
+    "throughput": {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
 }
 """What is set in the environment of a server, and so of Ray Serve."""
 KEY = "benchmark"
@@ -169,19 +169,23 @@ def _answers(server: Server, process: subprocess.Popen[bytes]) -> bool:
 def modes(shop: Shop, seconds: float) -> dict[str, Any]:
     """Serve's proxies beside one process of FastAPI and faiss, in a closed loop; and where one client's time goes."""
     found: dict[str, Any] = {}
-    for name, environment in MODES.items():
-        if "HA_PROXY" in "".join(environment) and not shutil.which("haproxy"):
-            found[name] = "haproxy is not installed"
-            continue
-        with serving(shop, environment, threads_per_replica=1) as server:
-            found[name] = _of_mode(server, seconds)
+
+    def measure(name: str, server: Server) -> None:
+        found[name] = _of_mode(server, seconds)
+        print(json.dumps({name: found[name]}), file=sys.stderr, flush=True)  # as it comes: all take minutes
+
     places = [str(shop.folder / name) for name in PLACES]
     command = [sys.executable, "-m", "benchmarks.plain_server", *places]
     with started(command, shop.folder / "plain.log", {"OMP_NUM_THREADS": "1"}) as server:
-        found["plain"] = _of_mode(server, seconds)
-    measured = {name: told for name, told in found.items() if isinstance(told, dict)}
+        measure("plain", server)
+    for name, environment in MODES.items():
+        if "RAY_SERVE_ENABLE_HA_PROXY" in environment and not shutil.which("haproxy"):
+            print(f"{name}: haproxy is not installed", file=sys.stderr)
+            continue
+        with serving(shop, environment, threads_per_replica=1) as server:
+            measure(name, server)
     beside = {name: {kind: round(told[kind] / found["plain"][kind], 2) for kind in ("answers_per_second", CPU)}
-              for name, told in measured.items()}  # fmt: skip
+              for name, told in found.items()}  # fmt: skip
     return {**found, "over_plain": beside}
 
 
