@@ -302,7 +302,7 @@ def until(client: Client, body: Any, wanted: Callable[[Any], bool]) -> tuple[int
         assert time.monotonic() < deadline, answer
 
 
-def test_two_shards_answer_as_one_and_one_may_die(client: Client, artifacts: Artifacts) -> None:
+def test_two_shards_answer_as_one_and_one_may_die(client: Client, artifacts: Artifacts, store: str) -> None:
     asked = [
         ("/v1/recommend", {"history": ["item/1", "ghost"], "k": 4, "reasons": True, "max_per": {"brand": 1}}),
         ("/v1/recommend", {"history": ["item/1"], "k": 30, "exclude": ["item/9"]}),
@@ -312,12 +312,13 @@ def test_two_shards_answer_as_one_and_one_may_die(client: Client, artifacts: Art
     ]
     before = [client(path, body) for path, body in asked]
     sharded: dict[str, Any] = {"num_retrieval_replicas": 1, "retrieval_shards": 2, "cpus_per_retrieval": 0.1}
-    sharded |= {"missing_shard": "answer", "poll_seconds": 0, "shard_timeout_seconds": 1.0}
+    sharded |= {"missing_shard": "answer", "poll_seconds": 0, "shard_timeout_seconds": 1.0, "store": store}
     serve.run(build_app(*artifacts, Config(serve=ServeConfig(**sharded, **SMALL))), name=APP_NAME, route_prefix="/")
     assert [client(path, body) for path, body in asked] == before
     everything = {"history": ["item/1"], "k": 30, "exclude_history": False}
     kill_replica_of("Retrieval1")
     status, partial = until(client, everything, lambda answer: "missing_shards" in answer)
-    assert (status, partial["missing_shards"], len(partial["items"])) == (200, [1], NUM_ITEMS // 2)
+    of_catalog = [item for item in partial["items"] if item["item_id"].startswith("item/")]
+    assert (status, partial["missing_shards"], len(of_catalog)) == (200, [1], NUM_ITEMS // 2)
     until(client, everything, lambda answer: "items" in answer and "missing_shards" not in answer)
     assert [client(path, body) for path, body in asked] == before
