@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import operator
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -110,6 +111,8 @@ class Recommender:
         self.index_manifest = index.manifest
         self.items = items
         self._embedder, self._picture_px = model.embedder(), picture_px
+        self._using_model = threading.Lock()
+        """Held while the model computes: what follows the store may want vectors in any thread."""
         self._reads_vectors = self._embedder.reads_item_vectors
         catalog = Catalog(items, model.encoder, tokens=tokens)
         rows = index.rows_among(items)
@@ -189,8 +192,9 @@ class Recommender:
         """What the item tower makes of items, as `pixrec embed` does. Raises InputError with the id of an item whose
         picture cannot be read."""
         starts = range(0, len(added), EMBEDDED_AT_A_TIME)
-        blocks = (embedded(self._embedder, added[start : start + EMBEDDED_AT_A_TIME]) for start in starts)
-        return [one for block in blocks for one in block]
+        with self._using_model:
+            blocks = (embedded(self._embedder, added[start : start + EMBEDDED_AT_A_TIME]) for start in starts)
+            return [one for block in blocks for one in block]
 
     def recommend(
         self, history: Sequence[str], k: int = 10, *, exclude: Sequence[str] = (), exclude_history: bool = True
@@ -220,7 +224,8 @@ class Recommender:
         vectors = np.zeros((len(asked), self._vectors.shape[1]), np.float32)
         with_history = [i for i, one in enumerate(asked) if one.known]
         if with_history:
-            vectors[with_history] = self._user_vectors([asked[i] for i in with_history])
+            with self._using_model:
+                vectors[with_history] = self._user_vectors([asked[i] for i in with_history])
         return vectors
 
     def rank(self, asked: Sequence[Asked], vectors: np.ndarray, search: VectorSearch | None = None) -> list[Answer]:
@@ -319,7 +324,8 @@ class Recommender:
         if self._content is None:
             return self.content_vectors([(text, image)])[0]
         pixels = None if image is None else self._embedder.encoder.decode(image)
-        query = self._embedder.query(Content(text, pixels))
+        with self._using_model:
+            query = self._embedder.query(Content(text, pixels))
         assert query is not None
         return query
 
@@ -327,7 +333,8 @@ class Recommender:
         """Vectors (U, D) of texts, pictures or both, encoded as items. Raises UnreadableImage."""
         decode = self._embedder.encoder.decode
         read = [Content(text, None if image is None else decode(image)) for text, image in contents]
-        return self._embedder.contents(read)
+        with self._using_model:
+            return self._embedder.contents(read)
 
     def item_vectors(self, item_ids: Sequence[str]) -> np.ndarray:
         """Vectors (U, D) float32 of items. Raises KeyError when one is unknown."""
@@ -350,7 +357,8 @@ class Recommender:
             if keys[item_id] not in self._new_vectors:
                 contents[keys[item_id]] = Content(text, self._pixels(item_id, item.image))
         if contents:
-            made = self._embedder.contents(list(contents.values()))
+            with self._using_model:
+                made = self._embedder.contents(list(contents.values()))
             self._new_vectors |= dict(zip(contents, made, strict=True))
         found = {item_id: self._new_vectors[key] for item_id, key in keys.items()}
         for key in keys.values():
