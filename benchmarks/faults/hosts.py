@@ -436,7 +436,7 @@ MOMENTS = {"prepare": r"== prepare", "train": r"train both step 8:", "embed": r"
 
 
 def disturb(fault: str, hosts: Hosts, endpoint: Endpoint, run: Run) -> None:
-    """Wait for the moment, and let it happen; a killed host comes back after a while, as an autoscaler would see to."""
+    """Wait for the moment, and let it happen. A killed worker stays away until the next run."""
     what, _, when = fault.partition("-")
     if fault == "none":
         return
