@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except PixRecError as fault:
         print(f"pixrec {arguments.verb}: {' '.join(str(fault).split())}", file=sys.stderr)
-        return 2
+        return fault.exit_code
     except Exception:
         traceback.print_exc()
         return 1

@@ -5,9 +5,10 @@
     ├── InputError              a table, picture set or argument that cannot be used
     │   └── UnreadableImage     bytes that are not a picture PixRec accepts; `.reason` is a short fixed phrase
     ├── ArtifactError           a model, index or prepared data set that is absent, incomplete or of another make
-    └── OutputError             a place that cannot be written
+    ├── OutputError             a place that cannot be written
+    └── UnavailableError        a place that does not answer for now; exits with 1, and the same command may go on later
 
-Anything else that escapes is a defect of PixRec and exits with 1.
+Anything else that escapes is a defect of PixRec and exits with 1 too.
 
 An error raised in a Ray worker would reach the driver inside a traceback. `fault_text` makes a value of it that a row
 can carry, and `raise_fault` raises it again.
@@ -18,10 +19,13 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from typing import ClassVar
 
 
 class PixRecError(Exception):
     """Base of every error whose cure lies with the user."""
+
+    exit_code: ClassVar[int] = 2
 
 
 class ConfigError(PixRecError):
@@ -49,6 +53,12 @@ class ArtifactError(PixRecError):
 
 class OutputError(PixRecError):
     pass
+
+
+class UnavailableError(PixRecError):
+    """Nobody is at fault, and the same may succeed later: a job that ends so is begun again."""
+
+    exit_code = 1
 
 
 def fault_text(error: PixRecError) -> str:

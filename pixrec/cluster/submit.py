@@ -20,10 +20,10 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pixrec.config import JobConfig
 from pixrec.console import Console
-from pixrec.errors import ConfigError, InputError
+from pixrec.errors import ConfigError, InputError, PixRecError
 
 _GIB = 1024**3
-_AT_FAULT = 2
+_AT_FAULT = PixRecError.exit_code
 """The exit code of a command whose input or arguments are at fault: it would end alike again."""
 _LAST_CHARACTERS = 100_000
 

@@ -107,7 +107,9 @@ class Fetcher:
             return Picture(None, MISSING, NOT_FOUND)
         except InputError as error:
             return Picture(None, REJECTED, TOO_LARGE if "larger than" in str(error) else NOT_READ)
-        except Exception:  # a file system may raise anything of its own; the row says so and the job goes on
+        except Exception as error:  # a file system may raise anything of its own; the row says so and the job goes on
+            if storage.is_remote(uri) and storage.passes(error):
+                raise storage.failed(uri, error) from None  # the picture may be a good one
             return Picture(None, REJECTED, NOT_READ)
 
     async def _close(self) -> None:

@@ -29,12 +29,14 @@ from pixrec.storage.node import node_copy, node_file, node_place
 from pixrec.storage.places import (
     absolute,
     arrow_location,
+    failed,
     is_remote,
     join,
     locate,
     name,
     object_store_options,
     parent,
+    passes,
     resolve,
 )
 from pixrec.storage.tables import (
@@ -64,6 +66,7 @@ __all__ = [
     "copy_file",
     "copy_folder",
     "exists",
+    "failed",
     "is_folder",
     "is_remote",
     "join",
@@ -82,6 +85,7 @@ __all__ = [
     "object_store_options",
     "open_stream",
     "parent",
+    "passes",
     "read_array",
     "read_batches",
     "read_bytes",

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
 import pyarrow.fs
-from botocore.exceptions import BotoCoreError
+from botocore.exceptions import BotoCoreError, HTTPClientError
 
-from pixrec.errors import InputError, OutputError
+from pixrec.errors import InputError, OutputError, UnavailableError
 
 _REMOTE = ("s3://",)
 TROUBLE = (OSError, BotoCoreError)  # the second: no credentials, no such endpoint
+_PASSING = {errno.EBUSY, errno.EIO, errno.ETIMEDOUT, getattr(errno, "EREMOTEIO", errno.EIO)}  # of 5xx, and of silence
+_ATTEMPTS = 8
+"""Of one request, with waits that double from a second at random: S3 may refuse for a minute, not for ten."""
+_CONNECT_SECONDS = 10
 
 
 def is_remote(uri: str) -> bool:
@@ -28,7 +33,10 @@ def locate(uri: str) -> tuple[Any, str]:
         raise InputError(f"{uri}: only local paths and s3:// URIs are known")
     if not is_remote(uri):
         return fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(uri))
-    fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    client: dict[str, Any] = {"connect_timeout": _CONNECT_SECONDS}
+    if not {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & os.environ.keys():
+        client["retries"] = {"total_max_attempts": _ATTEMPTS, "mode": "legacy"}  # the others share one budget
+    fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, config_kwargs=client)
     return fs, path.rstrip("/")
 
 
@@ -79,11 +87,20 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def failed(uri: str, error: BaseException) -> InputError:
+def passes(error: BaseException) -> bool:
+    """Whether S3 did not answer, or refused for now, as often as it was asked."""
+    return isinstance(error, (HTTPClientError, TimeoutError)) or getattr(error, "errno", None) in _PASSING
+
+
+def failed(uri: str, error: BaseException) -> InputError | UnavailableError:
+    if is_remote(uri) and passes(error):
+        return UnavailableError(f"{uri}: cannot be read for now: {one_line(error)}; run the same command again later")
     if isinstance(error, FileNotFoundError):
         return InputError(f"{uri}: no such file or folder")
     return InputError(f"{uri}: cannot be read: {one_line(error)}")
 
 
-def unwritable(uri: str, error: BaseException) -> OutputError:
+def unwritable(uri: str, error: BaseException) -> OutputError | UnavailableError:
+    if is_remote(uri) and passes(error):
+        return UnavailableError(f"{uri} cannot be written for now: {one_line(error)}; run the same command again later")
     return OutputError(f"{uri} cannot be written: {one_line(error)}; choose another --out")

@@ -1,6 +1,9 @@
 """The same door for s3://, against a server on the loopback; credentials and endpoint from the usual variables."""
 
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +11,7 @@ import pytest
 
 from pixrec import storage
 from pixrec.data.pictures import complete, open_pictures, write_part
-from pixrec.errors import ArtifactError, InputError, OutputError
+from pixrec.errors import ArtifactError, InputError, OutputError, UnavailableError
 
 BUCKET = "s3://shop"
 
@@ -148,3 +151,55 @@ def test_a_work_folder_on_s3():
         storage.write_bytes(f"{work}/data/marker", b"")
     assert storage.list_files(f"{BUCKET}/made") == [f"{BUCKET}/made/marker", f"{BUCKET}/made/part"]
     assert not [name for name in storage.list_folders(BUCKET) if name.startswith(".made")]
+
+
+class _Refuses(BaseHTTPRequestHandler):
+    """Answers 503 as often as its server says, then as if the file lay there."""
+
+    def do_GET(self) -> None:
+        self.server.refusals -= 1  # type: ignore[attr-defined]
+        refused = self.server.refusals >= 0  # type: ignore[attr-defined]
+        found = b"" if self.command == "PUT" else b"there"
+        body = b"<Error><Code>ServiceUnavailable</Code><Message>Later.</Message></Error>" if refused else found
+        self.send_response(503 if refused else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_HEAD = do_PUT = do_GET
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    """An endpoint that refuses; nobody waits between two tries."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Refuses)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("botocore.retryhandler.random.random", lambda: 0.0)
+    fs, _ = storage.locate(BUCKET)
+    fs.clear_instance_cache()
+    yield server
+    fs.clear_instance_cache()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("refusals", [1, 7])
+def test_what_refuses_for_a_while_is_asked_again(refusing: ThreadingHTTPServer, refusals: int):
+    refusing.refusals = refusals  # type: ignore[attr-defined]
+    assert storage.read_bytes(f"{BUCKET}/file") == b"there"
+    refusing.refusals = refusals  # type: ignore[attr-defined]
+    storage.write_bytes(f"{BUCKET}/file", b"there")
+    assert refusing.refusals == -1  # type: ignore[attr-defined]
+
+
+def test_what_refuses_on_and_on_is_nobodys_fault(refusing: ThreadingHTTPServer):
+    refusing.refusals = 10_000  # type: ignore[attr-defined]
+    with pytest.raises(UnavailableError, match=r"cannot be written for now: .*; run the same command again later"):
+        storage.write_bytes(f"{BUCKET}/file", b"there")
+    with pytest.raises(UnavailableError, match="cannot be read for now"):
+        storage.read_text(f"{BUCKET}/file")
