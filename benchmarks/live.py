@@ -1,12 +1,15 @@
-"""What the stores of events and items cost, and a server whose items change under load.
+"""What the stores of events and items cost, a server whose items change under load, and one whose store is lost.
 
-    python -m benchmarks.live store --events 1000000 --users 100000 [--redis]
-    python -m benchmarks.live serve --model M --index I --data D [--replicas 4 --clients 64 --items 10000]
+    python -m benchmarks.live store [--events 1000000 --users 100000] [--redis]
+    python -m benchmarks.live serve [--items 10000 --replicas 4 --clients 64] [--redis]
+    python -m benchmarks.live away [--seconds 30]
 
-`store` fills an empty store with events, in batches of 100, and then measures single look-ups and inserts: p50 and p99
-in milliseconds, and bytes an event; a Redis server is started for it in a folder of its own. `serve` runs the
-application with its replicas on this machine, puts load on it, adds items meanwhile, hides some, and counts what
-failed, what was not found at once and what was returned after it was hidden. Both print one JSON object.
+`store` fills an empty store with events, in batches, and then measures single look-ups and inserts: p50 and p99
+in milliseconds, and bytes an event; a Redis server is started for it in a folder of its own. `serve` puts load on a
+`pixrec serve`, adds items meanwhile, hides one of each batch, and counts what failed, what was not found at once and
+what was returned after it was hidden; then each replica is killed, the server is started anew, and the items are
+embedded into a new version, after each of which the same is asked again. `away` kills the Redis server of one under
+load, starts it again after some seconds, and looks for all that was reported as stored. Each prints one JSON object.
 """
 
 from __future__ import annotations
@@ -16,18 +19,23 @@ import asyncio
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.serving import KEY, PIXREC, PLACES, Server, Shop, serving
+from pixrec.artifact import load_index
+from pixrec.client import AsyncClient, Rejected, RequestFailed, Retries
 from pixrec.live.places import open_store
 from pixrec.live.store import Event, Store
+from pixrec.query import Answer, NewItem, Query
 
 BATCH, PROBES = 100, 2000
 
@@ -38,14 +46,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def redis_server(folder: str) -> tuple[subprocess.Popen[bytes], str]:
-    """A server that writes each change to disk before it answers, as SQLite does."""
-    port = str(free_port())
+def redis_server(folder: str, port: int) -> tuple[subprocess.Popen[bytes], str]:
+    """A server that writes each change to disk before it answers, as SQLite does, and reads what lies there."""
     kept = ["--appendonly", "yes", "--appendfsync", "always", "--save", "", "--dir", folder]
-    process = subprocess.Popen(["redis-server", "--port", port, *kept], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(["redis-server", "--port", str(port), *kept], stdout=subprocess.DEVNULL)
     for _ in range(200):
         try:
-            socket.create_connection(("127.0.0.1", int(port)), 1).close()
+            socket.create_connection(("127.0.0.1", port), 1).close()
             break
         except OSError:
             time.sleep(0.05)
@@ -96,7 +103,7 @@ def run_store(a: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=a.folder) as folder:
         if not a.redis:
             return {"store": "sqlite", **measure_store(open_store(f"{folder}/live.sqlite"), folder, a.events, a.users)}
-        process, url = redis_server(folder)
+        process, url = redis_server(folder, free_port())
         try:
             store: Any = open_store(url)
             found = measure_store(store, folder, a.events, a.users)
@@ -107,97 +114,124 @@ def run_store(a: argparse.Namespace) -> dict[str, Any]:
             process.wait()
 
 
-async def shoppers(url: str, key: str, histories: list[list[str]], clients: int, stop: asyncio.Event) -> dict[str, Any]:
-    """Clients that ask one request after the other until `stop`."""
-    from pixrec.client import AsyncClient, RequestFailed, Retries
+class Outcome:
+    """What clients saw: how long answers took, which requests failed, how many answers the store was away for."""
 
-    taken: list[float] = []
-    failed: list[str] = []
+    def __init__(self) -> None:
+        self.taken: list[float] = []
+        self.failed: list[str] = []
+        self.away = 0
+
+    def told(self) -> dict[str, Any]:
+        p50, p99 = np.percentile(self.taken, [50, 99]) * 1000
+        said = {"answered": len(self.taken), "failed": len(self.failed), "failures": sorted(set(self.failed))[:3]}
+        return {**said, "store_away": self.away, "p50_ms": round(p50, 1), "p99_ms": round(p99, 1)}
+
+
+async def shoppers(url: str, clients: int, ask: Callable[[AsyncClient], Awaitable[Answer]], stop: asyncio.Event):
+    """Clients without retries that ask one request after the other until `stop`."""
+    seen = Outcome()
 
     async def shopper(client: AsyncClient) -> None:
         while not stop.is_set():
             started = time.perf_counter()
             try:
-                await client.recommend(random.choice(histories), 10)
-                taken.append(time.perf_counter() - started)
+                answer = await ask(client)
+                seen.taken.append(time.perf_counter() - started)
+                seen.away += answer.store_away
             except RequestFailed as error:
-                failed.append(str(error)[:200])
+                seen.failed.append(str(error)[:200])
 
-    async with AsyncClient(url, key, retries=Retries(attempts=1)) as client:
+    async with AsyncClient(url, KEY, retries=Retries(attempts=1)) as client:
         await asyncio.gather(*(shopper(client) for _ in range(clients)))
-    p50, p99 = np.percentile(taken, [50, 99]) * 1000
-    return {"answered": len(taken), "failed": len(failed), "p50_ms": round(p50, 1), "p99_ms": round(p99, 1),
-            "failures": sorted(set(failed))[:3]}  # fmt: skip
+    return seen
 
 
-async def change_items(url: str, key: str, items: int, batch: int, source: list[dict[str, Any]]) -> dict[str, Any]:
-    """Add items, each batch looked for at once as often as there may be replicas; hide one of each, and look again."""
-    from pixrec.client import AsyncClient
-    from pixrec.query import NewItem
+async def look(client: AsyncClient, found: str, hidden: str, times: int) -> tuple[int, int]:
+    """How often an added item was unknown, and how often a hidden one was returned or known."""
+    missed = returned = 0
+    for _ in range(times):
+        try:
+            answer = await client.similar(found, 50)
+            returned += hidden in [item_id for item_id, _ in answer.items]
+        except Rejected:
+            missed += 1
+        try:
+            await client.similar(hidden, 1)
+            returned += 1
+        except Rejected:
+            continue
+    return missed, returned
 
-    columns = ("title", "brand", "category", "price", "description")
-    added, hidden_seen, not_seen, adding = 0, 0, 0, list[float]()
-    async with AsyncClient(url, key) as client:
-        while added < items:
-            new = {}
-            for number in range(added, min(items, added + batch)):
-                fields = source[number % len(source)]
-                told = {name: fields[name] for name in columns if fields.get(name) is not None}
-                new[f"live/{number}"] = NewItem({**told, "title": f"{told.get('title') or 'item'} {number}"})
+
+async def change_items(url: str, items: int, batch: int, replicas: int) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+    """Add items, and hide one of each batch; both are looked for at once, twice as often as there are replicas. Returns
+    an item and a hidden one of each batch."""
+    pairs, missed, returned, adding = [], 0, 0, list[float]()
+    async with AsyncClient(url, KEY) as client:
+        for start in range(0, items, batch):
+            new = {
+                f"live/{n}": NewItem({"title": f"novelty {n}", "price": n % 90}) for n in range(start, start + batch)
+            }
             started = time.perf_counter()
             await client.add_items(new)
             adding.append(time.perf_counter() - started)
             one, other = list(new)[:2]
-            for _ in range(8):
-                answer = await client.similar(one, 50)  # an unknown item would be refused
-                not_seen += answer.items == []
             await client.hide_item(other)
-            for _ in range(8):
-                answer = await client.similar(one, 50)
-                hidden_seen += other in [item_id for item_id, _ in answer.items]
-            added += len(new)
+            pairs.append((one, other))
+            counted = await look(client, one, other, 2 * replicas)
+            missed, returned = missed + counted[0], returned + counted[1]
     p50, p99 = np.percentile(adding, [50, 99])
-    return {"added": added, "batch": batch, "add_p50_s": round(p50, 3), "add_p99_s": round(p99, 3),
-            "not_found_at_once": not_seen, "returned_after_hidden": hidden_seen}  # fmt: skip
+    told = {
+        "added": items,
+        "batch": batch,
+        "hidden": len(pairs),
+        "add_p50_s": round(p50, 3),
+        "add_p99_s": round(p99, 3),
+    }
+    return pairs, {**told, "not_found_at_once": missed, "returned_after_hidden": returned}
+
+
+def still(url: str, pairs: list[tuple[str, str]], replicas: int) -> dict[str, int]:
+    """The same question as `change_items` asks, of some of its items."""
+
+    async def asked() -> list[tuple[int, int]]:
+        async with AsyncClient(url, KEY) as client:
+            return [await look(client, *pair, 2 * replicas) for pair in pairs[:: max(1, len(pairs) // 10)]]
+
+    missed, returned = np.sum(asyncio.run(asked()), axis=0).tolist()
+    return {"not_found": missed, "returned_though_hidden": returned}
+
+
+def kill_each(server: Server, replicas: int) -> int:
+    """SIGKILL of each replica that there is, the next when another has taken its place; returns how many."""
+    victims = server.replicas("Recommender")
+    for victim in victims:
+        os.kill(victim, signal.SIGKILL)
+        deadline = time.monotonic() + 300
+        while victim in (there := server.replicas("Recommender")) or len(there) < replicas:
+            assert time.monotonic() < deadline, "no replica took the place of one that was killed"
+            time.sleep(0.5)
+    return len(victims)
 
 
 def run_serve(a: argparse.Namespace) -> dict[str, Any]:
-    from ray import serve
-
-    from pixrec.cluster.session import connect
-    from pixrec.config import Config, ServeConfig
-    from pixrec.data.items import load_items
-    from pixrec.serving.app import build_app
-
-    key, port, table = "benchmark", free_port(), load_items(a.data)
-    ids = list(table.item_ids)
-    histories = [random.sample(ids, 5) for _ in range(200)]
-    source = [table.fields(row) for row in range(min(1000, len(ids)))]
-    with connect(), tempfile.TemporaryDirectory(dir=a.folder) as folder:
-        process, store = redis_server(folder) if a.redis else (None, f"{folder}/live.sqlite")
-        config = ServeConfig(
-            api_key=key,
-            store=store,
-            num_replicas=a.replicas,
-            cpus_per_replica=0.1,
-            threads_per_replica=1,
-            poll_seconds=0,
-        )
+    with tempfile.TemporaryDirectory(dir=a.folder) as folder:
+        shop = Shop(Path(folder) / "shop", a.catalog)
+        process, store = redis_server(folder, free_port()) if a.redis else (None, "index")
+        one = {"num_replicas": a.replicas, "cpus_per_replica": 0.1, "threads_per_replica": 1, "store": store}
         try:
-            serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
-            serve.run(build_app(a.model, a.index, a.data, Config(serve=config)), name="live", route_prefix="/")
-            url = f"http://127.0.0.1:{port}"
-
-            async def both() -> dict[str, Any]:
-                stop = asyncio.Event()
-                asking = asyncio.create_task(shoppers(url, key, histories, a.clients, stop))
-                changed = await change_items(url, key, a.items, a.batch, source)
-                stop.set()
-                return {**changed, "recommend": await asking}
-
-            found = asyncio.run(both())
+            with serving(shop, **one) as server:
+                found = asyncio.run(_under_load(server.url, shop, a))
+                pairs = found.pop("pairs")
+                killed = kill_each(server, a.replicas)
+                found["after_kills"] = {"killed": killed, **still(server.url, pairs, a.replicas)}
+            with serving(shop, **one) as server:
+                found["after_restart"] = still(server.url, pairs, a.replicas)
+                found["embed"] = _embed(shop, store)
+                server.ask("/admin/reload")
+                found["after_embed"] = still(server.url, pairs, a.replicas)
         finally:
-            serve.shutdown()
             if process is not None:
                 process.terminate()
                 process.wait()
@@ -205,23 +239,102 @@ def run_serve(a: argparse.Namespace) -> dict[str, Any]:
     return {**told, **found, "load": os.getloadavg()[0]}
 
 
+async def _under_load(url: str, shop: Shop, a: argparse.Namespace) -> dict[str, Any]:
+    rng = random.Random(0)
+
+    def ask(client: AsyncClient) -> Awaitable[Answer]:
+        return client.recommend([f"i{rng.randrange(shop.items):07d}" for _ in range(5)])
+
+    stop = asyncio.Event()
+    asking = asyncio.create_task(shoppers(url, a.clients, ask, stop))
+    pairs, changed = await change_items(url, a.items, a.batch, a.replicas)
+    stop.set()
+    return {**changed, "recommend": (await asking).told(), "pairs": pairs}
+
+
+def _embed(shop: Shop, store: str) -> dict[str, Any]:
+    """`pixrec embed` twice, with the live items: how many items each version has, each id once."""
+    places = [f"--{flag}={shop.folder / name}" for flag, name in zip(("model", "out", "data"), PLACES, strict=True)]
+    found = {}
+    for time_ in ("first", "again"):
+        command = [*PIXREC, "embed", *places, "--set", f"embed.live_items={store}", "--set", "embed.cpus_per_actor=0.5"]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        ids = list(load_index(str(shop.folder / "index")).item_ids)
+        told = json.loads(ran.stdout.splitlines()[-1])
+        counted = {name: told.get(name) for name in ("live_items", "live_computed")}
+        found[time_] = {"items": len(ids), "twice": len(ids) - len(set(ids)), **counted}
+    return found
+
+
+def run_away(a: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(dir=a.folder) as folder:
+        shop, port = Shop(Path(folder) / "shop", a.catalog), free_port()
+        process, store = redis_server(folder, port)
+        try:
+            with serving(shop, num_replicas=2, store=store) as server:
+
+                async def all_of_it() -> dict[str, Any]:
+                    nonlocal process
+                    stop = asyncio.Event()
+                    asking = asyncio.create_task(
+                        shoppers(server.url, 8, lambda client: client.answer(Query(user_id="u1")), stop)
+                    )
+                    writing = asyncio.create_task(_write(server.url, stop))
+                    await asyncio.sleep(5)
+                    process.kill()
+                    process.wait()
+                    await asyncio.sleep(a.seconds)
+                    process, _ = await asyncio.to_thread(redis_server, folder, port)
+                    await asyncio.sleep(10)
+                    stop.set()
+                    stored, refused = await writing
+                    return {"recommend": (await asking).told(), "refused": refused, "stored": stored}
+
+                found = asyncio.run(all_of_it())
+            kept = {event.item_id for block in open_store(store).events() for event in block}
+            stored = found.pop("stored")
+            return {"seconds_away": a.seconds, **found, "stored": len(stored), "lost": len(set(stored) - kept),
+                    "load": os.getloadavg()[0]}  # fmt: skip
+        finally:
+            process.terminate()
+            process.wait()
+
+
+async def _write(url: str, stop: asyncio.Event) -> tuple[list[str], int]:
+    """Send events one by one until `stop`; returns the items of those that were reported as stored, and how many were
+    not."""
+    stored, refused = [], 0
+    async with AsyncClient(url, KEY, retries=Retries(attempts=1)) as client:
+        while not stop.is_set():
+            item_id = f"i{len(stored) + refused:07d}"
+            try:
+                await client.add_events([{"user_id": f"u{len(stored) % 50}", "item_id": item_id, "event": "view"}])
+                stored.append(item_id)
+            except RequestFailed:
+                refused += 1
+            await asyncio.sleep(0.02)
+    return stored, refused
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", help="where the stores lie (default: the temporary folder)")
     kinds = parser.add_subparsers(dest="kind", required=True)
-    store, served = kinds.add_parser("store"), kinds.add_parser("serve")
+    store, served, away = (kinds.add_parser(name) for name in ("store", "serve", "away"))
     for sub in (store, served):
         sub.add_argument("--redis", action="store_true")
+    for sub in (served, away):
+        sub.add_argument("--catalog", type=int, default=2000)
+    away.add_argument("--seconds", type=float, default=30.0)
     store.add_argument("--events", type=int, default=1_000_000)
     store.add_argument("--users", type=int, default=100_000)
-    for name in ("model", "index", "data"):
-        served.add_argument(f"--{name}", required=True)
     served.add_argument("--replicas", type=int, default=4)
     served.add_argument("--clients", type=int, default=64)
     served.add_argument("--items", type=int, default=10_000)
     served.add_argument("--batch", type=int, default=50)
     a = parser.parse_args()
-    print(json.dumps(run_store(a) if a.kind == "store" else run_serve(a)))
+    print(json.dumps({"store": run_store, "serve": run_serve, "away": run_away}[a.kind](a)))
 
 
 if __name__ == "__main__":

@@ -76,6 +76,8 @@ class ServeConfig:
     """Longest time that a call of an /admin route waits until all replicas have loaded a version."""
     log_format: Literal["text", "json"] = "text"
     """How the logs of the replicas are written; each line of a request holds its id."""
+    traced_share: float = 0.0
+    """Share of requests whose way through the server is traced, by OpenTelemetry, to OTEL_EXPORTER_OTLP_ENDPOINT."""
     request_timeout_seconds: float = 30.0
     """A request the model has not answered by then is answered 503."""
     popularity_half_life_days: float | None = None
@@ -121,7 +123,7 @@ class ServeConfig:
         at_least(self, 1, "max_events", "max_events_kept", "max_items", "max_live_items")
         at_least(self, 0, "num_retrieval_replicas", "cpus_per_retrieval", "min_replicas", "poll_seconds")
         at_least(self, 1, "retrieval_shards")
-        between(self, 0, 1, "canary_share")
+        between(self, 0, 1, "canary_share", "traced_share")
         above_zero(self, "request_timeout_seconds", "load_timeout_seconds", "shard_timeout_seconds")
         if self.retrieval_shards > 1 and not self.num_retrieval_replicas:
             raise ConfigError(

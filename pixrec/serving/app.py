@@ -24,6 +24,7 @@ from pixrec.errors import ArtifactError, ConfigError, InputError
 from pixrec.live.places import PASSWORD_VARIABLE, store_place
 from pixrec.serving.deployments import bind
 from pixrec.serving.published import Published
+from pixrec.serving.traces import tracing
 
 APP_NAME = "pixrec"
 API_KEY_VARIABLE = "PIXREC_API_KEY"
@@ -70,13 +71,16 @@ def builder(args: dict[str, Any]) -> serve.Application:
 def run(model: str, index: str, data: str | None, config: Config, host: str, port: int) -> None:
     """Serve until SIGINT or SIGTERM, then stop cleanly. Prints the URL to stderr once requests are answered.
 
-    Raises ArtifactError or InputError before anything is started when a part is absent or the port is taken.
+    Raises ArtifactError, InputError or ConfigError before anything is started when a part is absent, the port is taken
+    or traces are wanted that nothing can send.
     """
     check_artifacts(model, index, data)
     check_port(host, port)
+    traces = tracing(config.serve.traced_share)
     with connect(), contextlib.ExitStack() as cleanup, _stopped_by_signals():
         cleanup.callback(serve.shutdown)
-        serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
+        http = {"host": host, "port": port}
+        serve.start(http_options=http, proxy_location="HeadOnly", tracing_config=traces)
         _deploy(build_app(model, index, data, config))
         print(f"PixRec answers at {_url(host, port)} (stop with Ctrl-C)", file=sys.stderr, flush=True)
         threading.Event().wait()

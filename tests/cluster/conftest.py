@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from collector import Collector, collecting
 from fakes import job_of
 from raw_shop import write_raw
 from ray.train import Checkpoint
@@ -59,7 +60,14 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def ray_session(bucket: str) -> Iterator[None]:
+def collector() -> Iterator[Collector]:
+    """Where the traces of all servers go."""
+    with collecting() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def ray_session(bucket: str, collector: Collector) -> Iterator[None]:
     """The one Ray instance of the test run; its workers know the bucket's server and what tests import."""
     from pixrec.cluster.session import connect
 
@@ -68,6 +76,8 @@ def ray_session(bucket: str) -> Iterator[None]:
         # A process less in every Train run (each takes seconds), and no waiting for Train to hear what is reported.
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
         with connect(progress=False):
             yield
 

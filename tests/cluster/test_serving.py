@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
+from collector import Collector
 from fakes import tiny_dataset, write_prepared
 from ray import serve
 
@@ -29,6 +30,7 @@ from pixrec.data.synthetic import build_world, picture
 from pixrec.model.catalog import Catalog
 from pixrec.schema import PREPARED_ITEM_FIELDS
 from pixrec.serving.app import APP_NAME, build_app
+from pixrec.serving.traces import tracing
 
 NUM_ITEMS, NUM_USERS = 30, 8
 TINY = TinyConfig(hidden_width=16, num_layers=1, num_heads=2, vision_width=16, vision_layers=1, image_size_px=32)
@@ -92,10 +94,10 @@ class Client:
         self._url = url
 
     def __call__(
-        self, path: str, body: Any = None, data: bytes | None = None, method: str | None = None
+        self, path: str, body: Any = None, data: bytes | None = None, method: str | None = None, **further: str
     ) -> tuple[int, Any]:
         sent = data if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json", "X-API-Key": "boss"}
+        headers = {"Content-Type": "application/json", "X-API-Key": "boss", **further}
         request = urllib.request.Request(f"{self._url}{path}", sent, headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
@@ -117,7 +119,8 @@ def client(ray_session: Any, artifacts: Artifacts, store: str) -> Iterator[Clien
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     small = ServeConfig(poll_seconds=0, num_replicas=2, store=store, **SMALL)
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
+    http = {"host": "127.0.0.1", "port": port}
+    serve.start(http_options=http, proxy_location="HeadOnly", tracing_config=tracing(1.0))
     try:
         serve.run(build_app(*artifacts, Config(serve=small)), name=APP_NAME, route_prefix="/")
         yield Client(f"http://127.0.0.1:{port}")
@@ -162,6 +165,16 @@ def test_every_route_answers(client: Client, recommender: Any) -> None:
     assert client("/healthz")[1]["status"] == "ok"
     assert client("/version")[1]["index_version"] == recommender.index_version
     assert b"<title>PixRec</title>" in client("/")[1]
+
+
+def test_a_request_is_traced_from_the_proxy_to_the_replica_as_part_of_the_callers_trace(
+    client: Client, collector: Collector
+) -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    assert client("/v1/recommend", {"history": ["item/1"]}, traceparent=f"00-{trace}-b7ad6b7169203331-01")[0] == 200
+    said = " ".join(collector.wait_for(trace, 3))
+    for part in ("proxy", "Ingress", "Recommender"):
+        assert part.lower() in said.lower(), said
 
 
 def test_refusals_reach_the_client_as_they_are(client: Client) -> None:
