@@ -304,7 +304,8 @@ def run_away(a: argparse.Namespace) -> dict[str, Any]:
 async def _write(url: str, stop: asyncio.Event) -> tuple[list[str], int]:
     """Send events one by one until `stop`; returns the items of those that were reported as stored, and how many were
     not."""
-    stored, refused = [], 0
+    stored: list[str] = []
+    refused = 0
     async with AsyncClient(url, KEY, retries=Retries(attempts=1)) as client:
         while not stop.is_set():
             item_id = f"i{len(stored) + refused:07d}"

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.faults.hosts import BUCKET, Endpoint, Hosts, NotAllowed, Run, fill, reached
+from benchmarks.faults.hosts import fill
+from benchmarks.hosts import BUCKET, Endpoint, Hosts, NotAllowed, Run, reached
 
 START_SECONDS, RUN_SECONDS = 240, 600
 CONFIG = "{train: {num_workers: 1}, job: {cpus: 1, memory_gib: 0.5}}"
