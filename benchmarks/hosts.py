@@ -185,6 +185,15 @@ class Hosts:
         store = f"--object-store-memory={STORE_BYTES}"
         host.start([f"--address={self.head.address}:6379", f"--num-cpus={self.cpus}", store], self.environment)
 
+    def start_lost(self) -> None:
+        """Start the workers anew that were killed, or that the cluster has given up since it could not reach them."""
+        alive = {node["node_ip"] for node in self.nodes()}
+        for host in self.workers:
+            if host.process is None or host.address not in alive:
+                host.kill()
+                self.start_worker(host)
+        self.ready()
+
     @contextlib.contextmanager
     def cut(self, host: Host) -> Iterator[None]:
         """Inside the block the host's link is down."""

@@ -149,9 +149,7 @@ def disturb(fault: str, hosts: Hosts, endpoint: Endpoint, run: Run) -> None:
         for host in hosts.workers:
             host.kill()
         hosts.start_head()
-        for host in hosts.workers:
-            hosts.start_worker(host)
-        hosts.ready()
+        hosts.start_lost()
 
 
 class Shoppers:
@@ -222,10 +220,7 @@ def main(faults: list[str], workers: int, items: int) -> int:
         fill(hosts, items, 2 * items)
         expected = single_machine(hosts, f"{BUCKET}/single")
         for fault in faults:
-            for host in hosts.workers:
-                if host.process is None:
-                    hosts.start_worker(host)
-            hosts.ready()
+            hosts.start_lost()
             began = time.monotonic()
             if fault == "kill-serve":
                 found = lose_a_server(hosts, expected)
