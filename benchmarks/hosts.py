@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,15 @@ class Hosts:
     """A head that takes no work, workers of some CPUs each, and an S3 endpoint; a context manager."""
 
     def __init__(
-        self, workers: int = 2, cpus: int = 3, start_seconds: float = PATIENCE_SECONDS, head_options: Sequence[str] = ()
+        self,
+        workers: int = 2,
+        cpus: int = 3,
+        start_seconds: float = PATIENCE_SECONDS,
+        head_options: Sequence[str] = (),
+        more: Mapping[str, str] | None = None,
     ) -> None:
-        self.head_options = head_options
+        """head_options, more: further options and environment of the head's `ray start`."""
+        self.head_options, self.head_environment = head_options, more or {}
         self.start_seconds = start_seconds
         self.id = secrets.token_hex(2)
         self.subnet = f"10.88.{secrets.randbelow(200) + 1}"
@@ -165,6 +171,7 @@ class Hosts:
             self._ip(f"-n {host.name} addr add {host.address}/24 dev eth0")
             for device in ("eth0", "lo"):
                 self._ip(f"-n {host.name} link set {device} up")
+            self._ip(f"-n {host.name} route add default via {self.gateway}")  # leads nowhere, but tells the own address
 
     def _ip(self, words: str, check: bool = True) -> None:
         done = subprocess.run(["ip", *words.split()], capture_output=True, text=True, check=False)
@@ -178,7 +185,7 @@ class Hosts:
     def start_head(self) -> None:
         options = ["--head", "--port=6379", f"--dashboard-host={self.head.address}", "--num-cpus=0"]
         store = f"--object-store-memory={STORE_BYTES}"
-        self.head.start([*options, store, *self.head_options], self.environment)
+        self.head.start([*options, store, *self.head_options], {**self.environment, **self.head_environment})
         wait(lambda: self._alive() and self.nodes(), self.start_seconds, f"the head; see {self.folder}")
 
     def start_worker(self, host: Host) -> None:
