@@ -16,6 +16,8 @@ from pathlib import Path
 
 DASHBOARD = Path(__file__).parents[1] / "serve" / "dashboard.json"
 START_SECONDS = 60.0
+RAY_NODES = "/tmp/ray/prom_metrics_service_discovery.json"
+"""Where Ray says at which addresses its nodes are to be scraped."""
 
 
 def dashboard_queries(rate_interval: str) -> dict[str, str]:
@@ -45,14 +47,25 @@ class Prometheus:
 def installed() -> bool:
     return shutil.which("prometheus") is not None
 
+    def picture(self, queries: list[str], minutes: int, file: str) -> None:
+        """Draw them below each other by Prometheus's own page, in Debian's headless Chromium."""
+        asked = {f"g{n}.{name}": value for n, query in enumerate(queries)
+                 for name, value in (("expr", query), ("tab", 0), ("range_input", f"{minutes}m"))}  # fmt: skip
+        page = f"http://{self.address}/classic/graph?{urllib.parse.urlencode(asked)}"
+        options = [f"--window-size=1200,{100 + 520 * len(queries)}", "--virtual-time-budget=15000", "--hide-scrollbars"]
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", *options, f"--screenshot={file}", page]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL, timeout=300)
+
 
 @contextlib.contextmanager
-def scraping(target: str, interval: str = "2s") -> Iterator[Prometheus]:
-    """Scrape `host:port` every `interval`, for the length of the block."""
-    scrape = {"job_name": "pixrec", "scrape_interval": interval, "scrape_timeout": interval}
-    scrape["static_configs"] = [{"targets": [target]}]  # type: ignore[assignment]
+def scraping(target: str, interval: str = "2s", ray: bool = False) -> Iterator[Prometheus]:
+    """Scrape `host:port` every `interval`, and with `ray` the nodes of this machine's cluster, inside the block."""
+    times = {"scrape_interval": interval, "scrape_timeout": interval}
+    jobs = [{"job_name": "pixrec", **times, "static_configs": [{"targets": [target]}]}]
+    if ray:
+        jobs.append({"job_name": "ray", **times, "file_sd_configs": [{"files": [RAY_NODES]}]})
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        (Path(folder) / "prometheus.yml").write_text(json.dumps({"scrape_configs": [scrape]}))  # JSON is YAML
+        (Path(folder) / "prometheus.yml").write_text(json.dumps({"scrape_configs": jobs}))  # JSON is YAML
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
         probe.close()

@@ -3,9 +3,9 @@
     python -m benchmarks.serving [name ...] [--items 100000] [--seconds 10]
 
 Names: batching, modes, swap, kill, shards, overload, memory, schema, prometheus; default: all but the last two. `modes`
-needs Debian's `haproxy` for one of its rows, `prometheus` Debian's package of that name, `schema` schemathesis. A short
-run is `--items 20000 --seconds 5`. Every server is `pixrec serve` on an untrained compact model and random vectors, and
-what is compared is measured within one run.
+needs Debian's `haproxy` for one of its rows, `prometheus` Debian's package of that name (and writes serving_metrics.png
+where `chromium` is there), `schema` schemathesis. A short run is `--items 20000 --seconds 5`. Every server is
+`pixrec serve` on an untrained compact model and random vectors, and what is compared is measured within one run.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ MODES: dict[str, dict[str, str]] = {
 KEY = "benchmark"
 TINY = TinyConfig(hidden_width=64, num_layers=1, num_heads=2, vision_width=32, vision_layers=1, image_size_px=32)
 CONFIG = Config(model=ModelConfig(embedding_width=WIDTH, user_tower="compact", compact=CompactConfig(), tiny=TINY))
+PICTURE = "serving_metrics.png"
+PICTURED = ("Requests by code", "Time by stage", "Load of Ray's nodes", "Ray's object store")
 PIXREC = (sys.executable, "-c", "import sys; from pixrec.cli import main; sys.exit(main())")
 
 
@@ -329,10 +331,14 @@ def schema(shop: Shop, seconds: float) -> dict[str, Any]:
 
 
 def prometheus(shop: Shop, seconds: float) -> dict[str, Any]:
-    """Every query of the dashboard, evaluated by a Prometheus that scrapes a server under load."""
-    with serving(shop) as server, scraping(server.url.removeprefix("http://")) as found:
-        server.loaded(max(seconds, 20), rate=10)
-        series = {name: len(found.values(query)) for name, query in dashboard_queries("1m").items()}
+    """Every query of the dashboard, evaluated by a Prometheus that scrapes a server under load and Ray's nodes; some of
+    them as a picture."""
+    with serving(shop) as server, scraping(server.url.removeprefix("http://"), ray=True) as found:
+        server.loaded(max(seconds, 60), rate=10)
+        queries = dashboard_queries("30s")
+        series = {name: len(found.values(query)) for name, query in queries.items()}
+        if shutil.which("chromium"):
+            found.picture([next(q for name, q in queries.items() if name.startswith(p)) for p in PICTURED], 2, PICTURE)
     return {"series": series, "queries_without_an_answer": sorted(name for name, n in series.items() if not n)}
 
 

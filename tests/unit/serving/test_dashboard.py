@@ -18,6 +18,13 @@ from pixrec.serving.metrics import ReplicaMetrics, RequestMetrics, ShardMetrics,
 MANIFEST = {"time": "2026-11-28T00:00:00+00:00", "rows": 12, "recall": {"recall@10": 0.98}}
 
 
+RAY = """ray_node_cpu_utilization{instance="n"} 5
+ray_object_store_memory{Location="MMAP_SHM"} 7
+ray_serve_deployment_queued_queries{deployment="Ingress"} 0
+"""
+"""As the nodes of Ray tell it, on pages of their own."""
+
+
 class Replicas:
     """One of each kind, with a canary, whose counts go up with every scrape."""
 
@@ -42,7 +49,8 @@ class Replicas:
                 pass
         self.outcomes["swapped"] += 1
         kinds = {"Ingress": self.ingress, "Recommender": self.model, "Retrieval1": self.shard}
-        return merged([({"deployment": kind, "replica": "r"}, counted.text()) for kind, counted in kinds.items()])
+        own = merged([({"deployment": kind, "replica": "r"}, counted.text()) for kind, counted in kinds.items()])
+        return own + RAY
 
 
 @pytest.fixture
