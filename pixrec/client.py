@@ -26,8 +26,9 @@ from pixrec.query import Answer, Filters, NewItem, Query, Vectors
 
 _Given = TypeVar("_Given")
 
-TRY_AGAIN = (429, 502, 503, 504)
-"""Codes of answers to requests that were not carried out."""
+TRY_AGAIN = (429, 500, 502, 503, 504)
+"""Codes of answers to requests that were not carried out; 500 is what Ray Serve's proxy says when a replica dies over
+one."""
 
 
 class RequestFailed(PixRecError):

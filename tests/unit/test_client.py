@@ -63,6 +63,8 @@ def test_what_only_reads_is_sent_again_until_it_is_answered() -> None:
     assert client.recommend(["a"]).items == [("b", 0.5)]
     assert len({request.headers["x-request-id"] for request in seen}) == 1
     assert len(seen) == 3
+    client, seen = client_of((500,), (502,), ANSWER)  # of Serve's proxy, when a replica dies over it
+    assert client.recommend(["a"]).items == [("b", 0.5)]
 
 
 def test_attempts_end() -> None:
