@@ -26,6 +26,7 @@ from pixrec.data.images import shrink_image
 from pixrec.data.items import DATASET_MARKER, ItemTable, content_hash, open_items, read_info
 from pixrec.data.sequences import Dataset, load_dataset
 from pixrec.data.text import item_text
+from pixrec.data.tokens import PictureTokens
 from pixrec.errors import ArtifactError, InputError, UnreadableImage
 from pixrec.index import in_order, shared_tensor, top_k
 from pixrec.live.contents import LiveContents
@@ -34,7 +35,7 @@ from pixrec.live.store import AddedItem, EmbeddedVectors
 from pixrec.model.catalog import Catalog
 from pixrec.model.compact import UNKNOWN_TIME
 from pixrec.model.encoding import Content
-from pixrec.model.vision import PictureTokens, find_tokens
+from pixrec.model.vision import find_tokens
 from pixrec.query import COSINE, PROBABILITY, PURCHASE_SHARE, Answer, Filters, NewItem, Query, ScoreKind
 from pixrec.retrieval.rerank import choose
 from pixrec.retrieval.search import Found, Searcher
