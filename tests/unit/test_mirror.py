@@ -43,6 +43,7 @@ TESTED_ELSEWHERE = {
         (f"pixrec/model/families/{name}.py" for name in ("base", "llava", "paligemma", "qwen", "smolvlm")),
         "tests/unit/model/test_families.py",
     ),
+    "pixrec/retrieval/ranking.py": "tests/unit/test_recommender.py",
     "pixrec/model/catalog.py": "tests/unit/model/test_towers.py",
     "pixrec/scorers/sasrec.py": "tests/unit/training/test_compact.py",
     "pixrec/serving/backend.py": "tests/unit/serving/test_http.py",
