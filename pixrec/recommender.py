@@ -5,17 +5,14 @@ Shapes: B histories · N items of the catalog · D width of the shared space.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
-import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import torch
 
 from pixrec import storage
 from pixrec.artifact import Index, Model, index_manifest, load_content, load_index, load_model
@@ -26,20 +23,21 @@ from pixrec.data.images import shrink_image
 from pixrec.data.items import DATASET_MARKER, ItemTable, content_hash, open_items, read_info
 from pixrec.data.sequences import Dataset, load_dataset
 from pixrec.data.text import item_text
+from pixrec.data.tokens import PictureTokens
 from pixrec.errors import ArtifactError, InputError, UnreadableImage
-from pixrec.index import in_order, shared_tensor, top_k
+from pixrec.index import in_order
 from pixrec.live.contents import LiveContents
 from pixrec.live.overlay import Base, Overlay, View, wrong_column
 from pixrec.live.store import AddedItem, EmbeddedVectors
 from pixrec.model.catalog import Catalog
 from pixrec.model.compact import UNKNOWN_TIME
 from pixrec.model.encoding import Content
-from pixrec.model.vision import PictureTokens, find_tokens
-from pixrec.query import COSINE, PROBABILITY, PURCHASE_SHARE, Answer, Filters, NewItem, Query, ScoreKind
-from pixrec.retrieval.rerank import choose
-from pixrec.retrieval.search import Found, Searcher
+from pixrec.model.vision import find_tokens
+from pixrec.query import COSINE, PURCHASE_SHARE, Answer, Filters, NewItem, Query, ScoreKind
+from pixrec.retrieval.ranking import Asked, Ranked, Ranking, VectorSearch
+from pixrec.retrieval.search import Searcher
 from pixrec.schema import IMAGE
-from pixrec.scorers.blend import Mixture, fitted_mixture
+from pixrec.scorers.blend import fitted_mixture
 from pixrec.scorers.towers import TowerScorer
 
 EMBEDDED_AT_A_TIME = 64
@@ -48,45 +46,7 @@ EMBEDDED_AT_A_TIME = 64
 NEW_ITEMS_KEPT = 10_000
 """Vectors of new items that are kept; the one not asked for the longest goes first."""
 
-LEAST_CANDIDATES = 100
-"""Diversity and caps choose among at least so many."""
-
 _EVENTS_AT_A_TIME, _DAY_MS = 1_000_000, 86_400_000
-
-Ranked = list[tuple[str, float]]
-"""(item_id, score), best first."""
-
-VectorSearch = Callable[[np.ndarray, int, Filters, bool, np.ndarray], Found]
-"""The k items nearest to each vector (B, D) of those that pass the filters, by their rows; then whether to compare the
-content vectors, where there are any, and the rows that may not be answers."""
-
-
-class Asked(NamedTuple):
-    """A query, and what of its history is known."""
-
-    query: Query
-    rows: dict[str, int]
-    """of the items of the catalog in the history and among those to exclude"""
-    known: list[int]
-    """places in the history, ascending"""
-    new_vectors: Mapping[str, np.ndarray]
-    """vectors (D,) of its new items and of live ones"""
-
-    @property
-    def excluded_ids(self) -> set[str]:
-        """items that must not be among the answers"""
-        return {*self.query.exclude, *(self.query.history if self.query.exclude_history else ())}
-
-    @property
-    def excluded(self) -> set[int]:
-        """rows of those in the catalog"""
-        return {self.rows[i] for i in self.excluded_ids if i in self.rows}
-
-    def widened(self) -> Asked:
-        """With as many answers as diversity and caps choose among."""
-        if not self.query.diversity and not self.query.max_per:
-            return self
-        return self._replace(query=dataclasses.replace(self.query, k=max(LEAST_CANDIDATES, 5 * self.query.k)))
 
 
 class Recommender:
@@ -116,34 +76,32 @@ class Recommender:
         self._reads_vectors = self._embedder.reads_item_vectors
         catalog = Catalog(items, model.encoder, tokens=tokens)
         rows = index.rows_among(items)
-        self._indexed = np.zeros(len(items), dtype=bool)
-        self._indexed[rows] = True
+        indexed = np.zeros(len(items), dtype=bool)
+        indexed[rows] = True
         self._vectors = in_order(index.vectors, rows, len(items))
-        new = np.flatnonzero(~self._indexed)  # items that came after the index: in histories, not among the answers
+        new = np.flatnonzero(~indexed)  # items that came after the index: in histories, not among the answers
         if len(new):
             self._vectors[new] = self._embedder.items(catalog, new)
         structure = index.structure() if index.structure else None
         if structure is not None and not np.array_equal(rows, np.arange(len(items))):
             structure = structure.renumbered(rows)
-        self._searcher = Searcher(self._vectors, structure)
-        self._content = None if content is None else Searcher(content)
+        of_content = None if content is None else Searcher(content)
+        self._searches_content = content is not None
+        self.ranking = Ranking(items, indexed, Searcher(self._vectors, structure), of_content, training_counts)
         version = version or VersionContents()
-        base = Base(items, self._vectors, content, self._indexed, version.content_hashes, version.folded)
+        base = Base(items, self._vectors, content, indexed, version.content_hashes, version.folded)
         self.live = Overlay(base, self.model_version, self.embed_added)
         self.column_problem = functools.partial(wrong_column, schema=base.schema)
         self._contents = LiveContents(items, self.live)
         self._catalog = Catalog(self._contents, model.encoder, tokens=tokens)
-        self._mixture: Mixture | None = None
         self._temperature = model.temperature
         self._new_vectors: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self._popularity = (training_counts / (training_counts.sum() or 1)).astype(np.float32)
-        self._most_bought_first = np.argsort(-self._popularity, kind="stable").astype(np.int32)
 
     def blend_with(self, dataset: Dataset) -> None:
         """Rank recommendations by the mixture of the model with what the data set behind the index counts, from now on;
         its weights are taken from the validation events."""
         scorer = TowerScorer("pixrec", self._embedder, self._catalog, self._vectors)
-        self._mixture = fitted_mixture(dataset, self._temperature, scorer.scores)
+        self.ranking.mixture = fitted_mixture(dataset, self._temperature, scorer.scores)
 
     def knows(self, item_id: str) -> bool:
         """Whether the item is one of the catalog or, by now, a live one."""
@@ -234,73 +192,12 @@ class Recommender:
         `search` finds the nearest items of the index in place of this process, where the ranking is no blend.
         """
         reached, view = self.live.refresh(), self.live.view
-        found = self._ranked([one.widened() for one in asked], vectors, view, search)
         answers = []
-        for i, one in enumerate(asked):
-            kind = (PROBABILITY if self._mixture else COSINE) if one.known else PURCHASE_SHARE
+        for one, items in zip(asked, self.ranking.rank(asked, vectors, view, search), strict=True):
             unknown = [i for i in one.query.history if i not in one.rows and i not in one.new_vectors]
-            again = functools.partial(self._ranked_one, vectors[i : i + 1], view, search)
-            items = self._choose(one, found[i], again, view)
-            reasons = self._reasons(one, items, view) if one.query.reasons else None
-            answers.append(self._answer(items, kind, reached, list(dict.fromkeys(unknown)), reasons))
+            reasons = self.ranking.reasons(one, items, view) if one.query.reasons else None
+            answers.append(self._answer(items, self.ranking.kind(one), reached, [*dict.fromkeys(unknown)], reasons))
         return answers
-
-    def _ranked(
-        self, asked: Sequence[Asked], vectors: np.ndarray, view: View, search: VectorSearch | None
-    ) -> list[Ranked]:
-        """The best k of each, by score alone."""
-        with_history = [i for i, one in enumerate(asked) if one.known]
-        ranked: dict[int, Ranked] = {}
-        for filters, members in _by_filters([one.query for one in asked], with_history):
-            chosen = [with_history[m] for m in members]
-            of_filters = vectors[chosen], [asked[i] for i in chosen], filters, view
-            found = self._blended(*of_filters) if self._mixture else self._nearest(*of_filters, search or self.found)
-            ranked |= zip(chosen, found, strict=True)
-        return [ranked[i] if i in ranked else self._most_bought(one, view) for i, one in enumerate(asked)]
-
-    def _ranked_one(self, vector: np.ndarray, view: View, search: VectorSearch | None, one: Asked) -> Ranked:
-        return self._ranked([one], vector, view, search)[0]
-
-    def _choose(self, one: Asked, found: Ranked, again: Callable[[Asked], Ranked], view: View) -> Ranked:
-        """What the query's diversity and caps leave of the best `found`; looks `again`, wider, when that is too few."""
-        query, looked = one.query, one.widened().query.k
-        if not query.diversity and not query.max_per:
-            return found[: query.k]
-        while True:
-            ids = [item_id for item_id, _ in found]
-            caps = [(self._values_of(name, ids, view), most) for name, most in query.max_per.items()]
-            scores = np.array([score for _, score in found], np.float32)
-            chosen = choose(scores, self._vectors_of(ids, view), query.k, query.diversity, caps)
-            if len(chosen) == query.k or len(found) < looked:
-                return [found[place] for place in chosen]
-            looked *= 4
-            found = again(one._replace(query=dataclasses.replace(query, k=looked)))
-
-    def _vectors_of(self, item_ids: Sequence[str], view: View) -> np.ndarray:
-        """Vectors (U, D) float32 of items of the catalog and live ones. Raises KeyError when one is unknown."""
-        places = [view.row_of.get(item_id) for item_id in item_ids]
-        rows = [0 if at is not None else self.items.row_of[i] for i, at in zip(item_ids, places, strict=True)]
-        found = np.array(self._vectors[rows], np.float32)
-        for place, at in enumerate(places):
-            if at is not None:
-                found[place] = view.vectors[at]
-        return found
-
-    def _values_of(self, name: str, item_ids: Sequence[str], view: View) -> list[Any]:
-        """What the column `name` holds of items of the catalog and live ones."""
-        places = [view.row_of.get(item_id) for item_id in item_ids]
-        rows = [0 if at is not None else self.items.row_of[i] for i, at in zip(item_ids, places, strict=True)]
-        found = self.items.values(name, rows)
-        return [value if at is None else view.fields[at].get(name) for value, at in zip(found, places, strict=True)]
-
-    def _reasons(self, one: Asked, items: Ranked, view: View) -> dict[str, str]:
-        """By answer the item of the history that is nearest to it; none where nothing of the history is known."""
-        known = list(dict.fromkeys(one.query.history[place] for place in one.known))
-        if not known or not items:
-            return {}
-        history = np.stack([self._history_vector(one, item_id) for item_id in known]).astype(np.float32)
-        nearest = (self._vectors_of([item_id for item_id, _ in items], view) @ history.T).argmax(axis=1)
-        return {item_id: known[place] for (item_id, _), place in zip(items, nearest.tolist(), strict=True)}
 
     def similar(self, item_id: str, k: int = 10, filters: Filters | None = None, **options: Any) -> Answer:
         """Items whose vectors lie nearest to that item's; `options` as in Query. Raises KeyError when the item is
@@ -321,7 +218,7 @@ class Recommender:
     def search_vector(self, text: str, image: bytes | None) -> np.ndarray:
         """What a search compares: that of the encoders (C,) where the index has content vectors, or an item's vector
         (D,). Raises UnreadableImage."""
-        if self._content is None:
+        if not self._searches_content:
             return self.content_vectors([(text, image)])[0]
         pixels = None if image is None else self._embedder.encoder.decode(image)
         with self._using_model:
@@ -339,7 +236,7 @@ class Recommender:
     def item_vectors(self, item_ids: Sequence[str]) -> np.ndarray:
         """Vectors (U, D) float32 of items. Raises KeyError when one is unknown."""
         self.live.refresh()
-        return self._vectors_of(item_ids, self.live.view)
+        return self.ranking.vectors_of(item_ids, self.live.view)
 
     def encode_new(self, new_items: Mapping[str, NewItem]) -> dict[str, np.ndarray]:
         """Vectors (D,) of items that the data set lacks; kept, so that each is encoded once.
@@ -397,17 +294,10 @@ class Recommender:
             return self._embedder.users(self._catalog, rows, self._vectors, timestamps)
         if not self._reads_vectors:
             return self._embedder.users(self._catalog, [self._numbers(one) for one in asked], None)
-        return self._embedder.users_of_vectors([self._history_vectors(one) for one in asked], timestamps)
-
-    def _history_vectors(self, asked: Asked) -> np.ndarray:
-        """Vectors (L, D) of the newest known items of a history."""
-        newest = [asked.query.history[place] for place in asked.known[-self._embedder.max_history_items :]]
-        return np.stack([self._history_vector(asked, item_id) for item_id in newest])
-
-    def _history_vector(self, asked: Asked, item_id: str) -> np.ndarray:
-        """The vector (D,) of an item of a history; of a live one as it is now."""
-        found = asked.new_vectors.get(item_id)
-        return self._vectors[asked.rows[item_id]] if found is None else found
+        newest = self._embedder.max_history_items
+        known = ([one.query.history[place] for place in one.known[-newest:]] for one in asked)
+        histories = [one.vectors(ids, self._vectors) for one, ids in zip(asked, known, strict=True)]
+        return self._embedder.users_of_vectors(histories, timestamps)
 
     def _numbers(self, asked: Asked) -> np.ndarray:
         """Numbers (L,) of the known items of a history, as the catalog reads them."""
@@ -421,11 +311,7 @@ class Recommender:
         """The items nearest to one vector (D,), whatever the query's history; `of_content`: to one of
         `search_vector`; `search` as in `rank`."""
         reached, view, one = self.live.refresh(), self.live.view, self._read(query)
-
-        def find(wider: Asked) -> Ranked:
-            return self._nearest(vector[None], [wider], query.filters, view, search or self.found, of_content)[0]
-
-        return self._answer(self._choose(one, find(one.widened()), find, view), COSINE, reached)
+        return self._answer(self.ranking.near(vector, one, view, search, of_content), COSINE, reached)
 
     def _answer(
         self,
@@ -439,115 +325,12 @@ class Recommender:
         fallback, versions = kind == PURCHASE_SHARE, (self.model_version, self.index_version)
         return Answer(items, kind, *versions, list(unknown), fallback, reasons, store_away=not reached)
 
-    def found(self, vectors: np.ndarray, k: int, filters: Filters, of_content: bool, barred: np.ndarray) -> Found:
-        """A VectorSearch among the vectors in this process."""
-        searcher = (self._content if of_content else None) or self._searcher
-        return searcher.search(vectors, k, self._allowed(filters, barred))
-
-    def _nearest(
-        self,
-        vectors: np.ndarray,
-        asked: Sequence[Asked],
-        filters: Filters,
-        view: View,
-        search: VectorSearch,
-        of_content: bool = False,
-    ) -> list[Ranked]:
-        """For each vector (B, D) its query's k best of the items that pass the filters, by cosine; `of_content`: of
-        vectors (B, C), where items have such."""
-        live = view.content if of_content and self._content is not None else view.vectors
-        barred = [one.excluded for one in asked]
-        most = max(one.query.k + len(out) for one, out in zip(asked, barred, strict=True))
-        scores, found = search(vectors, most, filters, of_content, view.barred)
-        ranked = []
-        for out, row_scores, row_found in zip(barred, scores.tolist(), found.tolist(), strict=True):
-            pairs = [(self.items.item_ids[r], s) for r, s in zip(row_found, row_scores, strict=True) if r not in out]
-            ranked.append(pairs)
-        rows = np.flatnonzero(view.mask(filters))
-        if len(rows):
-            assert live is not None
-            excluded = [one.excluded_ids & view.row_of.keys() for one in asked]
-            most = max(one.query.k + len(out) for one, out in zip(asked, excluded, strict=True))
-            live_scores, live_rows = top_k(vectors, live, most, rows)
-            for pairs, without, row_scores, places in zip(ranked, excluded, live_scores, live_rows, strict=True):
-                named = zip((view.item_ids[row] for row in places), row_scores.tolist(), strict=True)
-                pairs += [(item_id, score) for item_id, score in named if item_id not in without]
-                pairs.sort(key=lambda pair: -pair[1])  # stable: of equal scores those of the index come first
-        return [pairs[: one.query.k] for one, pairs in zip(asked, ranked, strict=True)]
-
-    def _blended(self, vectors: np.ndarray, asked: Sequence[Asked], filters: Filters, view: View) -> list[Ranked]:
-        """As `_nearest`, by the chance of each item to be next. A live item keeps what was counted of the item in
-        whose place it stands."""
-        assert self._mixture is not None
-        rows, known = torch.from_numpy(vectors), len(self.items)
-        cosines = rows @ shared_tensor(self._vectors).float().T
-        places, item_ids = self._places(view), self.items.item_ids
-        if len(places):
-            cosines = torch.cat([cosines, torch.zeros(len(rows), view.num_new)], 1)
-            cosines[:, places] = rows @ torch.from_numpy(view.vectors[view.current]).T
-        allowed, ranked = self._allowed_in_place(filters, view), []
-        histories = [
-            np.array([one.rows[i] for i in one.query.history if i in one.rows], dtype=np.int64) for one in asked
-        ]
-        for one, chances in zip(asked, self._mixture.probabilities(cosines, histories).numpy(), strict=True):
-            chances[~allowed] = -1
-            chances[list(one.excluded)] = -1
-            chances[[known + view.new_of[i] for i in one.excluded_ids if i in view.new_of]] = -1
-            found = np.argsort(-chances, kind="stable")[: one.query.k]
-            named = ((item_ids[row] if row < known else view.new_ids[row - known], row) for row in found.tolist())
-            ranked.append([(item_id, float(chances[row])) for item_id, row in named if chances[row] >= 0])
-        return ranked
-
-    def _most_bought(self, asked: Asked, view: View) -> list[tuple[str, float]]:
-        """What to give somebody of whom nothing is known: (item_id, share of all training events)."""
-        known, new = len(self.items), np.arange(len(self.items), len(self.items) + view.num_new)
-        allowed = self._allowed_in_place(asked.query.filters, view)
-        allowed[list(asked.excluded)] = False
-        allowed[[known + view.new_of[i] for i in asked.excluded_ids if i in view.new_of]] = False
-        order = np.concatenate([self._most_bought_first, new]) if view.num_new else self._most_bought_first
-        rows = order[allowed[order]][: asked.query.k].tolist()
-        return [
-            (self.items.item_ids[row], float(self._popularity[row]))
-            if row < known
-            else (view.new_ids[row - known], 0.0)
-            for row in rows
-        ]
-
-    def _allowed(self, filters: Filters, barred: np.ndarray) -> np.ndarray:
-        """bool (N,): the items of the catalog that may be answers, but for the rows `barred`."""
-        allowed = self._indexed & self.items.filter_mask(filters) if filters else self._indexed.copy()
-        allowed[barred] = False
-        return allowed
-
-    def _places(self, view: View) -> np.ndarray:
-        """Of each current live item the row of the catalog in whose place it stands, or a further one."""
-        new = len(self.items) + np.cumsum(view.base_rows[view.current] < 0) - 1
-        return np.where(view.base_rows[view.current] < 0, new, view.base_rows[view.current])
-
-    def _allowed_in_place(self, filters: Filters, view: View) -> np.ndarray:
-        """bool (N + live items of no place in the catalog): all that may be answers."""
-        allowed = self._allowed(filters, view.barred)
-        if len(view.current):
-            allowed = np.concatenate([allowed, np.zeros(view.num_new, bool)])
-            allowed[self._places(view)] = view.mask(filters)[view.current]
-        return allowed
-
 
 def _timestamps(query: Query, known: Sequence[int]) -> np.ndarray:
     """When each known item of the history was met, (L,), UNKNOWN_TIME where the query does not say."""
     if query.timestamps is None:
         return np.full(len(known), UNKNOWN_TIME, dtype=np.int64)
     return np.asarray(query.timestamps, dtype=np.int64)[known]
-
-
-def _by_filters(queries: Sequence[Query], which: Sequence[int]) -> list[tuple[Filters, list[int]]]:
-    """Positions in `which` of the queries that share their filters: those without any are searched together."""
-    groups: dict[str, tuple[Filters, list[int]]] = {}
-    for position, i in enumerate(which):
-        filters = queries[i].filters
-        same = repr(sorted(filters.items(), key=operator.itemgetter(0)))
-        groups.setdefault(same, (filters, []))[1].append(position)
-    return list(groups.values())
 
 
 def recent_counts(rows: np.ndarray, timestamps: np.ndarray, num_items: int, half_life_days: float) -> np.ndarray:

@@ -41,6 +41,7 @@ from pixrec.config import (
     load_config,
     to_dict,
 )
+from pixrec.data import tokens
 from pixrec.data.arrays import write_arrays
 from pixrec.data.interactions import split_block
 from pixrec.data.items import ItemTable
@@ -227,11 +228,11 @@ ENCODER_STATISTICS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.2
 def write_tokens(place: str | Path, model: Model, items: ItemTable) -> str:
     """Store what the vision part of `model` makes of the pictures of `items`, in parts of 3; returns the folder."""
     backbone = model.tower.backbone
-    folder = vision.store_folder(str(place), vision.vision_fingerprint(backbone))
+    folder = tokens.store_folder(str(place), vision.vision_fingerprint(backbone))
     pictures = [picture for row in range(len(items)) if (picture := items.image(row)) is not None]
     for start in range(0, len(pictures), 3):
-        vision.write_part(folder, vision.encode_pictures(backbone, pictures[start : start + 3]))
-    vision.complete_store(folder, vision.token_schema(backbone))
+        tokens.write_part(folder, vision.encode_pictures(backbone, pictures[start : start + 3]))
+    tokens.complete_store(folder, vision.token_schema(backbone))
     return folder
 
 

@@ -19,11 +19,13 @@ import torch.multiprocessing as mp
 LIBRARY = [
     "pixrec.training.interleaved",
     "pixrec.training.joint",
-    "pixrec.artifact",
+    "pixrec.artifact.model",
     "pixrec.recommender",
     "pixrec.evaluation.protocol",
     "pixrec.cli",
 ]
+MODEL_CODE = ["transformers.models.smolvlm.modeling_smolvlm"]
+"""Of `pixrec-tiny`: loaded where a model is built."""
 Ranked = tuple[int, Callable[[str], None]]
 
 
@@ -36,7 +38,7 @@ def run_ranks(folder: str, *jobs: Ranked, backend: str = "gloo") -> None:
     most = max(size for size, _ in jobs)
     if backend == "nccl" and torch.cuda.device_count() < most:
         pytest.skip(f"nccl on {most} ranks needs {most} GPUs, and there are {torch.cuda.device_count()}")
-    mp.set_forkserver_preload(LIBRARY)
+    mp.set_forkserver_preload([*LIBRARY, *MODEL_CODE])
     mp.start_processes(_rank, (folder, jobs, backend), most, start_method="forkserver")
 
 

@@ -28,19 +28,11 @@ from pixrec.config import Config, change_config, dump_config, load_config
 from pixrec.data.items import PICTURES_FOLDER
 from pixrec.data.pictures import open_pictures
 from pixrec.data.sequences import Dataset, load_dataset
+from pixrec.data.tokens import complete_store, covered, store_folder, stored_pictures, texts_place, tokens_place
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoders import EncoderTower
-from pixrec.model.texts import find_texts, text_fingerprint, text_schema, texts_place
-from pixrec.model.vision import (
-    complete_store,
-    covered,
-    find_tokens,
-    store_folder,
-    stored_pictures,
-    token_schema,
-    tokens_place,
-    vision_fingerprint,
-)
+from pixrec.model.texts import find_texts, text_fingerprint, text_schema
+from pixrec.model.vision import find_tokens, token_schema, vision_fingerprint
 from pixrec.report import format_table
 from pixrec.schema import IMAGE, ITEMS
 from pixrec.training.choice import choose

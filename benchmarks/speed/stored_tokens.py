@@ -24,6 +24,7 @@ import torch
 from benchmarks import catalogs
 from pixrec.artifact import Model, load_index, load_model
 from pixrec.config import Config, EmbedConfig, ModelConfig, TinyConfig
+from pixrec.data import tokens
 from pixrec.data.items import load_items
 from pixrec.model import vision
 from pixrec.model.catalog import Catalog
@@ -58,9 +59,9 @@ def fill_store(place: Path, model: Model) -> None:
     """What `pixrec train` leaves beside a data set."""
     table, backbone = load_items(str(place / "data")), model.tower.backbone
     pictures = list({picture for row in range(len(table)) if (picture := table.image(row)) is not None})
-    folder = vision.store_folder(f"{place / 'data'}.tokens", vision.vision_fingerprint(backbone))
-    vision.write_part(folder, vision.encode_pictures(backbone, pictures))
-    vision.complete_store(folder, vision.token_schema(backbone))
+    folder = tokens.store_folder(f"{place / 'data'}.tokens", vision.vision_fingerprint(backbone))
+    tokens.write_part(folder, vision.encode_pictures(backbone, pictures))
+    tokens.complete_store(folder, vision.token_schema(backbone))
 
 
 def embedding_rates(place: Path) -> dict[str | None, list[float]]:

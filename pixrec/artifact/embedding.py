@@ -1,11 +1,10 @@
-"""What the workers of batch embedding do: hash items, decode them, embed them. Plain functions and one class.
+"""What the workers of batch embedding do with a model: embed what `pixrec.artifact.decoding` has decoded.
 
-Usable without Ray; Arrow tables in, Arrow tables out. Pictures go from stage to stage as uint8 at the model's size.
+Usable without Ray; Arrow tables in, Arrow tables out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
@@ -13,76 +12,19 @@ import pyarrow as pa
 import torch
 
 from pixrec import storage
-from pixrec.artifact import load_model
+from pixrec.artifact.decoding import FAULT, HEIGHT, PIXELS, REJECTED_PICTURE, TEXT, TOKENS_OF, receipt
+from pixrec.artifact.model import load_model
 from pixrec.artifact.stored import item_keys, to_table
 from pixrec.artifact.unfinished import Unfinished
-from pixrec.config import EmbedConfig, Modalities
-from pixrec.data.images import PictureSize, decode_picture
-from pixrec.data.items import PICTURES_FOLDER, ItemTable, content_hash
-from pixrec.data.pictures import Pictures, open_pictures
-from pixrec.errors import ArtifactError, PixRecError, UnreadableImage, fault_text, raise_fault
+from pixrec.config import EmbedConfig
+from pixrec.data.tokens import PictureTokens
+from pixrec.errors import ArtifactError, PixRecError, fault_text, raise_fault
 from pixrec.model.catalog import Embedder
 from pixrec.model.encoders import EncoderTower
 from pixrec.model.encoding import Content
 from pixrec.model.texts import open_texts
-from pixrec.model.vision import (
-    PictureTokens,
-    StoredPictures,
-    fitting_store,
-    open_store,
-    stored_pictures,
-)
-from pixrec.schema import CONTENT_HASH, ITEM_ID, TEXT_FIELDS
-
-PIXELS, HEIGHT, TOKENS_OF, TEXT = "pixels", "height", "tokens_of", "text"
-REJECTED_PICTURE, FAULT = "rejected_picture", "fault"
-DECODED = pa.schema(
-    [
-        (ITEM_ID, pa.string()),
-        (TEXT, pa.string()),
-        (PIXELS, pa.binary()),  # (height, width, 3) uint8; null where the model is to see no picture, or has its tokens
-        (HEIGHT, pa.int32()),  # of the pixels
-        (TOKENS_OF, pa.binary()),  # hash of a picture whose tokens are stored
-        (REJECTED_PICTURE, pa.bool_()),
-        (CONTENT_HASH, pa.string()),
-        (FAULT, pa.string()),  # of a row that is no item: an error of ours, as `errors.fault_text`
-    ]
-)
-_COLUMNS = [ITEM_ID, *TEXT_FIELDS]
-_ROWS_READ = 128
-
-
-def hash_items(pieces: pa.Table) -> Iterator[pa.Table]:
-    """For each `file` of prepared items, whose first item is row `start`, the keys of its rows: `file`, `keys` (16
-    bytes a row), `fault`."""
-    for piece in pieces.to_pylist():
-        keys, fault = [], None
-        try:
-            for table, pictures in _rows(piece["file"], piece["start"], None):
-                hashes = [content_hash(table.text(row), picture) for row, picture in enumerate(pictures)]
-                keys += item_keys(table.item_ids, hashes).to_pylist()
-        except PixRecError as error:
-            fault = fault_text(error)
-        yield _row(file=piece["file"], keys=b"".join(keys), fault=fault)
-
-
-def decode_items(
-    pieces: pa.Table, *, picture_size: PictureSize, modalities: Modalities, tokens: str | None = None
-) -> Iterator[pa.Table]:
-    """The items of each piece, as `DECODED` says: `file`, the row `start` of its first item, and the numbers of the
-    `rows` in it (int32 bytes; null: all).
-
-    A picture that cannot be read leaves the item with its text alone. One that has its tokens in the store `tokens`
-    is not decoded.
-    """
-    for piece in pieces.to_pylist():
-        wanted = None if piece["rows"] is None else np.frombuffer(piece["rows"], np.int32)
-        try:
-            stored = None if tokens is None else stored_pictures(tokens)
-            for table, pictures in _rows(piece["file"], piece["start"], wanted):
-                yield _decoded(table, pictures, picture_size, modalities, stored)
-        except PixRecError as error:
-            yield pa.Table.from_pylist([{FAULT: fault_text(error)}], schema=DECODED)
+from pixrec.model.vision import fitting_store, open_store
+from pixrec.schema import CONTENT_HASH, ITEM_ID
 
 
 def find_store(model: str, place: str) -> dict[str, str | None]:
@@ -91,54 +33,6 @@ def find_store(model: str, place: str) -> dict[str, str | None]:
         return {"store": fitting_store(place, load_model(model).tower.backbone), "fault": None}
     except PixRecError as error:
         return {"store": None, "fault": fault_text(error)}
-
-
-def _row(**values: object) -> pa.Table:
-    """One row; `fault` is a column of text also where it is null."""
-    table = pa.Table.from_pylist([values])
-    at = table.column_names.index(FAULT)
-    return table.set_column(at, FAULT, table.column(at).cast(pa.string()))
-
-
-def _rows(file: str, start: int, wanted: np.ndarray | None) -> Iterator[tuple[ItemTable, list[bytes | None]]]:
-    """The wanted rows of a file of prepared items (int32, ascending; None: all) and their pictures, a few at a time.
-
-    `start` is the row of its first item in the data set.
-    """
-    pictures: Pictures | None = None
-    first = 0
-    for table in storage.stream_table(file, _COLUMNS, _ROWS_READ):
-        rows, first = np.arange(first, first + len(table)), first + len(table)
-        if wanted is not None:
-            table, rows = table.take(wanted[np.isin(wanted, rows)] - rows[0]), wanted[np.isin(wanted, rows)]
-        if len(table):
-            pictures = pictures or open_pictures(storage.join(storage.parent(storage.parent(file)), PICTURES_FOLDER))
-            yield ItemTable(table), pictures.read(start + rows)
-
-
-def _decoded(
-    table: ItemTable,
-    pictures: list[bytes | None],
-    size: PictureSize,
-    modalities: Modalities,
-    stored: StoredPictures | None,
-) -> pa.Table:
-    columns: dict[str, list[object]] = {name: [] for name in DECODED.names}
-    for row, (item_id, picture) in enumerate(zip(table.item_ids, pictures, strict=True)):
-        data = None if modalities == "text" else picture
-        pixels, height, rejected = None, None, False
-        tokens_of = None if data is None or stored is None else stored.hash_of(data)
-        if data is not None and tokens_of is None:
-            try:
-                decoded = decode_picture(data, size)
-                pixels, height = decoded.tobytes(), len(decoded)
-            except UnreadableImage:
-                rejected = True
-        text = table.text(row)
-        values = (item_id, text, pixels, height, tokens_of, rejected, content_hash(text, picture), None)
-        for name, value in zip(DECODED.names, values, strict=True):
-            columns[name].append(value)
-    return pa.table(columns, schema=DECODED)
 
 
 class ItemEmbedder:
@@ -163,9 +57,9 @@ class ItemEmbedder:
         try:
             for fault in block.column(FAULT).drop_null().to_pylist():
                 raise_fault(fault)
-            return _row(**self._stored(block), fault=None)
+            return receipt(**self._stored(block), fault=None)
         except PixRecError as error:
-            return _row(part="", keys=b"", pictures=0, stored=0, rejected=0, fault=fault_text(error))
+            return receipt(part="", keys=b"", pictures=0, stored=0, rejected=0, fault=fault_text(error))
 
     def _stored(self, block: pa.Table) -> dict[str, object]:
         name = self._unfinished.start(len(block))

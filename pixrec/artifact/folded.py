@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pixrec import storage
-from pixrec.artifact.index import VERSIONS
 from pixrec.artifact.model import load_model
+from pixrec.artifact.versions import VERSIONS
 from pixrec.errors import InputError, PixRecError, UnreadableImage, fault_text
 from pixrec.live.places import added_items
 from pixrec.live.store import AddedItem, EmbeddedVectors

@@ -19,16 +19,15 @@ import pyarrow.compute as pc
 import pixrec
 from pixrec import storage
 from pixrec.artifact.stored import to_content, to_table, to_vectors
+from pixrec.artifact.versions import CURRENT, MANIFEST, VERSIONS, index_manifest
 from pixrec.data.ids import Ids
 from pixrec.data.items import ItemTable
 from pixrec.errors import ArtifactError
 from pixrec.retrieval.approximate import Approximate
 from pixrec.schema import CONTENT, EMBEDDING, HAS_IMAGE, ITEM_ID, SCALE, index_schema
 
-MANIFEST, CURRENT, VERSIONS = "manifest.json", "CURRENT", "versions"
 APPROXIMATE, STRUCTURE = "approximate", "approximate.faiss"
 """What the manifest says of the structure for approximate search, and its file; only large indexes have one."""
-_FACTS = ("version", "model_fingerprint", "width", "dtype", "rows")  # what a manifest always says
 _ROWS_PER_PART = 20_000
 MAPPED_FROM = 2**26
 """Bytes of float32 vectors from which on they are mapped rather than held by each process."""
@@ -152,23 +151,6 @@ def index_version(
         storage.write_json(storage.join(staging, MANIFEST), writer.manifest)
     if current:
         storage.write_bytes(storage.join(uri, CURRENT), version.encode())
-
-
-def check_index_writable(uri: str) -> None:
-    """Raise OutputError when no index can be published at `uri`."""
-    storage.check_writable(uri, VERSIONS, "index")  # a first version that failed left that folder and no CURRENT
-
-
-def index_manifest(uri: str, version: str | None = None) -> dict[str, Any]:
-    """The manifest of a version, by default the current one. Raises ArtifactError when there is none."""
-    current = storage.join(uri, CURRENT)
-    if version is None and not storage.exists(current):
-        raise ArtifactError(f"{uri} holds no published index (no {CURRENT}); make one with pixrec embed")
-    manifest = storage.join(uri, VERSIONS, version or storage.read_text(current).strip(), MANIFEST)
-    if not storage.exists(manifest):
-        named = f"version {version} is not there" if version else f"{CURRENT} names a version that is not there"
-        raise ArtifactError(f"{uri}: {named}; run pixrec embed again")
-    return dict(storage.read_json(manifest, _FACTS))
 
 
 def load_index(

@@ -15,23 +15,23 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import safetensors
 import safetensors.torch
 import torch
+import transformers
 import transformers.utils.logging
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
 
 import pixrec
 from pixrec import storage
 from pixrec.config import Config, dump_config, load_config
 from pixrec.data.arrays import Arrays, write_index
 from pixrec.data.ids import IdIndex
-from pixrec.data.images import PixelBudget
+from pixrec.data.images import PixelBudget, size_settings
 from pixrec.data.items import load_texts
 from pixrec.errors import ArtifactError, ConfigError
 from pixrec.model.backbone import (
@@ -52,10 +52,13 @@ from pixrec.model.backbone import (
 from pixrec.model.catalog import Embedder
 from pixrec.model.compact import CompactTower
 from pixrec.model.encoders import DualEncoder, EncoderTower, load_encoders
-from pixrec.model.encoding import ItemEncoder, PictureFacts, picture_facts, size_settings, train_tokenizer
+from pixrec.model.encoding import ItemEncoder, PictureFacts, picture_facts, train_tokenizer
 from pixrec.model.packages import model_place
 from pixrec.model.seeding import seeded
 from pixrec.model.towers import DualTower
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MODEL_MARKER = "model.json"
 _KNOCKOUTS = "knockouts"
@@ -152,7 +155,7 @@ def _encoder_model(config: Config, device: str = "cpu") -> Model:
 
 def _pretrained_tokenizer(place: str, revision: str | None) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision)
+        return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision)
     except (OSError, ValueError) as error:
         raise cannot_load(place, revision, error) from None
 
@@ -206,13 +209,15 @@ def described_model(folder: str) -> Model:
     path = Path(folder)
     info = json.loads((path / DESCRIPTION).read_text())
     config = load_config((path / "config.yaml").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(path / "processor", trust_remote_code=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path / "processor", trust_remote_code=False)
     if config.model.lora.enabled:
         base, _ = _base(config, tokenizer, info["pretrained"].get("revision"))
         add_lora(base, config.model.lora, config.model.learns_vision)
     else:
         with torch.device("meta"):
-            base = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path / "backbone"))
+            base = transformers.AutoModelForImageTextToText.from_config(
+                transformers.AutoConfig.from_pretrained(path / "backbone")
+            )
     pretrained = info.pop("pretrained")
     return _assembled(path, base, tokenizer, config, info, pretrained)
 
@@ -318,7 +323,7 @@ def _read_model(path: Path) -> Model:
         model = _encoder_model(config)
         _check_unchanged(f"{config.model.text_encoder} or {config.model.image_encoder}", model.pretrained, recorded)
         return _with_heads(path, dataclasses.replace(model, info=info))
-    tokenizer = AutoTokenizer.from_pretrained(path / "processor", trust_remote_code=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path / "processor", trust_remote_code=False)
     if config.model.lora.enabled:
         base, pretrained = _base(config, tokenizer, recorded.get("revision"))
         _check_unchanged(f"model.backbone {config.model.backbone!r}", pretrained, recorded)

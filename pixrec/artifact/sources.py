@@ -14,9 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pixrec import storage
-from pixrec.artifact.index import CURRENT, MANIFEST, VERSIONS, IndexWriter
-from pixrec.artifact.stored import KEY, NeighbourRecall, dtype_of, item_keys, to_content, to_table, to_vectors
+from pixrec.artifact.index import IndexWriter
+from pixrec.artifact.recall import NeighbourRecall
+from pixrec.artifact.stored import KEY, dtype_of, item_keys, to_content, to_table, to_vectors
 from pixrec.artifact.unfinished import read_part
+from pixrec.artifact.versions import CURRENT, MANIFEST, VERSIONS
 from pixrec.schema import CONTENT, CONTENT_HASH, HAS_IMAGE, ITEM_ID
 
 RECALL = "recall_of_float32"

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from pixrec import storage
-from pixrec.artifact.index import VERSIONS
+from pixrec.artifact.versions import VERSIONS
 from pixrec.errors import InputError
 
 _PREFIX, _HALF = ".unfinished-", ".partial-"

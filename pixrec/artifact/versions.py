@@ -1,16 +1,34 @@
-"""The versions of an index: which there are, going back to one, deleting old ones, and the one that servers are pinned
-to. Knows manifests, no vectors."""
+"""The versions of an index: what their manifests say, going back to one, deleting old ones, and the one that servers
+are pinned to. Knows manifests, no vectors, and so no torch."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from pixrec import storage
-from pixrec.artifact.index import CURRENT, MANIFEST, VERSIONS, index_manifest
 from pixrec.errors import ArtifactError, InputError
 
+MANIFEST, CURRENT, VERSIONS = "manifest.json", "CURRENT", "versions"
 PINNED = "PINNED"
 """The file beside CURRENT that names the version servers are to use instead."""
+_FACTS = ("version", "model_fingerprint", "width", "dtype", "rows")  # what a manifest always says
+
+
+def check_index_writable(uri: str) -> None:
+    """Raise OutputError when no index can be published at `uri`."""
+    storage.check_writable(uri, VERSIONS, "index")  # a first version that failed left that folder and no CURRENT
+
+
+def index_manifest(uri: str, version: str | None = None) -> dict[str, Any]:
+    """The manifest of a version, by default the current one. Raises ArtifactError when there is none."""
+    current = storage.join(uri, CURRENT)
+    if version is None and not storage.exists(current):
+        raise ArtifactError(f"{uri} holds no published index (no {CURRENT}); make one with pixrec embed")
+    manifest = storage.join(uri, VERSIONS, version or storage.read_text(current).strip(), MANIFEST)
+    if not storage.exists(manifest):
+        named = f"version {version} is not there" if version else f"{CURRENT} names a version that is not there"
+        raise ArtifactError(f"{uri}: {named}; run pixrec embed again")
+    return dict(storage.read_json(manifest, _FACTS))
 
 
 def list_versions(uri: str) -> list[dict[str, Any]]:

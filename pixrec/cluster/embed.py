@@ -23,7 +23,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pixrec import storage
 from pixrec.artifact import MODEL_MARKER, check_index_writable, index_version
 from pixrec.artifact.approximate import add_structure, wants_structure
-from pixrec.artifact.embedding import ItemEmbedder, decode_items, find_store, hash_items
+from pixrec.artifact.decoding import decode_items, hash_items
+from pixrec.artifact.embedding import ItemEmbedder, find_store
 from pixrec.artifact.folded import LIVE, fold
 from pixrec.artifact.index import APPROXIMATE, IndexWriter
 from pixrec.artifact.sources import Sources, reusable, write_chosen
@@ -31,14 +32,12 @@ from pixrec.artifact.stored import KEY
 from pixrec.artifact.unfinished import Unfinished, Vanished, sweep
 from pixrec.config import Config, EmbedConfig, ModelConfig, load_config
 from pixrec.console import Progress, Rate
-from pixrec.data.images import PictureSize, largest_side
+from pixrec.data.images import PictureSize, largest_side, read_size
 from pixrec.data.items import part_starts, read_info
 from pixrec.data.sequences import DATASET_MARKER
+from pixrec.data.tokens import texts_place, tokens_place
 from pixrec.errors import ArtifactError, ConfigError, InputError, OutputError, raise_fault
 from pixrec.live.places import REMOTE, store_place
-from pixrec.model.encoding import read_size
-from pixrec.model.texts import texts_place
-from pixrec.model.vision import tokens_place
 from pixrec.schema import ITEMS
 
 _ATTEMPTS = 3

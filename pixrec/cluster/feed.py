@@ -15,7 +15,7 @@ import queue
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -27,9 +27,11 @@ from pixrec.config import Config, TrainConfig, dump_config, load_config
 from pixrec.data.joined import join_datasets
 from pixrec.data.sequences import load_dataset
 from pixrec.model.catalog import Catalog
-from pixrec.training.interleaved import InterleavedTrainer
 from pixrec.training.reading import Collator, Read, Reader
 from pixrec.training.windows import ShiftedWindows
+
+if TYPE_CHECKING:
+    from pixrec.training.interleaved import InterleavedTrainer
 
 _STEPS_PER_PIPELINE = 2048
 """Ray Data holds a description of every task that it will ever start."""

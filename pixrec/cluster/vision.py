@@ -13,25 +13,25 @@ import torch
 
 from pixrec import storage
 from pixrec.artifact import Model, untrained_model
+from pixrec.artifact.decoding import read_pictures
 from pixrec.config import Config, dump_config, load_config
 from pixrec.data.items import PICTURES_FOLDER, ItemTable
 from pixrec.data.pictures import open_pictures
 from pixrec.data.sequences import DATASET_MARKER
-from pixrec.model.backbone import Backbone
-from pixrec.model.encoders import DualEncoder, text_key
-from pixrec.model.texts import encode_texts, text_fingerprint, text_schema, texts_place
-from pixrec.model.vision import (
+from pixrec.data.tokens import (
     complete_store,
     covered,
-    encode_pictures,
     index_parts,
     store_folder,
     stored_pictures,
-    token_schema,
+    texts_place,
     tokens_place,
-    vision_fingerprint,
     write_part,
 )
+from pixrec.model.backbone import Backbone
+from pixrec.model.encoders import DualEncoder, text_key
+from pixrec.model.texts import encode_texts, text_fingerprint, text_schema
+from pixrec.model.vision import encode_pictures, token_schema, vision_fingerprint
 from pixrec.schema import IMAGE, ITEM_ID, ITEMS, TEXT_FIELDS
 
 _PART_BYTES = 64 * 1024**2  # of tokens, about
@@ -104,10 +104,6 @@ def _untrained(config: Config, vocabulary: Sequence[str]) -> Model:
     return untrained_model(config, vocabulary, device)
 
 
-def _read(rows: pa.Table, *, uri: str) -> pa.Table:
-    return pa.table({IMAGE: pa.array(open_pictures(uri).read(rows.column("id").to_numpy()), pa.binary())})
-
-
 def frozen_once(data: str, config: Config, vocabulary: Sequence[str] = ()) -> None:
     """Add what frozen parts of the model make of the data set's pictures and texts to its store, as far as it lacks
     them; a killed run's share is there already.
@@ -127,7 +123,7 @@ def frozen_once(data: str, config: Config, vocabulary: Sequence[str] = ()) -> No
         part = _PART_BYTES // (2 * family.tokens_per_picture * family.picture_width) // settings.batch_size
         uri = storage.absolute(storage.join(data, PICTURES_FOLDER))
         rows = ray.data.range(len(open_pictures(uri))).map_batches(
-            functools.partial(_read, uri=uri), batch_size=settings.batch_size, batch_format="pyarrow"
+            functools.partial(read_pictures, uri=uri), batch_size=settings.batch_size, batch_format="pyarrow"
         )
         folder, size = store_folder(pictures, vision_fingerprint(backbone)), settings.batch_size * min(max(part, 1), 16)
         _fill(folder, token_schema(backbone), data, rows, PictureEncoder, size, config, vocabulary)

@@ -18,7 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -85,6 +85,22 @@ class PixelBudget:
 
 PictureSize = int | PixelBudget
 """What a backbone takes: squares of one side in px, or any picture within a budget."""
+
+
+def size_settings(size: PictureSize) -> dict[str, Any]:
+    """How a processor's file says what pictures are decoded to."""
+    if isinstance(size, int):
+        return {"size": {"height": size, "width": size}}
+    limits = {"shortest_edge": size.min_pixels, "longest_edge": size.max_pixels}
+    return {"size": limits, "patch_size": size.side_px, "merge_size": 1}
+
+
+def read_size(settings: dict[str, Any]) -> PictureSize:
+    """What `size_settings` said."""
+    size = settings["size"]
+    if "height" in size:
+        return int(size["height"])
+    return PixelBudget(settings["patch_size"], size["shortest_edge"], size["longest_edge"])
 
 
 def largest_side(size: PictureSize) -> int:

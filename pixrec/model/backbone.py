@@ -17,20 +17,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    BitsAndBytesConfig,
-    LlamaConfig,
-    PreTrainedModel,
-    SmolVLMConfig,
-)
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -40,6 +32,9 @@ from pixrec.errors import ConfigError
 from pixrec.model.encoding import picture_facts
 from pixrec.model.families import FAMILIES, family_of
 from pixrec.model.seeding import seeded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 TINY = "pixrec-tiny"
 ADAPTER = "lora_"
@@ -115,7 +110,7 @@ def build_tiny(
 
     `ids` holds the token ids of `image`, `pad`, `bos` and `eos`.
     """
-    text = LlamaConfig(
+    text = transformers.LlamaConfig(
         vocab_size=tokenizer_size,
         hidden_size=config.hidden_width,
         intermediate_size=config.hidden_width * 3,
@@ -130,7 +125,7 @@ def build_tiny(
         eos_token_id=ids["eos"],
         tie_word_embeddings=True,
     )
-    vision = SmolVLMVisionConfig(
+    vision = transformers.SmolVLMVisionConfig(
         hidden_size=config.vision_width,
         intermediate_size=config.vision_width * 3,
         num_hidden_layers=config.vision_layers,
@@ -138,11 +133,11 @@ def build_tiny(
         image_size=config.image_size_px,
         patch_size=config.patch_size_px,
     )
-    whole = SmolVLMConfig(
+    whole = transformers.SmolVLMConfig(
         text_config=text, vision_config=vision, image_token_id=ids["image"], scale_factor=2, tie_word_embeddings=True
     )
     with seeded(seed):
-        model = AutoModelForImageTextToText.from_config(whole)
+        model = transformers.AutoModelForImageTextToText.from_config(whole)
     for parameter in model.parameters():  # not the buffers: rotary frequencies stay whole
         parameter.data = parameter.data.to(dtype)
     return model
@@ -159,7 +154,7 @@ def load_pretrained(
     """
     options = {"quantization_config": _nf4()} if nf4 else {}
     try:
-        return AutoModelForImageTextToText.from_pretrained(
+        return transformers.AutoModelForImageTextToText.from_pretrained(
             name_or_folder, use_safetensors=True, trust_remote_code=False, revision=revision, dtype=dtype, **options
         )
     except (OSError, ValueError) as error:
@@ -169,12 +164,12 @@ def load_pretrained(
 def pretrained_shape(name_or_folder: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
     """The model that `load_pretrained` would read, from its config alone, on whatever device is the default."""
     loaded = _read_config(name_or_folder, revision)
-    return AutoModelForImageTextToText.from_config(loaded, trust_remote_code=False, dtype=dtype)
+    return transformers.AutoModelForImageTextToText.from_config(loaded, trust_remote_code=False, dtype=dtype)
 
 
 def _read_config(name_or_folder: str, revision: str | None) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False, revision=revision)
+        return transformers.AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False, revision=revision)
     except (OSError, ValueError) as error:
         raise cannot_load(name_or_folder, revision, error) from None
 
@@ -271,14 +266,14 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _nf4() -> BitsAndBytesConfig:
+def _nf4() -> transformers.BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             "model.lora.base nf4 needs bitsandbytes, which is not installed; pip install 'pixrec[nf4]', or set it to "
             "as_is"
         )
     vision = sorted({name for family in FAMILIES.values() for name in family.vision_parts})
-    return BitsAndBytesConfig(
+    return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

@@ -22,10 +22,10 @@ from pixrec.config import Modalities
 from pixrec.data.ids import IdIndex
 from pixrec.data.items import ItemTable
 from pixrec.data.pictures import picture_hash
+from pixrec.data.tokens import PictureTokens
 from pixrec.model.compact import UNKNOWN_TIME
 from pixrec.model.encoding import Content, Histories, ItemEncoder, Items
 from pixrec.model.towers import DualTower
-from pixrec.model.vision import PictureTokens
 
 TEXTS_KEPT = 200_000
 """Tokenised texts that a catalog keeps."""

@@ -18,25 +18,28 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from pixrec.config import ModelConfig
 from pixrec.data.pictures import picture_hash
+from pixrec.data.tokens import PictureTokens
 from pixrec.errors import ConfigError
 from pixrec.model.backbone import Backbone
 from pixrec.model.encoding import Items
 from pixrec.model.families import Family
 from pixrec.model.seeding import seeded
 from pixrec.model.towers import DualTower, length_groups
-from pixrec.model.vision import PictureTokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EFFICIENTNET_LITE = "efficientnet-lite"
 WHITENING = 0.25
@@ -304,7 +307,7 @@ def _load(place: str) -> nn.Module:
     facts = _facts(place)
     if facts.get("model_type") != EFFICIENTNET_LITE:
         with seeded(0):  # what the files lack (a pooler that is not used) is the same every time
-            return AutoModel.from_pretrained(place, use_safetensors=True, trust_remote_code=False)
+            return transformers.AutoModel.from_pretrained(place, use_safetensors=True, trust_remote_code=False)
     network = EfficientNetLite(facts["name"])
     network.network.load_state_dict(safetensors.torch.load_file(Path(place) / "model.safetensors"))
     return network
@@ -314,7 +317,7 @@ def _image_size(place: str) -> int:
     facts = _facts(place)
     size = facts.get("vision_config", facts).get("image_size")
     if size is None:
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
         size = getattr(config, "vision_config", config).image_size
     return int(size if isinstance(size, int) else size[0])
 

@@ -13,17 +13,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from pixrec.config import Modalities
-from pixrec.data.images import PictureSize, PixelBudget, decode_picture
+from pixrec.data.images import PictureSize, decode_picture
 from pixrec.model.families import Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>", "<image>")
 
@@ -309,7 +312,7 @@ def _pad(rows: Sequence[np.ndarray], length: int, fill: int) -> np.ndarray:
     return out
 
 
-def train_tokenizer(texts: Sequence[str], vocabulary_tokens: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Sequence[str], vocabulary_tokens: int) -> transformers.PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on the catalog's own texts; deterministic."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -324,7 +327,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary_tokens: int) -> PreTrainedT
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         unk_token="<unk>",
@@ -358,19 +361,3 @@ def picture_facts(name_or_folder: str, revision: str | None = None) -> PictureFa
     most = most or size.get("longest_edge")
     limits = (int(least), int(most)) if least and most else None
     return PictureFacts(settings.get("image_mean", [0.5] * 3), settings.get("image_std", [0.5] * 3), limits)
-
-
-def size_settings(size: PictureSize) -> dict[str, Any]:
-    """How a processor's file says what pictures are decoded to."""
-    if isinstance(size, int):
-        return {"size": {"height": size, "width": size}}
-    limits = {"shortest_edge": size.min_pixels, "longest_edge": size.max_pixels}
-    return {"size": limits, "patch_size": size.side_px, "merge_size": 1}
-
-
-def read_size(settings: dict[str, Any]) -> PictureSize:
-    """What `size_settings` said."""
-    size = settings["size"]
-    if "height" in size:
-        return int(size["height"])
-    return PixelBudget(settings["patch_size"], size["shortest_edge"], size["longest_edge"])

@@ -1,22 +1,25 @@
 """Weights and gradients spread over workers: sharding by FSDP2, averaging, clipping, the optimiser's state.
 
-Plain torch.distributed; in one process everything here is what it would be without. Knows towers, not training.
+Plain torch.distributed; in one process everything here is what it would be without. Knows towers, not training. A shard
+is a DTensor, known by its methods: FSDP takes a second to import, which only those pay who shard.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from pixrec.model.losses import gather_with_gradient
 from pixrec.model.masters import MASTER
 from pixrec.model.objective import TrainingTask
 from pixrec.model.rowwise import ROW_SUM
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _STEP = "step"
 _STATE = (_STEP, "exp_avg", "exp_avg_sq", ROW_SUM)
@@ -32,6 +35,8 @@ def rank_and_size() -> tuple[int, int]:
 def shard(task: TrainingTask) -> None:
     """Spread the weights of `task` over all workers, in place: each layer of the language model apart, the rest
     together. The temperature is a scalar, which FSDP does not take: it stays whole on every worker."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     backbone = task.tower.backbone
     for layer in backbone.family.language_model(backbone.model).layers:  # type: ignore[union-attr]
         fully_shard(layer)
@@ -43,12 +48,16 @@ def shard(task: TrainingTask) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of a shard, which is a collective operation; any other tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_shard(tensor) else tensor
+
+
+def _is_shard(tensor: Any) -> TypeGuard[DTensor]:
+    return hasattr(tensor, "to_local")
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Mean of the gradients over all workers; a worker that has none counts as zero. Shards are averaged already."""
-    sum_gradients([p for p in parameters if not isinstance(p, DTensor)], average=True)
+    sum_gradients([p for p in parameters if not _is_shard(p)], average=True)
 
 
 def sum_gradients(parameters: Iterable[Tensor], *, average: bool = False) -> None:
@@ -88,8 +97,8 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
     """Scale all gradients so that their joint norm is at most `limit`; returns the norm before, (), for which no GPU is
     waited."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    shards = [g.to_local() for g in gradients if isinstance(g, DTensor)]
-    plain = [g for g in gradients if not isinstance(g, DTensor)]
+    shards = [g.to_local() for g in gradients if _is_shard(g)]
+    plain = [g for g in gradients if not _is_shard(g)]
     square = _squares(plain, gradients)
     if shards:
         spread = _squares(shards, gradients)

@@ -1,6 +1,6 @@
 """The vectors of a frozen text encoder, computed once for each text, stored, and read in place of the encoder.
 
-They lie beside the picture tokens and in a store of the same kind (`pixrec.model.vision`): a folder named by the
+They lie beside the picture tokens and in a store of the same kind (`pixrec.data.tokens`): a folder named by the
 fingerprint of the encoder, in which a text is found by the hash of its tokens. Kept as float16.
 
 Shapes: W numbers of a text's vector.
@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pixrec.config import Config, ModelConfig
+from pixrec.config import Config
 from pixrec.data.pictures import HASH_BYTES
+from pixrec.data.tokens import PictureTokens, open_folders, store_folder, store_schema, texts_place
 from pixrec.model.backbone import Backbone
 from pixrec.model.encoders import DualEncoder, text_key
-from pixrec.model.vision import PictureTokens, open_folders, store_folder, store_schema
 
 
 def text_fingerprint(backbone: DualEncoder) -> str:
@@ -46,14 +46,6 @@ def encode_texts(backbone: DualEncoder, texts: Iterable[np.ndarray]) -> pa.Table
     flat = pa.array(vectors.float().cpu().numpy().astype(np.float16).ravel())
     values = pa.FixedSizeListArray.from_arrays(flat, backbone.text_width)
     return pa.table([pa.array(list(distinct), pa.binary(HASH_BYTES)), values], schema)
-
-
-def texts_place(data: str, model: ModelConfig, where: str | None) -> str | None:
-    """Where the texts' vectors of a data set are kept, beside its picture tokens; None where there are none to keep.
-    `where` as `tokens_place` takes it."""
-    if model.text_encoder is None or model.modalities == "image" or where is None:
-        return None
-    return f"{data.rstrip('/')}.tokens" if where == "auto" else where
 
 
 def find_texts(data: str | Sequence[str], config: Config, backbone: Backbone) -> PictureTokens | None:

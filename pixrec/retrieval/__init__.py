@@ -1,1 +1,1 @@
-"""Search among the vectors of an index: exact or approximate, filtered, in shards; and a choice of what was found."""
+"""Search among the vectors of an index: exact or approximate, filtered, in shards; and how what was found is ranked."""

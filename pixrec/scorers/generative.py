@@ -17,9 +17,9 @@ from pixrec.artifact import Model
 from pixrec.config import EvaluateConfig
 from pixrec.data.items import ItemTable
 from pixrec.data.sequences import Users
+from pixrec.data.tokens import PictureTokens
 from pixrec.errors import InputError
 from pixrec.model.catalog import Catalog
-from pixrec.model.vision import PictureTokens
 from pixrec.scorers.fusion import take_turns
 from pixrec.scorers.protocol import Scorer
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import pixrec
 from pixrec import storage
+from pixrec.artifact.versions import index_manifest, list_versions, pin_version, pinned_version, rollback
 from pixrec.errors import ArtifactError, InputError
 from pixrec.query import Query
 
@@ -69,14 +70,10 @@ class Published:
     """As `serve.popularity_half_life_days`."""
 
     def wanted(self) -> Manifest:
-        from pixrec.artifact import index_manifest
-
         return index_manifest(self.index, self.pinned())
 
     def canary(self) -> Manifest | None:
         """The current version, where an earlier one is pinned."""
-        from pixrec.artifact import index_manifest
-
         pinned = self.pinned()
         current = None if pinned is None else index_manifest(self.index)
         return current if current and str(current["version"]) > str(pinned) else None
@@ -89,7 +86,6 @@ class Published:
         return load_recommender(place, self.index, data, self.blend, version, self.half_life_days)
 
     def load_shard(self, versions: Versions, number: int, shards: int) -> Shard:
-        from pixrec.artifact import index_manifest
         from pixrec.recommender import data_of
         from pixrec.serving.shards import load_shard
 
@@ -100,25 +96,17 @@ class Published:
         return load_shard(self.index, data, manifest, number, shards)
 
     def pin(self, version: str | None) -> None:
-        from pixrec.artifact import pin_version
-
         pin_version(self.index, version)
 
     def pinned(self) -> str | None:
-        from pixrec.artifact import pinned_version
-
         return pinned_version(self.index)
 
     def before(self, version: str) -> str | None:
         """The version that was published before this one."""
-        from pixrec.artifact import list_versions
-
         earlier = [str(found["version"]) for found in list_versions(self.index) if str(found["version"]) < version]
         return earlier[-1] if earlier else None
 
     def make_current(self, version: str) -> None:
-        from pixrec.artifact import rollback
-
         rollback(self.index, version)
 
     def _model_of(self, manifest: Manifest) -> str:

@@ -37,7 +37,8 @@ from pixrec.serving.metrics import Counted, ReplicaMetrics, ShardMetrics
 from pixrec.serving.published import Outcome, Rollout, Source
 
 if TYPE_CHECKING:
-    from pixrec.recommender import Asked, Recommender
+    from pixrec.recommender import Recommender
+    from pixrec.retrieval.ranking import Asked
     from pixrec.retrieval.search import Found
     from pixrec.serving.shards import Shards
 

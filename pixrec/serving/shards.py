@@ -52,7 +52,7 @@ class Shard:
         self._searcher, self._content = searcher, content
 
     def search(self, vectors: np.ndarray, k: int, filters: Filters, of_content: bool, barred: np.ndarray) -> Found:
-        """A `VectorSearch` (`pixrec.recommender`) among the rows of this shard, numbered as in the whole index."""
+        """A `VectorSearch` (`pixrec.retrieval.ranking`) among the rows of this shard, numbered as in the index."""
         first = self._searcher.first_row
         allowed = self._indexed.copy()
         if filters:
@@ -178,7 +178,7 @@ class Shards:
 
 
 class ShardSearch:
-    """A `VectorSearch` (`pixrec.recommender`) over all shards."""
+    """A `VectorSearch` (`pixrec.retrieval.ranking`) over all shards."""
 
     def __init__(self, shards: Shards, versions: Versions) -> None:
         self._shards, self._versions = shards, versions

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface
 
 from pixrec.artifact import planned_model
 from pixrec.config import Config
@@ -226,8 +226,9 @@ def step_memory(tower: DualTower, batch: Batch, config: Config) -> tuple[int, in
 @contextlib.contextmanager
 def _shapes_alone(tower: DualTower) -> Iterator[None]:
     """Attention as a flash kernel keeps memory, where a part of the backbone does not want it eager."""
-    AttentionInterface.register(_ATTENTION, _attend)
-    AttentionInterface.register(_SEGMENTS, _attend)  # which keeps of all pictures together what it does of each
+    transformers.AttentionInterface.register(_ATTENTION, _attend)
+    # Of all pictures together it keeps what it does of each.
+    transformers.AttentionInterface.register(_SEGMENTS, _attend)
     parts = [c for m in tower.backbone.modules() if (c := getattr(m, "config", None)) is not None]
     before = [(config, config._attn_implementation) for config in parts if hasattr(config, "_attn_implementation")]
     for config, kind in before:

@@ -14,8 +14,9 @@ from pixrec.cluster import vision
 from pixrec.cluster.vision import PictureEncoder, TextEncoder, frozen_once
 from pixrec.config import dump_config
 from pixrec.data.items import load_items
+from pixrec.data.tokens import index_parts, stored_pictures
 from pixrec.model.texts import text_schema
-from pixrec.model.vision import find_tokens, fitting_store, index_parts, stored_pictures, token_schema
+from pixrec.model.vision import find_tokens, fitting_store, token_schema
 from pixrec.schema import IMAGE
 
 CONFIG = tiny_config(model={"freeze_vision": True}, embed={"batch_size": 4, "threads_per_actor": 1})

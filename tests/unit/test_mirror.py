@@ -23,6 +23,8 @@ TESTED_ELSEWHERE = {
     # a model and an index, saved and loaded as units
     "pixrec/artifact/index.py": "tests/unit/test_artifact.py",
     "pixrec/artifact/model.py": "tests/unit/test_artifact.py",
+    # decoded, then embedded
+    "pixrec/artifact/decoding.py": "tests/unit/artifact/test_embedding.py",
     # one door: files, tables and published folders, locally, and on s3:// in test_storage_s3.py
     **dict.fromkeys(
         (f"pixrec/storage/{name}.py" for name in ("files", "folders", "node", "places", "tables")),
@@ -32,6 +34,8 @@ TESTED_ELSEWHERE = {
     "pixrec/data/arrays.py": "tests/unit/data/test_sequences.py",
     "pixrec/data/rows.py": "tests/unit/data/test_pictures.py",
     "pixrec/data/filters.py": "tests/unit/data/test_items.py",
+    # stores, by what makes and reads tokens
+    "pixrec/data/tokens.py": "tests/unit/model/test_vision.py",
     # every step of it is a step of prepare
     "pixrec/data/partitions.py": "tests/cluster/test_prepare_partitions.py",
     # every family is held to the library's own forward pass by the same tests
@@ -39,6 +43,7 @@ TESTED_ELSEWHERE = {
         (f"pixrec/model/families/{name}.py" for name in ("base", "llava", "paligemma", "qwen", "smolvlm")),
         "tests/unit/model/test_families.py",
     ),
+    "pixrec/retrieval/ranking.py": "tests/unit/test_recommender.py",
     "pixrec/model/catalog.py": "tests/unit/model/test_towers.py",
     "pixrec/scorers/sasrec.py": "tests/unit/training/test_compact.py",
     "pixrec/serving/backend.py": "tests/unit/serving/test_http.py",

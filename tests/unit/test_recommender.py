@@ -225,7 +225,7 @@ def test_diversity_and_caps_choose_among_the_best(recommender: Recommender):
 
 
 def test_a_cap_looks_further_than_the_first_candidates(recommender: Recommender, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pixrec.recommender.LEAST_CANDIDATES", 1)
+    monkeypatch.setattr("pixrec.retrieval.ranking.LEAST_CANDIDATES", 1)
     (plain,) = recommender.answer([Query(["i00"], 12)])
     (capped,) = recommender.answer([Query(["i00"], 2, max_per={"brand": 1})])
     first = ids(plain)[0]
@@ -249,12 +249,12 @@ def test_what_is_searched_elsewhere_is_ranked_alike(made: Path):
     """Also by a recommender whose own vectors are not looked at."""
     whole = pixrec.load_recommender(made / "model", made / "index")
     rest = pixrec.load_recommender(made / "model", made / "index")
-    rest._searcher = rest._content = None  # type: ignore[assignment]
+    rest.ranking._searcher = rest.ranking._content = None  # type: ignore[assignment]
     queries = [Query(["i03", "i07"], 4), Query([], 2), Query(["i03"], 3, filters={"brand": ["Ann"]}, diversity=0.5)]
     asked = whole.read(queries)
-    assert rest.rank(asked, whole.encode(asked), whole.found) == whole.answer(queries)
+    assert rest.rank(asked, whole.encode(asked), whole.ranking.found) == whole.answer(queries)
     vector = whole.item_vectors(["i03"])[0]
-    assert rest.near(vector, Query([], 4, ["i03"]), search=whole.found) == whole.similar("i03", 4)
+    assert rest.near(vector, Query([], 4, ["i03"]), search=whole.ranking.found) == whole.similar("i03", 4)
 
 
 def test_unknown_items_are_passed_over_and_named(recommender: Recommender):

@@ -5,9 +5,7 @@ To add a family, subclass `Family` in a file of its own and list it in FAMILIES 
 
 from __future__ import annotations
 
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from pixrec.errors import ConfigError
 from pixrec.model.families.base import Family
@@ -17,6 +15,9 @@ from pixrec.model.families.llava import LlavaOnevision
 from pixrec.model.families.paligemma import PaliGemma
 from pixrec.model.families.qwen import Qwen3VL, QwenVL
 from pixrec.model.families.smolvlm import SmolVLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 

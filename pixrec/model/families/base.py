@@ -11,12 +11,14 @@ square, is one tile of K tokens; where pictures keep their shape a tile is what 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from pixrec.data.images import PictureSize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Family(ABC):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from pixrec.model.families.base import Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class InternVL(Family):

@@ -6,13 +6,15 @@ ends the line; a history has several, so that is the form used here.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from pixrec.model.families.base import Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class LlavaOnevision(Family):

@@ -7,14 +7,16 @@ begins with <bos>, which Gemma needs; the state of <bos> itself is dropped.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from pixrec.model.families.base import Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class PaliGemma(Family):
@@ -44,9 +46,10 @@ class PaliGemma(Family):
             "block_sequence_ids": torch.cat([picture.new_full((rows, 1), -1), picture], dim=1),
         }
         # The mask is always a tensor: with none at all sdpa would not be causal here.
-        mask: Any = create_causal_mask(**masks)
+        make = transformers.masking_utils
+        mask: Any = make.create_causal_mask(**masks)
         if getattr(self.config.text_config, "sliding_window", None) is not None:
-            mask = {"full_attention": mask, "sliding_attention": create_sliding_window_causal_mask(**masks)}
+            mask = {"full_attention": mask, "sliding_attention": make.create_sliding_window_causal_mask(**masks)}
         positions = torch.arange(embeddings.shape[1], device=embeddings.device).unsqueeze(0) + self.first_position
         output = self.language_model(model)(
             inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False

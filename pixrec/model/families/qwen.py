@@ -13,15 +13,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel, vision_utils
+from transformers import vision_utils
 
 from pixrec.data.images import PixelBudget, largest_side
 from pixrec.model.families.base import Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROCESSOR_LIMITS = 56 * 56, 28 * 28 * 1280
 """What Qwen2-VL's processor takes where its file says nothing."""
@@ -56,9 +60,6 @@ def _places(lengths: tuple[int, ...], device: torch.device) -> tuple[list[tuple[
     back = torch.cat([place for _, place in found]).argsort() if len(found) > 1 else None
     moved = [(length, place.to(device, non_blocking=True)) for length, place in found]
     return moved, None if back is None else back.to(device, non_blocking=True)
-
-
-AttentionInterface.register(SEGMENTS, attend_in_segments)
 
 
 class QwenVL(Family):
@@ -125,6 +126,7 @@ class QwenVL(Family):
 
     def tune(self, model: PreTrainedModel) -> None:
         if self.vision._attn_implementation == "sdpa":
+            transformers.AttentionInterface.register(SEGMENTS, attend_in_segments)
             self.vision._attn_implementation_internal = SEGMENTS
 
     def states(self, features: Any) -> list[Tensor]:

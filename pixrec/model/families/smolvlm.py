@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from pixrec.model.families.base import Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class SmolVLM(Family):

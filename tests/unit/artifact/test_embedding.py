@@ -20,8 +20,9 @@ from fakes import (
     write_tokens,
 )
 
-from pixrec.artifact import Model, embedding
-from pixrec.artifact.embedding import DECODED, ItemEmbedder, decode_items, find_store, hash_items
+from pixrec.artifact import Model, decoding
+from pixrec.artifact.decoding import DECODED, decode_items, hash_items
+from pixrec.artifact.embedding import ItemEmbedder, find_store
 from pixrec.artifact.stored import item_keys, to_vectors
 from pixrec.artifact.unfinished import Unfinished, read_part
 from pixrec.config import EmbedConfig
@@ -53,7 +54,7 @@ def decoded(file: str, rows: list[int] | None = None, modalities: str = "both", 
 
 @pytest.mark.parametrize("rows_read", [5, 128])
 def test_items_are_decoded_as_everywhere(file: str, table: ItemTable, rows_read: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(embedding, "_ROWS_READ", rows_read)
+    monkeypatch.setattr(decoding, "_ROWS_READ", rows_read)
     found = decoded(file)
     assert found.column("item_id").to_pylist() == table.item_ids
     for row, item in enumerate(found.to_pylist()):
@@ -68,7 +69,7 @@ def test_items_are_decoded_as_everywhere(file: str, table: ItemTable, rows_read:
 def test_only_the_rows_that_are_asked_for(
     file: str, table: ItemTable, rows: list[int], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(embedding, "_ROWS_READ", 5)
+    monkeypatch.setattr(decoding, "_ROWS_READ", 5)
     assert decoded(file, rows).column("item_id").to_pylist() == [table.item_ids[row] for row in rows]
 
 

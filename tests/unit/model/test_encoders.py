@@ -30,12 +30,13 @@ from transformers import (
 
 from pixrec.artifact import load_model, save_model, untrained_model
 from pixrec.data.images import decode_image
+from pixrec.data.tokens import tokens_place
 from pixrec.errors import ArtifactError, ConfigError, InputError
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoders import Standardised
 from pixrec.model.encoding import Content, train_tokenizer
 from pixrec.model.packages import installed
-from pixrec.model.vision import find_tokens, tokens_place
+from pixrec.model.vision import find_tokens
 from pixrec.recommender import load_recommender
 from pixrec.training.phases import begin
 from pixrec.training.stages import check_ready, plan

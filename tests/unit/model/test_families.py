@@ -41,6 +41,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from pixrec.artifact import load_model, new_model, save_model
 from pixrec.config import LoraConfig
 from pixrec.data.pictures import picture_hash
+from pixrec.data.tokens import complete_store, store_folder, write_part
 from pixrec.errors import ConfigError
 from pixrec.model import gradcache
 from pixrec.model.backbone import Backbone, add_lora, use_attention, with_masks
@@ -49,14 +50,7 @@ from pixrec.model.encoding import Content, ItemEncoder, cut_into_tiles, train_to
 from pixrec.model.families import FAMILIES, family_of
 from pixrec.model.objective import TrainingTask
 from pixrec.model.parallel import clip_gradients
-from pixrec.model.vision import (
-    complete_store,
-    encode_pictures,
-    open_store,
-    store_folder,
-    vision_fingerprint,
-    write_part,
-)
+from pixrec.model.vision import encode_pictures, open_store, vision_fingerprint
 from pixrec.training.reading import Collator
 
 FAMILY_NAMES = (

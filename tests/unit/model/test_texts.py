@@ -4,10 +4,10 @@ import numpy as np
 from fakes import small_encoders, tiny_config, tiny_dataset, tiny_items, write_prepared
 
 from pixrec.artifact import untrained_model
+from pixrec.data.tokens import complete_store, store_folder, texts_place, write_part
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoding import Content
-from pixrec.model.texts import encode_texts, find_texts, text_fingerprint, text_schema, texts_place
-from pixrec.model.vision import complete_store, store_folder, write_part
+from pixrec.model.texts import encode_texts, find_texts, text_fingerprint, text_schema
 
 
 def test_stored_texts_are_read_in_place_of_the_encoder(tmp_path, monkeypatch):

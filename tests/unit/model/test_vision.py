@@ -8,22 +8,18 @@ from fakes import Seen, square, tiny_config, tiny_items, tiny_model, write_token
 
 from pixrec import storage
 from pixrec.data.pictures import picture_hash
-from pixrec.errors import ArtifactError
-from pixrec.model.catalog import Catalog
-from pixrec.model.vision import (
+from pixrec.data.tokens import (
     StoredPictures,
     complete_store,
-    encode_pictures,
-    find_tokens,
-    open_store,
     sort_hashes,
     store_folder,
     stored_pictures,
-    token_schema,
     tokens_place,
-    vision_fingerprint,
     write_part,
 )
+from pixrec.errors import ArtifactError
+from pixrec.model.catalog import Catalog
+from pixrec.model.vision import encode_pictures, find_tokens, open_store, token_schema, vision_fingerprint
 from pixrec.training.interleaved import choose_trainable
 
 ITEMS = tiny_items(with_pictures=range(8))
