@@ -30,6 +30,7 @@ from pixrec.errors import ArtifactError, InputError, UnreadableImage
 from pixrec.index import in_order, shared_tensor, top_k
 from pixrec.live.contents import LiveContents
 from pixrec.live.overlay import Base, Overlay, View, wrong_column
+from pixrec.live.popularity import PRIOR_EVENTS, LivePopularity
 from pixrec.live.store import AddedItem, EmbeddedVectors
 from pixrec.model.catalog import Catalog
 from pixrec.model.compact import UNKNOWN_TIME
@@ -138,6 +139,7 @@ class Recommender:
         self._new_vectors: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._popularity = (training_counts / (training_counts.sum() or 1)).astype(np.float32)
         self._most_bought_first = np.argsort(-self._popularity, kind="stable").astype(np.int32)
+        self._live_popularity = LivePopularity(self.live, items.row_of)
 
     def blend_with(self, dataset: Dataset) -> None:
         """Rank recommendations by the mixture of the model with what the data set behind the index counts, from now on;
@@ -499,19 +501,28 @@ class Recommender:
         return ranked
 
     def _most_bought(self, asked: Asked, view: View) -> list[tuple[str, float]]:
-        """What to give somebody of whom nothing is known: (item_id, share of all training events)."""
-        known, new = len(self.items), np.arange(len(self.items), len(self.items) + view.num_new)
+        """What to give somebody of whom nothing is known: (item_id, share of all events). Those of the store count by
+        their age, and beside them the training events as `PRIOR_EVENTS` of now."""
+        known, item_ids = len(self.items), self.items.item_ids
         allowed = self._allowed_in_place(asked.query.filters, view)
         allowed[list(asked.excluded)] = False
         allowed[[known + view.new_of[i] for i in asked.excluded_ids if i in view.new_of]] = False
-        order = np.concatenate([self._most_bought_first, new]) if view.num_new else self._most_bought_first
-        rows = order[allowed[order]][: asked.query.k].tolist()
-        return [
-            (self.items.item_ids[row], float(self._popularity[row]))
-            if row < known
-            else (view.new_ids[row - known], 0.0)
-            for row in rows
-        ]
+        sold = self._live_popularity.sold()
+        live = {known + view.new_of[i]: count for i, count in sold.others.items() if i in view.new_of}
+        numbers = np.concatenate([sold.rows, np.array([*live], np.int64)])
+        counts = np.concatenate([sold.counts, np.array([*live.values()], np.float64)])
+        total = counts.sum() + PRIOR_EVENTS
+        counts, numbers = counts[allowed[numbers]], numbers[allowed[numbers]]
+        allowed[numbers] = False
+        order = self._most_bought_first
+        if view.num_new:
+            order = np.concatenate([order, np.arange(known, known + view.num_new)])
+        chosen = np.concatenate([numbers, order[allowed[order]][: asked.query.k]])
+        shares = np.where(chosen < known, self._popularity[np.minimum(chosen, known - 1)], 0) * (PRIOR_EVENTS / total)
+        shares[: len(counts)] += counts / total
+        best = np.argsort(-shares, kind="stable")[: asked.query.k]
+        names = (item_ids[row] if row < known else view.new_ids[row - known] for row in chosen[best].tolist())
+        return list(zip(names, shares[best].tolist(), strict=True))
 
     def _allowed(self, filters: Filters, barred: np.ndarray) -> np.ndarray:
         """bool (N,): the items of the catalog that may be answers, but for the rows `barred`."""

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from pixrec import storage
 from pixrec.errors import ConfigError, InputError
+from pixrec.live.popularity import HALF_LIFE_DAYS
 from pixrec.live.sqlite import SqliteStore
 from pixrec.live.store import AddedItem, EmbeddedVectors, Store
 from pixrec.schema import EVENT, ITEM_ID, TIMESTAMP, USER_ID
@@ -39,16 +40,18 @@ def added_items(place: str, model: str, most: int = 100) -> Iterator[list[tuple[
     store.close()
 
 
-def open_store(place: str, most_per_user: int = 1000, password: str | None = None) -> Store:
+def open_store(
+    place: str, most_per_user: int = 1000, password: str | None = None, half_life_days: float = HALF_LIFE_DAYS
+) -> Store:
     """The store at a `redis://` URL, or the SQLite file at a path. most_per_user: older events of a user than so many
-    are dropped. Raises OutputError where it cannot be used."""
+    are dropped; half_life_days: of what sells best. Raises OutputError where it cannot be used."""
     if place.startswith(REMOTE):
         try:
             from pixrec.live.redis import RedisStore
         except ImportError:
             raise ConfigError("a store at redis:// needs the package redis: pip install 'pixrec[redis]'") from None
-        return RedisStore(place, most_per_user, password)
-    return SqliteStore(place, most_per_user)
+        return RedisStore(place, most_per_user, password, half_life_days)
+    return SqliteStore(place, most_per_user, half_life_days=half_life_days)
 
 
 def export_events(place: str, out: str) -> int:
