@@ -105,7 +105,7 @@ def test_events(store: Store, place: str, tmp_path: Path) -> None:
     assert store.history("v\0", 9) == [("x\0y", 1)]
     store.add([Event("u", f"n{n}", 3000 + n) for n in range(4)])
     assert store.history("u", 9) == [("b", 2000), *((f"n{n}", 3000 + n) for n in range(4))]
-    assert export_events(place, str(tmp_path / "out.parquet")) == 6
+    assert export_events(place, str(tmp_path / "out.parquet")).rows == 6
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert {"user_id": "v\0", "item_id": "x\0y", "timestamp": 1, "event": "vi\0ew"} in rows
     assert {"user_id": "u", "item_id": "n0", "timestamp": 3000, "event": None} in rows
