@@ -284,9 +284,7 @@ def test_a_loop_that_was_killed_is_gone_on_with_and_sees_the_same_events(
 def test_a_model_of_other_settings_is_trained_afresh(shop: Shop, loop: dict[str, Any]) -> None:
     shop.run(**loop)
     shop.users = 9
-    with pytest.warns(
-        UserWarning, match=r"fresh weights: .* was trained with another model\.embedding_width"
-    ):
+    with pytest.warns(UserWarning, match=r"fresh weights: .* was trained with another model\.embedding_width"):
         shop.run(**loop, model={"embedding_width": 8}, prepare={"min_item_events": 2})
     assert "train" in shop.ran
     assert shop.start is None
