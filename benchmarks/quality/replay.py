@@ -45,7 +45,7 @@ from pixrec.serving.published import Published
 
 SHOPS = ("once", "loop", "anew")
 SETTINGS = f"""
-model: {{backbone: none, user_tower: compact, modalities: text, embedding_width: 64, compact: {layers: 1}}}
+model: {{backbone: none, user_tower: compact, modalities: text, embedding_width: 64, compact: {{layers: 1}}}}
 train:
   num_workers: 0
   threads_per_worker: 2
