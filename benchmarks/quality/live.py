@@ -4,10 +4,10 @@
 
 A tenth of the items of a prepared data set (`--share`) is left out of an index and then sent to `POST /v1/items`, with
 the columns of the data set and the pictures as their files lie in FOLDER (`<item_id>.jpg`), or as the data set has
-them. For each user all items are ranked, by that and by an index that holds them all. Prints one JSON object: how many ranks of the items
-that were added are the same, and by how much scores differ. Of a large data set the first `--items` items are taken.
-Without --model it is an untrained one: the question is whether two ways to a vector are the same, which no training
-answers. HTTP is answered in this process, without Ray.
+them. For each user all items are ranked, by that and by an index that holds them all. Prints one JSON object: how many
+ranks of the items that were added are the same, and by how much scores differ. Of a large data set the first `--items`
+items are taken. Without --model it is an untrained one: the question is whether two ways to a vector are the same,
+which no training answers. HTTP is answered in this process, without Ray.
 """
 
 from __future__ import annotations
