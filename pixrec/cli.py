@@ -57,7 +57,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.verb == "events":
         from pixrec.live.places import export_events
 
-        return {"out": arguments.out, "events": export_events(arguments.events, arguments.out)}
+        return {"out": arguments.out, "events": export_events(arguments.events, arguments.out).rows}
     from pixrec import verbs
     from pixrec.console import Console
 
@@ -165,8 +165,12 @@ def _parser() -> argparse.ArgumentParser:
     model, data, index = ("model", "model folder"), ("data", "prepared data set"), ("index", "index folder")
 
     def verb_on_tables(name: str, help: str, out: str) -> None:
-        sub = verb(name, help, ("interactions", "interactions table"))
-        sub.add_argument("--items", metavar="URI", help="items table; without it the catalog is the set of ids seen")
+        sub = verb(name, help)
+        several = "; may be given again: rows follow each other"
+        what = f"interactions table{several}, and an event that several tables hold counts once"
+        sub.add_argument("--interactions", required=True, action="append", metavar="URI", help=what)
+        what = f"items table{several}; without it the catalog is the set of ids seen"
+        sub.add_argument("--items", action="append", metavar="URI", help=what)
         sub.add_argument(
             "--source",
             choices=["tables", "amazon2023"],

@@ -3,16 +3,22 @@
 Everything lies below one place:
 
     data/<key>/  models/<key>/  reports/<version>/     a key is a hash of all that makes what lies there
+    store/<digest>/                                    events and items of a server's store, by what they say
     index/                                             its current version names the model and the data behind it
 
 So a run finds what an earlier one of the same inputs and settings has finished, and publishing is a single write: the
 name of a version into `index/CURRENT`, which servers follow. The model in use is compared with the new one on the new
 data's test users. Where the new one may be worse, the old one stays in use, with vectors of the new catalog.
+
+With `pipeline.store` a run learns from what happened in the shop too, and with `pipeline.start` it trains the model in
+use on: one run a day is a loop.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -21,17 +27,20 @@ from pixrec.artifact import list_versions, rollback
 from pixrec.config import Config, PipelineConfig, ServeConfig, change_config, load_config, to_dict
 from pixrec.console import Console
 from pixrec.data.sequences import load_dataset
-from pixrec.errors import ArtifactError, surfaced
+from pixrec.errors import ArtifactError, ConfigError, InputError, surfaced
 from pixrec.handles import Handle, Place, PreparedData, PublishedIndex, Report, TrainedModel, place
+from pixrec.live.places import Exported, export_events, export_items, store_place
+from pixrec.schema import EVENT
 from pixrec.verbs import SERVED, Progress, Settings
 
+STORE = "store"
 _H = TypeVar("_H", bound=Handle)
 
 
 @surfaced()
 def pipeline(
-    items: Place | None,
-    interactions: Place,
+    items: Place | Sequence[Place] | None,
+    interactions: Place | Sequence[Place],
     out: Place,
     *,
     source: Literal["tables", "amazon2023"] = "tables",
@@ -47,7 +56,8 @@ def pipeline(
     """
     with verbs.open_console(progress) as console, contextlib.ExitStack() as stack:
         run = _Run(place(out), config, overrides, console, stack)
-        data = run.prepare(None if items is None else place(items), place(interactions), source)
+        tables = run.tables(verbs.listed(items), verbs.listed(interactions), source)
+        data = run.prepare(*tables, source)
         model = run.train(data)
         version = run.embed("embed", model, data)
         chosen: PublishedIndex | None = version
@@ -98,9 +108,56 @@ class _Run:
         self._given, self._overrides, self._stack, self._connected = config, overrides, stack, False
         self.config = load_config(overrides=overrides, base=verbs.read_settings(config))
 
-    def prepare(self, items: str | None, interactions: str, source: Literal["tables", "amazon2023"]) -> PreparedData:
+    def tables(self, items: list[str], interactions: list[str], source: str) -> tuple[list[str], list[str]]:
+        """The tables of items and of interactions: those given, and what the store holds beside them."""
+        index = storage.join(self.out, "index")
+        store = store_place(self.config.pipeline.store, index)
+        if store == "none" or (self.config.pipeline.store == "index" and not storage.exists(store)):
+            return items, interactions
+        if source != "tables":
+            raise InputError(f"pipeline.store goes with tables, not with --source {source}; leave one of them out")
+        if self.config.prepare.min_rating is not None:
+            raise ConfigError(
+                f"prepare.min_rating {self.config.prepare.min_rating} leaves all events of pipeline.store out, which "
+                "have no rating; leave one of the two out"
+            )
+        found = self._exported(store, items, interactions)
+        added = storage.join(self.out, STORE, found["tables"])
+        more_items, more_events = (storage.join(added, f"{name}.parquet") for name in ("items", "events"))
+        return (
+            [*items, more_items] if found["items"] else items,
+            [*interactions, more_events] if found["events"] else interactions,
+        )
+
+    def _exported(self, store: str, items: list[str], interactions: list[str]) -> dict[str, Any]:
+        """How many `events` and `items` of this period there are, and which folder of STORE holds the `tables`: the one
+        of an earlier period where nothing is new, so that nothing is made again."""
+        room, period = storage.join(self.out, STORE), round(3_600_000 * self.config.pipeline.store_every_hours)
+        until = int(1000 * time.time()) // period * period
+        receipt = storage.join(room, f"{until}.json")
+        self.steps["export"] = "found" if storage.exists(receipt) else "made"
+        if not storage.exists(receipt):
+            with verbs.timed(self.console, "export"), storage.scratch_folder(storage.join(room, "new")) as new:
+                kinds = EVENT in storage.read_schema(storage.table_files(interactions[0])[0]).names
+                events = export_events(store, storage.join(new, "events.parquet"), until=until, kinds=kinds)
+                files = [file for uri in items for file in storage.table_files(uri)]
+                more = export_items(store, storage.join(new, "items.parquet"), files) if items else Exported(0, 0)
+                name = hashlib.blake2b(repr([events, more, kinds]).encode(), digest_size=8).hexdigest()
+                for file in storage.list_files(new):
+                    target = storage.join(room, name, storage.name(file))
+                    if not storage.exists(target):
+                        storage.copy_file(file, target)
+                storage.write_json(receipt, {"tables": name, "events": events.rows, "items": more.rows})
+        found = storage.read_json(receipt, ("tables", "events", "items"))
+        self.console.say(f"of the store: {found['events']} events, {found['items']} items that the tables lack")
+        return found
+
+    def prepare(
+        self, item_tables: list[str], event_tables: list[str], source: Literal["tables", "amazon2023"]
+    ) -> PreparedData:
         from pixrec.cluster.prepare import input_key
 
+        items, interactions = verbs.places(item_tables) if item_tables else None, verbs.places(event_tables)
         config = self.config
         if config.prepare.fetch_cache == "auto":  # one for all data sets of this place
             config = change_config(config, {"prepare.fetch_cache": storage.join(self.out, "pictures")})
@@ -118,6 +175,8 @@ class _Run:
         config, why = verbs.training_settings(data, self._given, self._overrides)
         # what training neither reads nor keeps must not make another model of it
         config = Config(model=config.model, train=config.train, serve=ServeConfig(blend=config.serve.blend))
+        if start := self._start(data, config):
+            config = change_config(config, {"train.start": start, "train.stages": []})
         where = storage.join(self.out, "models", training_key(load_dataset(data.uri), config))
 
         def make() -> TrainedModel:
@@ -126,6 +185,24 @@ class _Run:
             return verbs.train(data, where, config=config, resume=has_begun(where), progress=self.console)
 
         return self._once("train", lambda: TrainedModel.load(where), make)
+
+    def _start(self, data: PreparedData, config: Config) -> str | None:
+        """The model in use, to be trained on; where it has learned from this very data, that which it began with, so
+        that nothing is learned twice. None: fresh weights."""
+        served = self.served() if self.config.pipeline.start == "served" else None
+        if served is None:
+            return None
+        model = TrainedModel.load(storage.absolute(self._model_of(served)))
+        if model.info.get("data_fingerprint") == data.fingerprint:
+            return model.info.get("start", {}).get("uri")
+        from pixrec.training.stages import check_start
+
+        try:
+            check_start(change_config(config, {"train.start": model.uri}))
+        except (ArtifactError, ConfigError) as error:
+            self.console.warn(f"training begins with fresh weights: {error}")
+            return None
+        return model.uri
 
     def embed(self, name: str, model: Place, data: PreparedData) -> PublishedIndex:
         """A version of the index with the vectors of `data` by `model`, in use or not."""
@@ -209,7 +286,12 @@ class _Run:
                 manifest["version"],
                 *(storage.name(manifest[part]) for part in ("model", "data") if part in manifest),
             }
-        for room in ("data", "models", "reports"):
+        *old, now = [None, *storage.list_files(storage.join(self.out, STORE), ".json")]
+        if now is not None:
+            named.add(storage.read_json(now, ("tables",))["tables"])
+        for receipt in old[1:]:
+            storage.remove(str(receipt))
+        for room in ("data", "models", "reports", STORE):
             for folder in storage.list_folders(storage.join(self.out, room)):
                 if folder.lstrip(".").partition(".")[0] not in named:  # also what belongs to one: .KEY.training
                     storage.remove(storage.join(self.out, room, folder))

@@ -28,6 +28,7 @@ from pixrec.errors import ArtifactError, InputError, UnreadableImage
 from pixrec.index import in_order
 from pixrec.live.contents import LiveContents
 from pixrec.live.overlay import Base, Overlay, View, wrong_column
+from pixrec.live.popularity import LivePopularity
 from pixrec.live.store import AddedItem, EmbeddedVectors
 from pixrec.model.catalog import Catalog
 from pixrec.model.compact import UNKNOWN_TIME
@@ -87,10 +88,11 @@ class Recommender:
             structure = structure.renumbered(rows)
         of_content = None if content is None else Searcher(content)
         self._searches_content = content is not None
-        self.ranking = Ranking(items, indexed, Searcher(self._vectors, structure), of_content, training_counts)
         version = version or VersionContents()
         base = Base(items, self._vectors, content, indexed, version.content_hashes, version.folded)
         self.live = Overlay(base, self.model_version, self.embed_added)
+        sold, searcher = LivePopularity(self.live, items.row_of), Searcher(self._vectors, structure)
+        self.ranking = Ranking(items, indexed, searcher, of_content, training_counts, sold)
         self.column_problem = functools.partial(wrong_column, schema=base.schema)
         self._contents = LiveContents(items, self.live)
         self._catalog = Catalog(self._contents, model.encoder, tokens=tokens)

@@ -8,6 +8,7 @@ happened on a worker. `progress` True writes to stderr what the command writes t
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -67,8 +68,8 @@ Summary = dict[str, Any]
 
 @surfaced()
 def prepare(
-    items: Table | None,
-    interactions: Table,
+    items: Table | Sequence[Place] | None,
+    interactions: Table | Sequence[Place],
     out: Place,
     *,
     source: Literal["tables", "amazon2023"] = "tables",
@@ -77,15 +78,16 @@ def prepare(
 ) -> PreparedData:
     """Turn an items and an interactions table into the prepared data set `out`.
 
-    Without `items` the catalog is the set of ids seen. Tables in memory are written beside `out` for as long as it
-    takes; a relative `image_uri` in one is relative to the working directory. Raises InputError, OutputError,
-    ConfigError.
+    Either may be the places of several tables, whose rows follow each other; an event that several interactions tables
+    hold counts once. Without `items` the catalog is the set of ids seen. Tables in memory are written beside `out` for
+    as long as it takes; a relative `image_uri` in one is relative to the working directory. Raises InputError,
+    OutputError, ConfigError.
     """
     from pixrec.cluster.prepare import prepare as run
 
     settings, out = read_settings(config), place(out)
     given = {"items": items, "interactions": interactions}
-    tables = {name: table if table is None or in_memory(table) else place(table) for name, table in given.items()}
+    tables = {name: table if table is None or in_memory(table) else places(table) for name, table in given.items()}
     if source != "tables" and any(map(in_memory, tables.values())):
         raise InputError(f"source {source} names raw files; a table in memory is read as it is: leave source out")
     with open_console(progress) as console, on_storage(tables, out) as at:
@@ -475,6 +477,20 @@ def timed(console: Console, stage: str) -> Iterator[None]:
     console.say(f"== {stage}")
     yield
     console.say(f"== {stage}: {time.monotonic() - started:.0f} s")
+
+
+def places(where: object) -> str | list[str]:
+    """The place of a table, or those of several; one alone is no list, whichever way it was given."""
+    if isinstance(where, (list, tuple)) and where and all(isinstance(one, (str, os.PathLike)) for one in where):
+        several = [place(one) for one in where]
+        return several[0] if len(several) == 1 else several
+    return place(where)
+
+
+def listed(where: object) -> list[str]:
+    """The places of no table, of one or of several."""
+    found = [] if where is None else places(where)
+    return [found] if isinstance(found, str) else found
 
 
 def _place(where: Place | None) -> str | None:

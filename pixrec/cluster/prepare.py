@@ -48,8 +48,8 @@ KIND = "data set"
 
 
 def prepare(
-    items_uri: str | None,
-    interactions_uri: str,
+    items_uri: str | Sequence[str] | None,
+    interactions_uri: str | Sequence[str],
     out_uri: str,
     config: PrepareConfig,
     progress: Progress,
@@ -57,29 +57,35 @@ def prepare(
 ) -> dict[str, Any]:
     """Make the prepared data set `out_uri` and return the content of its dataset.json.
 
+    Either table may be several, whose rows follow each other; an event that several interactions tables hold counts
+    once.
     Everything that can be wrong with tables of up to `EVENTS_PER_PARTITION` events is found before Ray is started.
     Local URIs, and the pictures' paths, must be the same on every node. A run that was killed is gone on with by the
     next of the same arguments. Raises InputError, OutputError.
     """
     storage.check_writable(out_uri, DATASET_MARKER, KIND)
     inputs = {"source": source, "items": items_uri, "interactions": interactions_uri}
+    items, events = _each(items_uri), _each(interactions_uri)
     if source == "tables":
-        _item_files(items_uri)
-        _interaction_files(interactions_uri, config)
+        _item_files(items)
+        _interaction_files(events, config)
+    elif len(items) > 1 or len(events) > 1:
+        raise errors.InputError(f"source {source} takes one file of items and one of interactions")
     key = input_key(inputs, config)
     with (
         storage.work_folder(storage.absolute(out_uri), key, DATASET_MARKER, KIND) as work,
         contextlib.ExitStack() as stack,
     ):
         raw = _raw(inputs, work, progress)
-        files = _interaction_files(raw.interactions, config)
+        files = _interaction_files(_each(raw.interactions), config)
         plan = Plan(
             work,
             config,
             partitions.num_partitions(sum(group.rows for file in files for group in storage.row_groups(file))),
-            items_uri,
-            interactions_uri,
-            drop_repeats=source != "tables",  # the raw reviews hold some twice, word for word; a table's are all meant
+            " and ".join(items) or None,
+            " and ".join(events),
+            # the raw reviews hold some twice, word for word, and two tables may overlap; one table's are all meant
+            drop_repeats=source != "tables" or len(events) > 1,
         )
         if plan.partitions > 1:
             from pixrec.cluster.session import connect
@@ -112,7 +118,7 @@ def _prepare(
 ) -> dict[str, Any]:
     config, run = plan.config, _Runner(plan, progress)
     storage.write_table(slices.table_rejects(plan.data), raw.rejects)
-    files = _item_files(raw.items)
+    files = _item_files(_each(raw.items))
     read, num_items = _read_ids(run, files, events_files)
     events = _read_events(run, events_files)
     parts = [asdict(Number(number)) for number in range(plan.partitions)]
@@ -188,7 +194,7 @@ def _publish(
         "format": FORMAT,
         "pixrec_version": __version__,
         "decoder": DECODER,
-        "name": config.name or source_name(inputs["interactions"]),
+        "name": config.name or source_name(_each(inputs["interactions"])[0]),
         "fingerprint": _fingerprint(config, hashes + [digest for part in written for digest in part["hashes"]]),
         **counts,
         "rejects": _count_rejects(plan.data),
@@ -317,24 +323,29 @@ def check_counts(info: dict[str, Any]) -> None:
     assert 0 < info["users"] <= events["kept"], info["users"]
 
 
-def _item_files(items_uri: str | None) -> list[str]:
-    files = [storage.absolute(file) for file in storage.table_files(items_uri)] if items_uri is not None else []
+def _each(uris: str | Sequence[str] | None) -> list[str]:
+    return [] if uris is None else [uris] if isinstance(uris, str) else [*uris]
+
+
+def _item_files(uris: Sequence[str]) -> list[str]:
+    files = [storage.absolute(file) for uri in uris for file in storage.table_files(uri)]
     schemas = {file: storage.read_schema(file) for file in files}
     for file, schema in schemas.items():
         tables.check_items_schema(schema, file)
-    if items_uri is not None:
-        tables.check_items_agree(schemas.values(), items_uri)
+    if files:
+        tables.check_items_agree(schemas.values(), " and ".join(uris))
     return files
 
 
-def _interaction_files(uri: str, config: PrepareConfig) -> list[str]:
-    files = [storage.absolute(file) for file in storage.table_files(uri)]
+def _interaction_files(uris: Sequence[str], config: PrepareConfig) -> list[str]:
+    files = [storage.absolute(file) for uri in uris for file in storage.table_files(uri)]
     needs_event = next((name for name in ("history_events", "target_events") if getattr(config, name)), None)
     schemas = {file: storage.read_schema(file) for file in files}
     for file, schema in schemas.items():
         tables.check_interactions_schema(schema, file, min_rating=config.min_rating, needs_event=needs_event)
     if len({EVENT in schema.names for schema in schemas.values()}) > 1:
-        raise errors.InputError(f"{uri}: some of its files have a column {EVENT!r} and some have none; add it to all")
+        where = " and ".join(uris)
+        raise errors.InputError(f"{where}: some of its files have a column {EVENT!r} and some have none; add it to all")
     return files
 
 
@@ -416,10 +427,12 @@ def _fingerprint(config: PrepareConfig, hashes: list[str]) -> str:
 def input_key(inputs: dict[str, Any], config: PrepareConfig) -> str:
     """Hash of the files that are read and of the settings: runs of one key make the same data set."""
     files = []
-    for uri in (inputs["items"], inputs["interactions"]):
-        if uri is not None and not storage.exists(uri):
-            raise errors.InputError(f"{uri}: no such file or folder")
-        listed = [] if uri is None else storage.list_files(uri) if storage.is_folder(uri) else [uri]
+    for uris in (inputs["items"], inputs["interactions"]):
+        listed = []
+        for uri in _each(uris):
+            if not storage.exists(uri):
+                raise errors.InputError(f"{uri}: no such file or folder")
+            listed += storage.list_files(uri) if storage.is_folder(uri) else [uri]
         files.append([[file, storage.stamp(file)] for file in listed])
     facts = [FORMAT, __version__, DECODER, inputs, files, to_dict(config)]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()

@@ -45,7 +45,14 @@ def train(data: str, out: str, config: Config, *, resume: bool, on_row: OnRow) -
             on_row(row)
 
         for part in reversed(parts):  # the model itself last, so that its marker completes the folder
-            part_config = dataclasses.replace(config, model=dataclasses.replace(config.model, modalities=part))
+            start = config.train.start
+            if start is not None and part != parts[0]:
+                start = knockout_uri(start, part)
+            part_config = dataclasses.replace(
+                config,
+                model=dataclasses.replace(config.model, modalities=part),
+                train=dataclasses.replace(config.train, start=start),
+            )
             best = _fit(part, storage.absolute(data), storage.join(work, part), part_config, log_row)
             publish(best, staging if part == parts[0] else knockout_uri(staging, part), model_facts(dataset, config))
         log.save(staging)
@@ -56,10 +63,10 @@ def train(data: str, out: str, config: Config, *, resume: bool, on_row: OnRow) -
 
 def _fit(part: str, data: str, work: str, config: Config, on_row: OnRow) -> str:
     """Train one model, stage by stage; returns the URI of the best checkpoint of the last, a whole model."""
-    stages, best = plan(data, config), None
+    stages, best = plan(data, config), config.train.start
     texts = vocabulary(stages)
     for stage in stages:
-        if stage.phase == "interleaved" or best is None:
+        if stage.phase == "interleaved" or best == config.train.start:
             for uri in stage.data:
                 frozen_once(uri, stage.config, texts)
 

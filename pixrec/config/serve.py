@@ -81,14 +81,17 @@ class ServeConfig:
     request_timeout_seconds: float = 30.0
     """A request the model has not answered by then is answered 503."""
     popularity_half_life_days: float | None = None
-    """With it the fallback gives what sells best lately: an event that is so much older than the newest counts half.
-    None: what sold best in all training events."""
+    """With it the training events of the fallback are those of late: one that is so much older than the newest counts
+    half. None: all count the same."""
     store: str = "index"
     """Where events, items and feedback that are sent are kept: a SQLite file on the node of all replicas, or the
     `redis://` URL of a server that all nodes reach; `index`: live.sqlite in the index folder where that is local and
     can be written; `none`: nothing is kept."""
     store_password: str | None = None
     """Of a Redis store; PIXREC_STORE_PASSWORD in the environment keeps it out of files and URLs."""
+    store_half_life_days: float = 7.0
+    """The fallback goes by the events of the store, of which one that is so old counts half, and where there are few of
+    them by the training events as well. Another value begins to count anew."""
     max_items: int = 100
     """Most items in one request of /v1/items."""
     max_live_items: int = 100_000
@@ -130,7 +133,7 @@ class ServeConfig:
                 f"serve.retrieval_shards {self.retrieval_shards} needs serve.num_retrieval_replicas of at least 1"
             )
         above_zero(self, "requests_per_second", "target_ongoing_requests")
-        above_zero(self, "popularity_half_life_days")
+        above_zero(self, "popularity_half_life_days", "store_half_life_days")
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
             raise ConfigError(f"serve.max_replicas {self.max_replicas} is below serve.min_replicas {self.min_replicas}")
         if not all(self.api_keys):

@@ -245,6 +245,9 @@ class TrainConfig:
     """Chance that an item loses its picture, and as much again that it loses its text, in a training step."""
     knockouts: tuple[Literal["text", "image"], ...] = ()
     """Also train these single-modality models the same way with the same budget, stored inside the model."""
+    start: str | None = None
+    """A model, folder or s3://, of the same `model` settings, whose weights training begins with; None: fresh ones.
+    What its compact tower learned of an item goes on; an item that is new to it begins as its content alone."""
     stages: tuple[StageConfig, ...] = ()
     """What comes before the training on --data, in this order: each stage begins with the weights of the best
     checkpoint of the one before, with a fresh optimiser and schedule. Knockouts go through the same stages."""

@@ -265,14 +265,15 @@ def _stable_order(values: np.ndarray) -> np.ndarray:
 
 
 def is_first(ordered: Ordered) -> np.ndarray:
-    """bool (E,): the first event, in input order, of those that agree in user, item and timestamp."""
+    """bool (E,): the first event, in input order, of those that agree in user, item, timestamp and kind."""
     new = np.ones(len(ordered), dtype=bool)
     new[1:] = ordered.timestamp[1:] != ordered.timestamp[:-1]
     new[ordered.offsets[:-1]] = True
     moment = np.cumsum(new)
-    order = np.lexsort((ordered.item, moment))  # stable: the first comes first
+    keys = [moment, ordered.item] if ordered.event is None else [moment, ordered.item, ordered.event]
+    order = np.lexsort(keys[::-1])  # stable: the first comes first
     first = np.ones(len(ordered), dtype=bool)
-    first[order[1:]] = (moment[order][1:] != moment[order][:-1]) | (ordered.item[order][1:] != ordered.item[order][:-1])
+    first[order[1:]] = np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0)
     return first
 
 

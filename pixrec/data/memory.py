@@ -36,7 +36,7 @@ def in_memory(table: object) -> TypeGuard[ArrowStream]:
 
 
 @contextlib.contextmanager
-def on_storage(tables: Mapping[str, str | ArrowStream | None], out: str) -> Iterator[dict[str, Any]]:
+def on_storage(tables: Mapping[str, Any], out: str) -> Iterator[dict[str, Any]]:
     """The places of `tables`: one in memory is written beside the data set `out` until the block ends, and an
     InputError of the block calls it by its name. Raises OutputError when `out` cannot become a data set."""
     if not any(map(in_memory, tables.values())):

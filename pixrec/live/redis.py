@@ -7,6 +7,7 @@ they become visible. A server that does not answer is left in peace for a second
     pixrec:i:ITEM   hash: columns, text, picture, content hash, hidden, and vectors by model
     pixrec:f:ANSWER hash: items of an answer that were seen, 1 where clicked; for a week
     pixrec:impressions, pixrec:clicks  hashes: counts by model version
+    pixrec:popular:DAYS sorted set: what sells best by that half-life, as `pixrec.live.popularity` counts it
     pixrec:changes  sorted set: the number of the last change of each item
 """
 
@@ -23,6 +24,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from pixrec.live.popularity import HALF_LIFE_DAYS, HALF_LIVES_KEPT, Decay
 from pixrec.live.store import (
     FEEDBACK_SECONDS,
     MODELS_KEPT,
@@ -43,18 +45,32 @@ _USERS_AT_A_TIME, _NUMBER_BYTES = 1000, 12
 _USER, _ITEM, _CHANGES, _CHANGE = "pixrec:u:", "pixrec:i:", "pixrec:changes", "pixrec:change"
 
 _ADD = """
-for i = 2, #ARGV, 3 do
+local popular, half_life_ms, now = 'pixrec:popular:' .. ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local function count(item, timestamp)
+    local score = math.min(timestamp / half_life_ms, now)
+    if score <= now - HALF_LIVES_KEPT then return end
+    local before = tonumber(redis.call('ZSCORE', popular, item) or score - 1e4)
+    local sum = math.max(before, score) + math.log(1 + 2 ^ -math.abs(before - score)) / math.log(2)
+    redis.call('ZADD', popular, string.format('%.17g', sum), item)
+end
+for i = 5, #ARGV, 3 do
     local key, known = 'pixrec:u:' .. ARGV[i], false
     for _, member in ipairs(redis.call('ZRANGEBYSCORE', key, ARGV[i + 1], ARGV[i + 1])) do
         known = known or string.sub(member, 13) == ARGV[i + 2]
     end
     if not known then
         local number = string.format('%012x', redis.call('INCR', 'pixrec:number'))
-        redis.call('ZADD', key, ARGV[i + 1], number .. ARGV[i + 2])
+        local payload = ARGV[i + 2]
+        redis.call('ZADD', key, ARGV[i + 1], number .. payload)
         redis.call('ZREMRANGEBYRANK', key, 0, -ARGV[1] - 1)
+        if redis.call('ZSCORE', key, number .. payload) then
+            local kind = 256 * string.byte(payload, 1) + string.byte(payload, 2)
+            count(string.sub(payload, 3 + kind), tonumber(ARGV[i + 1]))
+        end
     end
 end
-"""
+redis.call('ZREMRANGEBYSCORE', popular, '-inf', string.format('%.17g', now - HALF_LIVES_KEPT))
+""".replace("HALF_LIVES_KEPT", str(HALF_LIVES_KEPT))
 _FEEDBACK = """
 local told, seen, clicked = cjson.decode(ARGV[1]), 0, 0
 local key = 'pixrec:f:' .. told.request_id
@@ -135,8 +151,12 @@ end
 class RedisStore:
     """A server, which need not be there when this is made. May be used by several threads at a time."""
 
-    def __init__(self, url: str, most_per_user: int, password: str | None = None) -> None:
-        """most_per_user: older events of a user than so many are dropped."""
+    def __init__(
+        self, url: str, most_per_user: int, password: str | None = None, half_life_days: float = HALF_LIFE_DAYS
+    ) -> None:
+        """most_per_user: older events of a user than so many are dropped; half_life_days: of what sells best, which
+        another one begins anew."""
+        self._decay = Decay(half_life_days)
         options: dict[str, Any] = {} if password is None else {"password": password}
         self._redis: Any = redis.Redis.from_url(
             url,
@@ -151,7 +171,8 @@ class RedisStore:
         )
 
     def add(self, events: Sequence[Event]) -> None:
-        arguments: list[Any] = [self._most]
+        decay = self._decay
+        arguments: list[Any] = [self._most, repr(decay.half_life_days), repr(decay.half_life_ms), repr(decay.now())]
         for event in events:
             kind = (event.event or "").encode()
             payload = len(kind).to_bytes(2, "big") + kind + event.item_id.encode()
@@ -176,6 +197,12 @@ class RedisStore:
                 found = self._redis.zrange(key, 0, -1, withscores=True)
                 told = ((*_event(member), int(score)) for member, score in found)
                 yield [Event(user_id, item_id, timestamp, kind or None) for kind, item_id, timestamp in told]
+
+    def popular(self, most: int) -> list[tuple[str, float]]:
+        key = f"pixrec:popular:{self._decay.half_life_days!r}"
+        with self._answered():
+            found = self._redis.zrevrange(key, 0, most - 1, withscores=True)
+        return self._decay.counts([(item_id.decode(), score) for item_id, score in found])
 
     def add_feedback(self, feedback: Sequence[Feedback]) -> None:
         with self._answered():

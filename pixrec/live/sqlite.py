@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pixrec.errors import InputError, OutputError
+from pixrec.live.popularity import HALF_LIFE_DAYS, HALF_LIVES_KEPT, Decay, joined
 from pixrec.live.store import (
     FEEDBACK_KEPT,
     MODELS_KEPT,
@@ -34,6 +35,10 @@ CREATE TABLE IF NOT EXISTS events (
     user_id TEXT NOT NULL, timestamp INTEGER NOT NULL, item_id TEXT NOT NULL, event TEXT NOT NULL,
     number INTEGER NOT NULL, PRIMARY KEY (user_id, timestamp, item_id, event)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS popularity (
+    half_life_days REAL NOT NULL, item_id TEXT NOT NULL, score REAL NOT NULL, PRIMARY KEY (half_life_days, item_id)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS popularity_by_score ON popularity (half_life_days, score);
 CREATE TABLE IF NOT EXISTS items (
     item_id TEXT PRIMARY KEY, change INTEGER NOT NULL UNIQUE, fields TEXT NOT NULL, hidden INTEGER NOT NULL,
     content_hash TEXT, text TEXT, image BLOB
@@ -54,10 +59,13 @@ _NEXT_CHANGE = "(SELECT COALESCE(MAX(change), 0) + 1 FROM items)"
 class SqliteStore:
     """A file. May be used by several threads, which wait for each other."""
 
-    def __init__(self, path: str, most_per_user: int, read_only: bool = False) -> None:
-        """most_per_user: older events of a user than so many are dropped. Raises OutputError where the file cannot be
-        used; with `read_only`, InputError."""
+    def __init__(
+        self, path: str, most_per_user: int, read_only: bool = False, half_life_days: float = HALF_LIFE_DAYS
+    ) -> None:
+        """most_per_user: older events of a user than so many are dropped; half_life_days: of what sells best, which
+        another one begins anew. Raises OutputError where the file cannot be used; with `read_only`, InputError."""
         self._lock, self._most, self._path = threading.Lock(), most_per_user, path
+        self._decay = Decay(half_life_days)
         try:
             if read_only:
                 place = f"{Path(path).absolute().as_uri()}?mode=ro"
@@ -69,6 +77,8 @@ class SqliteStore:
             self._sql.execute("PRAGMA journal_mode = WAL")
             self._sql.execute("PRAGMA synchronous = FULL")
             self._sql.executescript(_SCHEMA)
+            self._sql.create_function("joined", 2, joined, deterministic=True)
+            self._sql.execute("DELETE FROM popularity WHERE half_life_days != ?", (half_life_days,))
         except (OSError, sqlite3.Error) as error:
             if read_only:
                 raise InputError(f"{path} is no file of events: {error}") from None
@@ -76,8 +86,8 @@ class SqliteStore:
 
     def add(self, events: Sequence[Event]) -> None:
         with self._transaction():
-            numbered = enumerate(events, time.time_ns())  # later than all before, whichever process added them
-            rows = [(e.user_id, e.timestamp, e.item_id, e.event or "", number) for number, e in numbered]
+            first = time.time_ns()  # later than all before, whichever process added them
+            rows = [(e.user_id, e.timestamp, e.item_id, e.event or "", n) for n, e in enumerate(events, first)]
             self._sql.executemany("INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?)", rows)
             for user_id in {event.user_id for event in events}:
                 self._sql.execute(
@@ -85,6 +95,38 @@ class SqliteStore:
                     "events WHERE user_id = ?1 ORDER BY timestamp DESC, number DESC LIMIT 1 OFFSET ?2)",
                     (user_id, self._most),
                 )
+            self._count(events, first)
+
+    def _count(self, events: Sequence[Event], first: int) -> None:
+        """Add what was stored of these events, numbered from `first` on, to what sells best: not what was there
+        already, nor what a user has too many of, so that nothing counts twice however often it is sent."""
+        now, oldest = self._decay.now(), dict[str, int]()
+        for event in events:
+            oldest[event.user_id] = min(event.timestamp, oldest.get(event.user_id, event.timestamp))
+        stored = [
+            (self._decay.half_life_days, item_id, self._decay.score(timestamp, now))
+            for user_id, start in oldest.items()
+            for item_id, timestamp in self._sql.execute(
+                "SELECT item_id, timestamp FROM events WHERE user_id = ? AND timestamp >= ? AND number BETWEEN ? AND ?",
+                (user_id, start, first, first + len(events) - 1),
+            )
+        ]
+        self._sql.executemany(
+            "INSERT INTO popularity VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET score = joined(score, excluded.score)",
+            (row for row in stored if row[2] > now - HALF_LIVES_KEPT),
+        )
+        self._sql.execute(
+            "DELETE FROM popularity WHERE half_life_days = ? AND score < ?",
+            (self._decay.half_life_days, now - HALF_LIVES_KEPT),
+        )
+
+    def popular(self, most: int) -> list[tuple[str, float]]:
+        found = self._rows(
+            "SELECT item_id, score FROM popularity WHERE half_life_days = ? ORDER BY score DESC LIMIT ?",
+            self._decay.half_life_days,
+            most,
+        )
+        return self._decay.counts(found)
 
     def history(self, user_id: str, most: int) -> list[tuple[str, int]]:
         found = self._rows(

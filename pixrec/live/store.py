@@ -110,6 +110,11 @@ class Store(Protocol):
         """All events, user by user, each oldest first, some at a time."""
         ...
 
+    def popular(self, most: int) -> list[tuple[str, float]]:
+        """The `most` items that sell best lately, best first, each with the events of now that its events are worth:
+        one that is a half-life of the store old counts half. Events that were deleted since are counted on."""
+        ...
+
     def add_feedback(self, feedback: Sequence[Feedback]) -> None:
         """Count impressions and clicks; of one answer an item counts once, however often it is told."""
         ...

@@ -176,7 +176,7 @@ def _read_config(name_or_folder: str, revision: str | None) -> PreTrainedConfig:
 
 def picture_size_of(config: ModelConfig) -> PictureSize:
     """What pictures are decoded to for a backbone, of which no weight is read. Raises ConfigError."""
-    if config.backbone == TINY:
+    if config.backbone in (TINY, "none"):  # the latter looks at none
         return config.tiny.image_size_px
     family = family_of(SimpleNamespace(config=_read_config(config.backbone, config.revision)))
     family.limit_pixels(picture_facts(config.backbone, config.revision).limits, config.min_pixels, config.max_pixels)

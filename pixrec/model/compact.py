@@ -243,6 +243,19 @@ class CompactTower(nn.Module):
         self.content.bias.copy_(-weight @ mean)
 
     @torch.no_grad()
+    def continue_from(self, other: CompactTower, rows: Tensor) -> None:
+        """Take the weights of a tower of the same settings. rows: int64 (num_ids,), where the vector that each id has
+        learned lies in the other, -1 for one that it lacks, which is left to its content where there is any."""
+        learned = {"id_embedding.weight"}
+        self.load_state_dict({n: t for n, t in other.state_dict().items() if n not in learned}, strict=False)
+        if self.id_embedding is None or other.id_embedding is None:
+            return
+        known = (rows >= 0).to(self.id_embedding.weight.device)
+        self.id_embedding.weight[known] = other.id_embedding.weight[rows[rows >= 0].to(known.device)]
+        if self.content is not None:
+            self.id_embedding.weight[~known] = 0
+
+    @torch.no_grad()
     def scale_content(self) -> None:
         """Start the projection of content that is standardised already as small as the learned vectors start."""
         if self.content is not None:

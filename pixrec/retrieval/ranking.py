@@ -21,6 +21,7 @@ import torch
 from pixrec.data.items import ItemTable
 from pixrec.index import shared_tensor, top_k
 from pixrec.live.overlay import View
+from pixrec.live.popularity import PRIOR_EVENTS, LivePopularity
 from pixrec.query import COSINE, PROBABILITY, PURCHASE_SHARE, Filters, Query, ScoreKind
 from pixrec.retrieval.rerank import choose
 from pixrec.retrieval.search import Found, Searcher
@@ -88,15 +89,18 @@ class Ranking:
         searcher: Searcher,
         content: Searcher | None,
         training_counts: np.ndarray,
+        live_popularity: LivePopularity,
     ) -> None:
         """indexed: bool (N,), which items may be answers; searcher: of the vectors (N, D) of all; content: of what a
-        search compares instead, where there is any; training_counts (N,): events of each item."""
+        search compares instead, where there is any; training_counts (N,): events of each item;
+        live_popularity: what sells now."""
         self._items, self._indexed = items, indexed
         self._searcher, self._content, self._vectors = searcher, content, searcher.vectors
         self.mixture: Mixture | None = None
         """What recommendations are ranked by in place of cosines."""
         self._popularity = (training_counts / (training_counts.sum() or 1)).astype(np.float32)
         self._most_bought_first = np.argsort(-self._popularity, kind="stable").astype(np.int32)
+        self._live_popularity = live_popularity
 
     def rank(
         self, asked: Sequence[Asked], vectors: np.ndarray, view: View, search: VectorSearch | None = None
@@ -242,19 +246,28 @@ class Ranking:
         return ranked
 
     def _most_bought(self, asked: Asked, view: View) -> list[tuple[str, float]]:
-        """What to give somebody of whom nothing is known: (item_id, share of all training events)."""
-        known, new = len(self._items), np.arange(len(self._items), len(self._items) + view.num_new)
+        """What to give somebody of whom nothing is known: (item_id, share of all events). Those of the store count by
+        their age, and beside them the training events as `PRIOR_EVENTS` of now."""
+        known, item_ids = len(self._items), self._items.item_ids
         allowed = self._allowed_in_place(asked.query.filters, view)
         allowed[list(asked.excluded)] = False
         allowed[[known + view.new_of[i] for i in asked.excluded_ids if i in view.new_of]] = False
-        order = np.concatenate([self._most_bought_first, new]) if view.num_new else self._most_bought_first
-        rows = order[allowed[order]][: asked.query.k].tolist()
-        return [
-            (self._items.item_ids[row], float(self._popularity[row]))
-            if row < known
-            else (view.new_ids[row - known], 0.0)
-            for row in rows
-        ]
+        sold = self._live_popularity.sold()
+        live = {known + view.new_of[i]: count for i, count in sold.others.items() if i in view.new_of}
+        numbers = np.concatenate([sold.rows, np.array([*live], np.int64)])
+        counts = np.concatenate([sold.counts, np.array([*live.values()], np.float64)])
+        total = counts.sum() + PRIOR_EVENTS
+        counts, numbers = counts[allowed[numbers]], numbers[allowed[numbers]]
+        allowed[numbers] = False
+        order = self._most_bought_first
+        if view.num_new:
+            order = np.concatenate([order, np.arange(known, known + view.num_new)])
+        chosen = np.concatenate([numbers, order[allowed[order]][: asked.query.k]])
+        shares = np.where(chosen < known, self._popularity[np.minimum(chosen, known - 1)], 0) * (PRIOR_EVENTS / total)
+        shares[: len(counts)] += counts / total
+        best = np.argsort(-shares, kind="stable")[: asked.query.k]
+        names = (item_ids[row] if row < known else view.new_ids[row - known] for row in chosen[best].tolist())
+        return list(zip(names, shares[best].tolist(), strict=True))
 
     def _allowed(self, filters: Filters, barred: np.ndarray) -> np.ndarray:
         """bool (N,): the items of the catalog that may be answers, but for the rows `barred`."""

@@ -312,7 +312,8 @@ def store_of(config: ServeConfig) -> Store | None:
     """The store that the settings name; None where they name none (`index` has become a place by now)."""
     if config.store in ("none", "index"):
         return None
-    return open_store(config.store, config.max_events_kept, config.store_password)
+    kept, half_life_days = config.max_events_kept, config.store_half_life_days
+    return open_store(config.store, kept, config.store_password, half_life_days)
 
 
 def _versions(recommender: Recommender) -> Versions:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pixrec.artifact import Model, load_heads, load_model, untrained_model, with_compact
 from pixrec.config import Config
-from pixrec.data.ids import only
+from pixrec.data.ids import IdIndex, only
 from pixrec.data.joined import TrainingData, join_datasets
 from pixrec.data.sequences import Dataset, HeldOut, load_dataset, sample_users
 from pixrec.model.catalog import Catalog
@@ -63,7 +63,7 @@ def begin(
     still; without one, a model is untrained, and has read the data sets of `vocabulary`."""
     datasets = [load_dataset(uri) for uri in data]
     joined = join_datasets(datasets)
-    source = start
+    source, origin = start, config.train.start
     if checkpoint is not None and phase != "compact" and not holds_shards(checkpoint):
         source = checkpoint
     model = untrained_model(config, vocabulary, device) if source is None else load_model(source, device)
@@ -72,9 +72,12 @@ def begin(
         model.tower.stored_texts = find_texts(data, config, model.tower.backbone)
     trainer: Trainer[Any]
     if phase == "interleaved":
+        model.tower.compact = None  # of the model at `train.start`; its own phase goes on with it
+        model = dataclasses.replace(model, embedded_ids=IdIndex.of(pa.array([], pa.large_string())))
         trainer = interleaved_trainer(model, catalog, joined, config)
     elif phase == "compact":
-        trainer, model = compact_trainer(model, catalog, datasets[0], config)
+        before = None if origin is None else model if source == origin else load_model(origin, device)
+        trainer, model = compact_trainer(model, catalog, datasets[0], config, before)
         if checkpoint is not None:  # the item tower stands still
             load_heads(model, checkpoint)
     else:
@@ -93,17 +96,26 @@ def interleaved_trainer(model: Model, catalog: Catalog, data: TrainingData, conf
     return InterleavedTrainer(model.tower, source, collator, config)
 
 
-def compact_trainer(base: Model, catalog: Catalog, dataset: Dataset, config: Config) -> tuple[CompactTrainer, Model]:
-    """A fresh compact tower on the item vectors of `base`, which stand still, and the model that it belongs to; its
-    projection of content begins as their whitening, which encoders have of their own.
+def compact_trainer(
+    base: Model, catalog: Catalog, dataset: Dataset, config: Config, before: Model | None = None
+) -> tuple[CompactTrainer, Model]:
+    """A compact tower on the item vectors of `base`, which stand still, and the model that it belongs to. It goes on
+    from that of the model `before`; without one it is fresh, and its projection of content begins as their whitening,
+    which encoders have of their own.
 
     The workers, where torch.distributed is initialised, compute the vectors between them.
     """
+    trained = None if before is None else before.tower.compact
+    base.tower.compact = None  # content is what the item tower alone makes of an item
     content = _content(base, catalog, config)
     counts = dataset.training_counts()
-    model = with_compact(base, only(dataset.items.item_ids, np.flatnonzero(counts > 0)))
+    known = only(dataset.items.item_ids, np.flatnonzero(counts > 0))
+    model = with_compact(base, known)
     assert model.tower.compact is not None
-    if isinstance(base.tower, EncoderTower):
+    if before is not None and trained is not None:
+        rows = before.embedded_ids.rows_of(pa.array(known, pa.large_string()))
+        model.tower.compact.continue_from(trained, torch.from_numpy(rows.astype(np.int64)))
+    elif isinstance(base.tower, EncoderTower):
         model.tower.compact.scale_content()
     else:
         model.tower.compact.whiten(content)
@@ -116,6 +128,7 @@ def compact_trainer(base: Model, catalog: Catalog, dataset: Dataset, config: Con
         item_ids=dataset.items.item_ids,
         **_learned_from(model, dataset, config),
     )
+    trainer.validates_first = trained is not None
     return trainer, model
 
 

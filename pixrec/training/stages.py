@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from pixrec import storage
-from pixrec.artifact import MODEL_MARKER
+from pixrec.artifact import MODEL_MARKER, knockout_uri
 from pixrec.config import Config, TrainConfig, dump_config, load_config, to_dict
 from pixrec.data.joined import TrainingData, count_leaks, join_datasets
 from pixrec.data.sequences import DATASET_MARKER, Dataset, load_dataset
@@ -106,6 +106,7 @@ def check_ready(data: str, out: str, config: Config, resume: bool) -> None:
     """Raise before Ray starts when --out cannot be written, when there is nothing to resume, or when the data set or
     one of the stages' offers the towers nothing to learn from, is none, or gives away what is held out."""
     check_joint(config)
+    check_start(config)
     storage.check_writable(out, MODEL_MARKER, "model")
     dataset = load_dataset(data)
     if resume:
@@ -116,6 +117,21 @@ def check_ready(data: str, out: str, config: Config, resume: bool) -> None:
     if config.model.user_tower == "compact" and config.model.compact.time != "none":
         dataset.training_timestamps()  # raises where they tell no time
     check_stages(plan(data, config), dataset)
+
+
+def check_start(config: Config) -> None:
+    """Raise where `train.start` names no model whose weights this one could begin with."""
+    start = config.train.start
+    if start is None:
+        return
+    parts = [start, *(knockout_uri(start, part) for part in config.train.knockouts)]
+    if lacking := [uri for uri in parts if not storage.exists(storage.join(uri, MODEL_MARKER))]:
+        raise ArtifactError(f"train.start: {lacking[0]} holds no complete model; name another, or leave it out")
+    before = to_dict(load_config(storage.read_text(storage.join(start, _CONFIG))).model)
+    if other := [f"model.{name}" for name, value in to_dict(config.model).items() if before.get(name) != value]:
+        raise ConfigError(
+            f"train.start: {start} was trained with another {', '.join(other)}; set it alike, or leave train.start out"
+        )
 
 
 def check_joint(config: Config) -> None:
@@ -197,7 +213,12 @@ def model_facts(dataset: Dataset, config: Config) -> dict[str, Any]:
     """What model.json says of the data a model was trained on."""
     facts = _data_facts(dataset, config)
     counted = {"trained_events": int(np.sum(dataset.training_counts()))}
-    before = {"stages": facts["stages"]} if facts["stages"] else {}
+    before: dict[str, Any] = {"stages": facts["stages"]} if facts["stages"] else {}
+    if config.train.start is not None:
+        before["start"] = {
+            "uri": config.train.start,
+            "fingerprint": storage.read_json(storage.join(config.train.start, MODEL_MARKER))["fingerprint"],
+        }
     return {"data": facts["uri"], "data_fingerprint": facts["fingerprint"], **counted, **before}
 
 

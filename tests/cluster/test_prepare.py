@@ -222,3 +222,26 @@ def test_counts_that_do_not_reconcile_are_a_defect():
     for section, name in [("items", "kept"), ("images", "ok"), ("interactions", "filtered_kcore")]:
         with pytest.raises(AssertionError):
             check_counts({**good, section: {**good[section], name: 7}})
+
+
+def test_several_tables_are_one_whose_overlap_counts_once(no_ray: None, tmp_path: Path):
+    tables = {
+        "old": [("u", "a", 1), ("u", "b", 2), ("v", "a", 5), ("u", "b", 2)],
+        "new": [("u", "b", 2), ("u", "c", 3), ("w", "a", 9)],
+    }
+    for name, rows in tables.items():
+        columns = dict(zip(("user_id", "item_id", "timestamp"), zip(*rows, strict=True), strict=True))
+        pq.write_table(pa.table({k: list(v) for k, v in columns.items()}), tmp_path / f"{name}.parquet")
+    pq.write_table(pa.table({"item_id": ["a", "b"], "title": ["A", "B"]}), tmp_path / "items.parquet")
+    pq.write_table(pa.table({"item_id": ["c"], "title": ["C"], "price": [1.0]}), tmp_path / "added.parquet")
+    events = [str(tmp_path / f"{name}.parquet") for name in tables]
+    items = [str(tmp_path / f"{name}.parquet") for name in ("items", "added")]
+    info = prepare(items, events, str(tmp_path / "out"), PrepareConfig(), silent)
+    data = load_dataset(str(tmp_path / "out"))
+    assert (data.items.item_ids, data.items.text(2), info["name"]) == (["a", "b", "c"], "C", "old")
+    assert (info["interactions"]["read"], info["interactions"]["filtered_repeats"]) == (7, 2)
+    histories = {user: data.events.rows[start:end].tolist() for user, start, end in zip(
+        data.events.user_ids, data.events.offsets[:-1], data.events.offsets[1:], strict=True)}  # fmt: skip
+    assert histories == {"u": [0, 1, 2], "v": [0], "w": [0]}
+    with pytest.raises(InputError, match=r"items\.parquet and .*items\.parquet: item_id 'a' occurs 2 times"):
+        prepare([items[0]] * 2, events, str(tmp_path / "other"), PrepareConfig(), silent)

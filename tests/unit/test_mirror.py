@@ -55,7 +55,6 @@ TESTED_ELSEWHERE = {
     "pixrec/live/store.py": "tests/unit/live/test_sqlite.py",
     "pixrec/live/places.py": "tests/unit/live/test_sqlite.py",
     "pixrec/serving/replicas.py": "tests/unit/serving/test_deployments.py",
-    "pixrec/training/phases.py": "tests/cluster/test_train.py",
     "pixrec/training/validation.py": "tests/unit/training/test_interleaved.py",
     # used by every test that needs Ray
     "pixrec/cluster/session.py": "tests/cluster/conftest.py",

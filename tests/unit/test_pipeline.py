@@ -10,18 +10,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from fakes import tiny_config, tiny_dataset, tiny_model, write_model, write_prepared
+from fakes import tiny_config, tiny_dataset, tiny_model, write_prepared
 
 from pixrec import storage, verbs
-from pixrec.artifact import index_version, list_versions, load_index, load_model
+from pixrec.artifact import index_version, list_versions, load_index, load_model, save_model
 from pixrec.config import Config, PipelineConfig
 from pixrec.data.sequences import load_dataset
-from pixrec.errors import ConfigError
+from pixrec.errors import ConfigError, InputError
 from pixrec.handles import PreparedData, PublishedIndex, TrainedModel
+from pixrec.live.sqlite import SqliteStore
+from pixrec.live.store import AddedItem, EmbeddedVectors, Event
 from pixrec.model.catalog import Catalog
 from pixrec.pipeline import decide, pipeline
 from pixrec.recommender import load_recommender
+from pixrec.training.stages import model_facts
 
 STEPS = {"prepare", "train", "embed", "evaluate"}
 
@@ -32,6 +37,8 @@ class Shop:
     def __init__(self, folder: Path) -> None:
         self.folder, self.out = folder, folder / "out"
         self.events, self.ran, self.kill = folder / "events.parquet", list[str](), ""
+        self.prepared: Any = None
+        self.start: str | None = None
         self.users = 10
         self.events.write_text("10 users")
 
@@ -39,10 +46,10 @@ class Shop:
         self.users = count
         self.events.write_text(f"{count} users and another day")
 
-    def run(self, **sections: dict[str, Any]) -> dict[str, Any]:
+    def run(self, items: str | None = None, **sections: dict[str, Any]) -> dict[str, Any]:
         sections = {"evaluate": {"bootstrap_samples": 50, "scorers": ["popularity"]}, **sections}
         self.ran.clear()
-        return pipeline(None, str(self.events), self.out, config=tiny_config(**sections))
+        return pipeline(items, str(self.events), self.out, config=tiny_config(**sections))
 
     def step(self, name: str) -> None:
         self.ran.append(name)
@@ -50,7 +57,8 @@ class Shop:
             self.kill = ""
             raise KeyboardInterrupt
 
-    def prepare(self, items: None, interactions: str, out: str, **options: Any) -> PreparedData:
+    def prepare(self, items: Any, interactions: Any, out: str, **options: Any) -> PreparedData:
+        self.prepared = items, interactions
         self.step("prepare")
         write_prepared(out, tiny_dataset(num_users=self.users))
         return PreparedData.load(out)
@@ -63,7 +71,8 @@ class Shop:
         self.step("train")
         model = tiny_model(config, load_dataset(str(data)).items)
         Path(out).mkdir()
-        write_model(out, model)
+        self.start = config.train.start
+        save_model(out, model, model_facts(load_dataset(str(data)), config))
         storage.remove(str(work))
         return TrainedModel.load(out)
 
@@ -205,3 +214,111 @@ def test_what_decides_is_the_lower_end_of_the_paired_interval(low: float, margin
 def test_a_refused_version_and_the_one_in_use_both_stay() -> None:
     with pytest.raises(ConfigError, match=r"pipeline\.keep_versions is 1: must be at least 2"):
         PipelineConfig(keep_versions=1)
+
+
+DAY_MS = 86_400_000
+NOON = 20_000 * DAY_MS + DAY_MS // 2
+
+
+@pytest.fixture
+def loop(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A shop with a server's store, at noon of a day; what is set of its runs."""
+    pq.write_table(pa.table({"user_id": ["u00"], "item_id": ["i00"], "timestamp": [0]}), shop.events)
+    at(monkeypatch, 0)
+    store = SqliteStore(str(shop.folder / "live.sqlite"), 100)
+    store.add([Event("u", "i01", NOON - DAY_MS, "view"), Event("u", "i02", NOON - 1, "view")])
+    return {"pipeline": {"store": str(shop.folder / "live.sqlite"), "start": "served", "keep_versions": 2}}
+
+
+def at(monkeypatch: pytest.MonkeyPatch, days: float) -> None:
+    monkeypatch.setattr("pixrec.pipeline.time", SimpleNamespace(time=lambda: (NOON + days * DAY_MS) / 1000))
+
+
+def learned(shop: Shop) -> list[dict[str, Any]]:
+    """The events of the store that were prepared beside the table."""
+    given, more = shop.prepared[1]
+    assert given == str(shop.events)
+    return pq.read_table(more).to_pylist()
+
+
+def test_each_day_learns_from_the_events_before_it_and_goes_on_from_the_model_in_use(
+    shop: Shop, loop: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = shop.run(**loop)
+    yesterday = {"user_id": "u", "item_id": "i01", "timestamp": NOON - DAY_MS}
+    assert (learned(shop), shop.start) == ([yesterday], None)
+    assert shop.run(**loop)["steps"]["export"] == "found"
+    assert shop.ran == []
+
+    at(monkeypatch, 1)
+    shop.users = 9  # what the stand-in makes of another day
+    second = shop.run(**loop)
+    assert shop.ran == ["prepare", "train", "embed", "evaluate"]
+    assert [event["item_id"] for event in learned(shop)] == ["i01", "i02"], "in one table, each once"
+    assert shop.start == first["model"] != second["model"]
+    assert TrainedModel.load(second["model"]).info["start"]["uri"] == first["model"]
+    assert shop.run(**loop)["published"] == second["published"]
+    assert shop.ran == [], "what it has learned from is not learned from again"
+
+    at(monkeypatch, 2)
+    assert shop.run(**loop)["data"] == second["data"]
+    assert shop.ran == [], "a day without events makes nothing"
+    assert len(list((shop.out / "store").glob("*.parquet")) + list((shop.out / "store").glob("*.json"))) == 1
+    assert len([path for path in (shop.out / "store").iterdir() if path.is_dir()]) == 1, "older exports are deleted"
+
+
+@pytest.mark.parametrize("step", ["prepare", "train", "embed", "evaluate"])
+def test_a_loop_that_was_killed_is_gone_on_with_and_sees_the_same_events(
+    shop: Shop, loop: dict[str, Any], step: str
+) -> None:
+    shop.kill = step
+    with pytest.raises(KeyboardInterrupt):
+        shop.run(**loop)
+    before, seen = shop.ran[:-1], learned(shop)
+    SqliteStore(str(shop.folder / "live.sqlite"), 100).add([Event("late", "i03", NOON - 2 * DAY_MS)])
+    assert shop.run(**loop)["published_model"] == "new"
+    assert shop.ran == ["prepare", "train", "embed", "evaluate"][len(before) :]
+    assert learned(shop) == seen
+
+
+def test_a_model_of_other_settings_is_trained_afresh(shop: Shop, loop: dict[str, Any]) -> None:
+    shop.run(**loop)
+    shop.users = 9
+    with pytest.warns(UserWarning, match=r"fresh weights: .* was trained with another model\.embedding_width"):
+        shop.run(**loop, model={"embedding_width": 8}, prepare={"min_item_events": 2})
+    assert "train" in shop.ran
+    assert shop.start is None
+
+
+def test_new_items_come_with_what_the_table_says_of_items(shop: Shop, loop: dict[str, Any]) -> None:
+    items = shop.folder / "items.parquet"
+    pq.write_table(pa.table({"item_id": ["i00"], "title": ["A"], "price": [1], "tags": [["x"]]}), items)
+    store, vectors = SqliteStore(str(shop.folder / "live.sqlite"), 100), EmbeddedVectors(np.zeros(2, np.float32), None)
+    fields = {"title": "New", "tags": ["y", "z"]}
+    added = [AddedItem(i, fields, "New", b"jpeg", "h") for i in ("i00", "new", "hidden")]
+    store.put("m", added, [vectors] * 3, 9)
+    store.change("new", {"price": 2.5})
+    store.change("hidden", {}, hidden=True)
+    shop.run(items=str(items), **loop)
+    given, more = shop.prepared[0]
+    assert given == str(items)
+    assert pq.read_table(more).to_pylist() == [
+        {"item_id": "new", "title": "New", "brand": None, "category": None, "description": None, "price": 2.5,
+         "tags": ["y", "z"], "image": b"jpeg"}
+    ]  # fmt: skip
+
+
+def test_events_have_kinds_where_those_of_the_table_do(shop: Shop, loop: dict[str, Any]) -> None:
+    table = pa.table({"user_id": ["u00"], "item_id": ["i00"], "timestamp": [0], "event": ["view"]})
+    pq.write_table(table, shop.events)
+    shop.run(**loop)
+    assert [event["event"] for event in learned(shop)] == ["view"]
+
+
+def test_what_a_store_cannot_give_is_refused(shop: Shop, loop: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"prepare\.min_rating 3\.0 leaves all events of pipeline\.store out"):
+        shop.run(**loop, prepare={"min_rating": 3.0})
+    with pytest.raises(InputError, match="nowhere holds no events: there is no such file"):
+        shop.run(pipeline={"store": str(shop.folder / "nowhere")})
+    shop.run(pipeline={"store": "index"})
+    assert shop.prepared == (None, str(shop.events)), "where there is no store yet, there is nothing to learn from it"

@@ -218,6 +218,13 @@ def test_of_repeated_events_the_first_stays():
     assert interactions.is_first(kept).tolist() == [True] * 4
 
 
+def test_events_of_two_kinds_are_no_repeats():
+    table = pa.table({"user_id": ["u"] * 4, "item_id": ["a"] * 4, "timestamp": [1] * 4, "event": [*"vbvb"]})
+    found = interactions.usable_interactions(table, lambda ids: np.zeros(len(ids), np.int32), "t").interactions
+    whole = interactions.in_order(found)
+    assert interactions.is_first(whole).tolist() == [True, True, False, False]
+
+
 def test_rejects_name_row_user_and_item():
     table = usable([("u", "a", 1), (None, "b", 2), ("v", None, 3), ("w", "x", 4)]).rejects
     assert table.schema == REJECTS

@@ -105,11 +105,31 @@ def test_events(store: Store, place: str, tmp_path: Path) -> None:
     assert store.history("v\0", 9) == [("x\0y", 1)]
     store.add([Event("u", f"n{n}", 3000 + n) for n in range(4)])
     assert store.history("u", 9) == [("b", 2000), *((f"n{n}", 3000 + n) for n in range(4))]
-    assert export_events(place, str(tmp_path / "out.parquet")) == 6
+    assert export_events(place, str(tmp_path / "out.parquet")).rows == 6
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert {"user_id": "v\0", "item_id": "x\0y", "timestamp": 1, "event": "vi\0ew"} in rows
     assert {"user_id": "u", "item_id": "n0", "timestamp": 3000, "event": None} in rows
     assert (store.forget("u"), store.forget("u"), store.history("u", 9)) == (5, 0, [])
+
+
+def test_what_sells_best_is_counted_by_its_age(place: str) -> None:
+    store, now, day = open_store(place, 4, half_life_days=2), int(time.time() * 1000), 86_400_000
+    assert store.popular(9) == []
+    for user in ("u", "v", "w"):
+        store.add([Event(user, "old", now - 4 * day, "view"), Event(user, "kind\0", now, "cart")])
+    events = [Event("x", "new", now), Event("x", "late", now - 2 * day), Event("x", "new", now + 900 * day, "buy")]
+    for _ in range(3):  # what is sent again is counted once
+        store.add(events)
+    store.add([Event("x", "older than any", 5)])
+    expected = [("kind\0", 3.0), ("new", 2.0), ("old", 0.75), ("late", 0.5)]
+    assert [item for item, _ in store.popular(9)] == [item for item, _ in expected]
+    assert [count for _, count in store.popular(9)] == pytest.approx([count for _, count in expected], rel=1e-3)
+    assert [item for item, _ in store.popular(2)] == ["kind\0", "new"]
+    store.add([Event("w", f"i{n}", now + 1 + n) for n in range(4)])
+    store.add([Event("w", "kind\0", now, "cart"), Event("w", "old", now - 4 * day, "view")])  # crowded out meanwhile
+    assert dict(store.popular(9))["kind\0"] == pytest.approx(3, rel=1e-3)
+    assert dict(store.popular(9))["old"] == pytest.approx(0.75, rel=1e-3)
+    assert open_store(place, 4, half_life_days=5).popular(9) == []
 
 
 def test_items(store: Store, place: str) -> None:

@@ -80,9 +80,9 @@ def test_what_was_added_survives_a_process_that_is_killed(path: str) -> None:
 
 def test_an_export_is_an_interactions_table(path: str, tmp_path: Path) -> None:
     store, out = SqliteStore(path, 100), str(tmp_path / "out.parquet")
-    assert export_events(path, out) == 0
+    assert export_events(path, out).rows == 0
     store.add([Event("v", "b", 2, "view"), Event("u", "a", 3), Event("v", "a", 1)])
-    assert export_events(path, out) == 3
+    assert export_events(path, out).rows == 3
     assert pq.read_table(out).to_pylist() == [
         {"user_id": "u", "item_id": "a", "timestamp": 3, "event": None},
         {"user_id": "v", "item_id": "a", "timestamp": 1, "event": None},

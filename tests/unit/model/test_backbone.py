@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, Idefics3Config, LlamaConfi
 
 from pixrec.artifact import fingerprint, load_model, new_model, save_model
 from pixrec.errors import ArtifactError, ConfigError
-from pixrec.model.backbone import build_tiny, load_pretrained, pretrained_facts
+from pixrec.model.backbone import build_tiny, load_pretrained, picture_size_of, pretrained_facts
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoding import train_tokenizer
 from pixrec.model.vision import vision_fingerprint
@@ -286,3 +286,9 @@ def test_a_frozen_vision_part_is_the_same_under_adapters_of_any_seed(targets):
     adapters = {n for n, _ in models[1].tower.named_parameters() if "lora_" in n}
     assert adapters
     assert all("text_model" in name for name in adapters)
+
+
+def test_a_model_without_a_backbone_asks_no_hub_for_the_size_of_pictures(monkeypatch):
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", None)
+    config = tiny_config(model={"backbone": "none", "modalities": "text", "user_tower": "compact"})
+    assert picture_size_of(config.model) == tiny_config().model.tiny.image_size_px

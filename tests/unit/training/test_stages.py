@@ -1,10 +1,20 @@
 """The order of a training's stages, and what is refused before it starts."""
 
 import pytest
-from fakes import tiny_config, write_prepared
+from fakes import tiny_config, tiny_model, write_model, write_prepared
 
-from pixrec.errors import ConfigError
-from pixrec.training.stages import begin_work, check_joint, check_resumable, plan, stage_facts, vocabulary
+from pixrec.errors import ArtifactError, ConfigError
+from pixrec.training.stages import (
+    begin_work,
+    check_joint,
+    check_resumable,
+    check_start,
+    model_facts,
+    plan,
+    stage_facts,
+    training_key,
+    vocabulary,
+)
 
 
 def test_the_compact_tower_follows_all_stages_and_both_together_come_last():
@@ -47,3 +57,19 @@ def test_it_is_for_the_compact_tower_on_whole_copies_alone():
         check_joint(tiny_config(train=wanted))
     with pytest.raises(ConfigError, match="fsdp2"):
         check_joint(tiny_config(model={"user_tower": "compact"}, train={"parallel": "fsdp2", **wanted}))
+
+
+def test_a_training_that_goes_on_is_another_one_and_says_from_which_model(tmp_path):
+    dataset, start = write_prepared(tmp_path / "data"), str(tmp_path / "model")
+    with pytest.raises(ArtifactError, match="model holds no complete model; name another, or leave it out"):
+        check_start(tiny_config(train={"start": start}))
+    before = write_model(start, tiny_model())
+    config = tiny_config(train={"start": start})
+    check_start(config)
+    assert model_facts(dataset, config)["start"] == {"uri": start, "fingerprint": before.info["fingerprint"]}
+    assert "start" not in model_facts(dataset, tiny_config())
+    assert training_key(dataset, config) != training_key(dataset, tiny_config())
+    with pytest.raises(ConfigError, match=r"trained with another model\.embedding_width; set it alike"):
+        check_start(tiny_config(model={"embedding_width": 8}, train={"start": start}))
+    with pytest.raises(ArtifactError, match="knockouts/text_only holds no complete model"):
+        check_start(tiny_config(train={"start": start, "knockouts": ["text"]}))
