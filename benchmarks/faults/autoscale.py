@@ -30,7 +30,7 @@ from benchmarks.hosts import BUCKET, PATIENCE_SECONDS, Endpoint, Hosts, Run, rea
 IDLE_MINUTES = 0.25
 TYPES = {"decode": {"CPU": 2}, "model": {"CPU": 2, "GPU": 1}}
 CONFIG = """
-model: {user_tower: compact, image_size_px: 64}
+model: {user_tower: compact}
 prepare: {num_cpus_per_task: 1}
 train: {num_workers: 2, cpus_per_worker: 1, max_steps: 8, gpu_wait_seconds: 300}
 embed: {batch_size: 16, max_part_items: 16, num_actors: 2, cpus_per_actor: 1, gpus_per_actor: 1}
