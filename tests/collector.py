@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -26,11 +26,14 @@ class Collector:
                 self.names.setdefault(span.trace_id.hex(), []).append(span.name)
             self.came.notify_all()
 
-    def wait_for(self, trace: str, spans: int, seconds: float = 60) -> list[str]:
-        """The names of a trace's spans, once there are so many, or after so long."""
+    def wait_for(self, trace: str, parts: Sequence[str], seconds: float = 60) -> str:
+        """The names of a trace's spans in a row, once all parts are among them, or after so long."""
         with self.came:
-            self.came.wait_for(lambda: len(self.names.get(trace, ())) >= spans, seconds)
-            return self.names.get(trace, [])
+            self.came.wait_for(lambda: all(part in self.said(trace) for part in parts), seconds)
+            return self.said(trace)
+
+    def said(self, trace: str) -> str:
+        return " ".join(self.names.get(trace, []))
 
 
 @contextlib.contextmanager

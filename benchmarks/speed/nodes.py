@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -84,7 +85,9 @@ def inside(place: str, nodes: int) -> None:
         preparing = Watch("preparing items", nodes)
         prepare.prepare(items, events, data, config.prepare, preparing)
         found = {"prepare": preparing.told()}
-        save_model(model, untrained_model(config, [data]), {})
+        with tempfile.TemporaryDirectory() as local:
+            save_model(local, untrained_model(config, [data]), {})
+            storage.copy_folder(local, model)
         embedding = Watch("embed", nodes)
         embed.embed(model, data, f"{place}/index", config, progress=embedding)
     print(json.dumps({**found, "embed": embedding.told()}))
