@@ -94,7 +94,7 @@ def watched(hosts: Hosts) -> Iterator[dict[str, int]]:
 
 def main(items: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the hosts go too
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # a host has a /tmp of its own
         options = [f"--autoscaling-config={autoscaling(Path(folder))}"]
         with Hosts(0, head_options=options, more=ENVIRONMENT) as hosts, Endpoint(hosts.gateway), reached(hosts):
             fill(hosts, items, 2 * items, CONFIG)
