@@ -22,7 +22,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
 
 from benchmarks.faults.hosts import fill
 from benchmarks.hosts import BUCKET, PATIENCE_SECONDS, Endpoint, Hosts, Run, reached, wait
@@ -53,7 +53,9 @@ def autoscaling(folder: Path) -> str:
         for name, resources in TYPES.items()
     }
     head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
-    provider = {"type": "fake_multinode", "head_node_id": FAKE_HEAD_NODE_ID, "launch_multiple": True}
+    # By its class: Ray's wheel lacks the file of defaults that the name `fake_multinode` stands for.
+    module = f"{FakeMultiNodeProvider.__module__}.{FakeMultiNodeProvider.__name__}"
+    provider = {"type": "external", "module": module, "head_node_id": FAKE_HEAD_NODE_ID, "launch_multiple": True}
     told = {
         "cluster_name": "pixrec",
         "max_workers": 4,
@@ -94,7 +96,7 @@ def watched(hosts: Hosts) -> Iterator[dict[str, int]]:
 
 def main(items: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the hosts go too
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # a host has a /tmp of its own
         options = [f"--autoscaling-config={autoscaling(Path(folder))}"]
         with Hosts(0, head_options=options, more=ENVIRONMENT) as hosts, Endpoint(hosts.gateway), reached(hosts):
             fill(hosts, items, 2 * items, CONFIG)
