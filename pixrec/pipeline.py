@@ -274,7 +274,7 @@ class _Run:
         return storage.join(self.out, "models", storage.name(version.info["model"]))
 
     def clear(self, *kept: Handle) -> list[str]:
-        """Delete all but the newest versions, and what none of those that stay, nor this run, names."""
+        """Delete all but the newest versions, and what neither those that stay, nor their models, nor this run name."""
         keep = self.config.pipeline.keep_versions
         if keep is None:
             return []
@@ -286,6 +286,10 @@ class _Run:
                 manifest["version"],
                 *(storage.name(manifest[part]) for part in ("model", "data") if part in manifest),
             }
+        for name in named & {*storage.list_folders(storage.join(self.out, "models"))}:
+            with contextlib.suppress(ArtifactError):  # what a model began with: other settings may want it again
+                start = TrainedModel.load(storage.join(self.out, "models", name)).info.get("start", {})
+                named.add(storage.name(start.get("uri", name)))
         *old, now = [None, *storage.list_files(storage.join(self.out, STORE), ".json")]
         if now is not None:
             named.add(storage.read_json(now, ("tables",))["tables"])

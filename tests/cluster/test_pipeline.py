@@ -28,6 +28,8 @@ from pixrec.config import EmbedConfig, SyntheticConfig, dump_config
 from pixrec.data.items import ItemTable
 from pixrec.data.sequences import load_dataset
 from pixrec.data.synthetic import build_world, write_catalog
+from pixrec.live.sqlite import SqliteStore
+from pixrec.live.store import AddedItem, EmbeddedVectors, Event
 from pixrec.model.catalog import Catalog
 from pixrec.schema import EMBEDDING, ITEM_ID, PREPARED_ITEM_FIELDS
 from pixrec.training.tracking import read_log
@@ -251,7 +253,7 @@ def test_versions(verb: Verb, place: str):
     assert load_index(uri).version == second
 
 
-def test_one_run_of_everything_makes_what_the_verbs_made(verb: Verb, place: str):
+def test_one_run_of_everything_makes_what_the_verbs_made(verb: Verb, place: str, tmp_path: Path):
     tables = {name: f"{place}/catalog/{name}.parquet" for name in ("items", "interactions")}
     here = ["--set=train.num_workers=0", "--set=train.parallel=ddp"]  # the driver trains: what is made is the same
     options = [*here, "--set=train.knockouts=[]", "--set=evaluate.bootstrap_samples=20"]
@@ -269,6 +271,23 @@ def test_one_run_of_everything_makes_what_the_verbs_made(verb: Verb, place: str)
     again = verb("pipeline", *options, **tables, out=f"{place}/nightly")
     assert set(again["steps"].values()) == {"found"}
     assert again["results"] == summary["results"]
+
+    store = SqliteStore(str(tmp_path / "live.sqlite"), 10)
+    store.add([Event("somebody new", item_id, 10**12 + n) for n, item_id in enumerate([*items.item_ids[:4], "fresh"])])
+    added = AddedItem("fresh", {"title": "A fresh lamp"}, "A fresh lamp", None, "hash")
+    store.put("another model", [added], [EmbeddedVectors(np.zeros(16, np.float32), None)], 9)
+    loop = [
+        f"--set=pipeline.store={tmp_path}/live.sqlite",
+        "--set=pipeline.start=served",
+        "--set=pipeline.publish=always",
+    ]
+    next_day = verb("pipeline", *options, *loop, **tables, out=f"{place}/nightly")
+    assert next_day["steps"] == dict.fromkeys(["export", "prepare", "train", "embed", "evaluate"], "made")
+    learned = load_dataset(next_day["data"])
+    assert (learned.items.item_ids, "somebody new" in learned.events.user_ids) == ([*items.item_ids, "fresh"], True)
+    trained = load_model(next_day["model"])
+    assert trained.info["start"]["fingerprint"] == load_model(summary["model"]).fingerprint != trained.fingerprint
+    assert set(load_index(next_day["index"]).item_ids) == {*items.item_ids, "fresh"}
 
 
 @pytest.fixture
