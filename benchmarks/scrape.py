@@ -43,10 +43,6 @@ class Prometheus:
             found = json.loads(answer.read())["data"]["result"]
         return {json.dumps(one["metric"]): float(one["value"][1]) for one in found if one["value"][1] != "NaN"}
 
-
-def installed() -> bool:
-    return shutil.which("prometheus") is not None
-
     def picture(self, queries: list[str], minutes: int, file: str) -> None:
         """Draw them below each other by Prometheus's own page, in Debian's headless Chromium."""
         asked = {f"g{n}.{name}": value for n, query in enumerate(queries)
@@ -55,6 +51,10 @@ def installed() -> bool:
         options = [f"--window-size=1200,{100 + 520 * len(queries)}", "--virtual-time-budget=15000", "--hide-scrollbars"]
         command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", *options, f"--screenshot={file}", page]
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL, timeout=300)
+
+
+def installed() -> bool:
+    return shutil.which("prometheus") is not None
 
 
 @contextlib.contextmanager
