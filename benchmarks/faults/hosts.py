@@ -63,8 +63,8 @@ def pipeline(place: str) -> list[str]:
 
 def fill(hosts: Hosts, items: int, users: int, config: str = CONFIG) -> None:
     """The catalog and the settings onto the endpoint."""
-    fs, _ = storage.locate(BUCKET)
-    fs.mkdir(BUCKET.removeprefix("s3://"))
+    fs, bucket = storage.locate(BUCKET)
+    fs.makedirs(bucket, exist_ok=True)  # the endpoint forgets nothing while this process lives
     with tempfile.TemporaryDirectory() as folder:
         write_catalog(build_world(SyntheticConfig(num_items=items, num_users=users)), folder)
         storage.copy_folder(folder, f"{BUCKET}/catalog")

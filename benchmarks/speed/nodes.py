@@ -98,7 +98,7 @@ def on_hosts(nodes: int, items: int, cost: float) -> dict[str, Any]:
     with Hosts(nodes, cpus=1) as hosts, Endpoint(hosts.gateway), reached(hosts):
         fill(hosts, items, 100, CONFIG % nodes)
         hosts.ready()
-        command = f"{sys.executable} -m benchmarks.speed.nodes --inside {BUCKET}/made --nodes {nodes}"
+        command = f"{sys.executable} -m benchmarks.speed.nodes --inside {BUCKET}/made-{nodes} --nodes {nodes}"
         environment = {"env_vars": {COST: str(cost)}}
         name = hosts.ask("/api/jobs/", {"entrypoint": command, "runtime_env": environment})["submission_id"]
         wait(lambda: hosts.job(name).get("status") in ("SUCCEEDED", "FAILED"), PATIENCE_SECONDS, "the job")
