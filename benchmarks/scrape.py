@@ -16,8 +16,6 @@ from pathlib import Path
 
 DASHBOARD = Path(__file__).parents[1] / "serve" / "dashboard.json"
 START_SECONDS = 60.0
-RAY_NODES = "/tmp/ray/prom_metrics_service_discovery.json"
-"""Where Ray says at which addresses its nodes are to be scraped."""
 
 
 def dashboard_queries(rate_interval: str) -> dict[str, str]:
@@ -58,12 +56,13 @@ def installed() -> bool:
 
 
 @contextlib.contextmanager
-def scraping(target: str, interval: str = "2s", ray: bool = False) -> Iterator[Prometheus]:
-    """Scrape `host:port` every `interval`, and with `ray` the nodes of this machine's cluster, inside the block."""
+def scraping(target: str, interval: str = "2s", ray: Path | None = None) -> Iterator[Prometheus]:
+    """Scrape `host:port` every `interval` inside the block, and the nodes of a Ray cluster: `ray` is the file in which
+    its head says where they are, prom_metrics_service_discovery.json."""
     times = {"scrape_interval": interval, "scrape_timeout": interval}
     jobs = [{"job_name": "pixrec", **times, "static_configs": [{"targets": [target]}]}]
-    if ray:
-        jobs.append({"job_name": "ray", **times, "file_sd_configs": [{"files": [RAY_NODES]}]})
+    if ray is not None:
+        jobs.append({"job_name": "ray", **times, "file_sd_configs": [{"files": [str(ray)], "refresh_interval": "5s"}]})
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         (Path(folder) / "prometheus.yml").write_text(json.dumps({"scrape_configs": jobs}))  # JSON is YAML
         probe.bind(("127.0.0.1", 0))

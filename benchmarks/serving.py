@@ -3,8 +3,7 @@
     python -m benchmarks.serving [name ...] [--items 100000] [--seconds 10]
 
 Names: batching, modes, swap, kill, shards, overload, memory, schema, prometheus; default: all but the last two. `modes`
-needs Debian's `haproxy` for one of its rows, `prometheus` Debian's package of that name (and writes serving_metrics.png
-where `chromium` is there), `schema` schemathesis. A short run is `--items 20000 --seconds 5`. Every server is
+needs Debian's `haproxy` for one of its rows, `prometheus` Debian's package of that name, `schema` schemathesis. A short run is `--items 20000 --seconds 5`. Every server is
 `pixrec serve` on an untrained compact model and random vectors, and what is compared is measured within one run.
 """
 
@@ -51,8 +50,6 @@ MODES: dict[str, dict[str, str]] = {
 KEY = "benchmark"
 TINY = TinyConfig(hidden_width=64, num_layers=1, num_heads=2, vision_width=32, vision_layers=1, image_size_px=32)
 CONFIG = Config(model=ModelConfig(embedding_width=WIDTH, user_tower="compact", compact=CompactConfig(), tiny=TINY))
-PICTURE = "serving_metrics.png"
-PICTURED = ("Requests by code", "Time by stage", "Load of Ray's nodes", "Ray's object store")
 PIXREC = (sys.executable, "-c", "import sys; from pixrec.cli import main; sys.exit(main())")
 
 
@@ -331,14 +328,11 @@ def schema(shop: Shop, seconds: float) -> dict[str, Any]:
 
 
 def prometheus(shop: Shop, seconds: float) -> dict[str, Any]:
-    """Every query of the dashboard, evaluated by a Prometheus that scrapes a server under load and Ray's nodes; some of
-    them as a picture."""
-    with serving(shop) as server, scraping(server.url.removeprefix("http://"), ray=True) as found:
-        server.loaded(max(seconds, 60), rate=10)
-        queries = dashboard_queries("30s")
-        series = {name: len(found.values(query)) for name, query in queries.items()}
-        if shutil.which("chromium"):
-            found.picture([next(q for name, q in queries.items() if name.startswith(p)) for p in PICTURED], 2, PICTURE)
+    """Every query of the dashboard, evaluated by a Prometheus that scrapes a server under load. Those about Ray want a
+    cluster, as `benchmarks.faults.hosts kill-serve` has it."""
+    with serving(shop) as server, scraping(server.url.removeprefix("http://")) as found:
+        server.loaded(max(seconds, 20), rate=10)
+        series = {name: len(found.values(query)) for name, query in dashboard_queries("1m").items()}
     return {"series": series, "queries_without_an_answer": sorted(name for name, n in series.items() if not n)}
 
 

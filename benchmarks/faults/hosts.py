@@ -7,12 +7,15 @@ all its processes), kill-driver (the one that does), cut-train (its link for 30 
 answers 503 for 60 s while training), s3-slow (a second more for each answer, for 120 s), full-store (twice what Ray's
 object stores hold, put there by another job while training) or kill-serve (a worker node under an application that is
 asked by the shipped client); all by default. Each but the last is one `pixrec submit -- pipeline` of a small synthetic
-shop, whose results are compared with those of a single machine. The hosts are those of `benchmarks.hosts`.
+shop, whose results are compared with those of a single machine. The hosts are those of `benchmarks.hosts`. Where Debian's
+prometheus and chromium are installed, kill-serve evaluates the queries of the dashboard meanwhile, and --picture draws
+some of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import signal
@@ -26,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.hosts import BUCKET, PATIENCE_SECONDS, STORE_BYTES, Endpoint, Hosts, Run, reached, wait
+from benchmarks.scrape import dashboard_queries, installed, scraping
 from pixrec import storage
 from pixrec.artifact import load_index
 from pixrec.client import Client, RequestFailed
@@ -36,6 +40,7 @@ from pixrec.data.synthetic import build_world, write_catalog
 SAME_WORKERS, OTHER_WORKERS = 1e-6, 0.02
 """How far components of unit vectors may lie apart after 24 steps: as many ranks round alike, fewer do not."""
 CUT_SECONDS, REFUSE_SECONDS, SLOW_SECONDS = 30, 60, 120
+PICTURED = ("Requests by code", "Time to answer /v1: 99", "Load of Ray's nodes", "Ray's object store")
 FILL = (
     f"{sys.executable} -c 'import numpy, ray, time; ray.init(); "
     f"kept = [ray.put(numpy.zeros({STORE_BYTES // 10}, numpy.uint8)) for _ in range(20)]; time.sleep(60)'"
@@ -185,7 +190,7 @@ class Shoppers:
                     self.failures.append(str(failed)[:200])
 
 
-def lose_a_server(hosts: Hosts, made: dict[str, Any]) -> dict[str, Any]:
+def lose_a_server(hosts: Hosts, made: dict[str, Any], picture: str | None) -> dict[str, Any]:
     """Serve what a run made on two hosts, ask through the head, and kill one of the two."""
     settings = {"num_replicas": 2, "num_ingress_replicas": 2, "poll_seconds": 0, "store": "none"}
     args = {name: made[name] for name in ("model", "index", "data")} | {"config": {"serve": settings}}
@@ -202,18 +207,28 @@ def lose_a_server(hosts: Hosts, made: dict[str, Any]) -> dict[str, Any]:
     hosts.ask("/api/serve/applications/", config, "PUT")
     wait(lambda: len(replicas()) == 2, PATIENCE_SECONDS, "replicas")
     ids = list(load_index(made["index"]).item_ids)
-    with Shoppers(f"http://{hosts.head.address}:8000", [ids[n : n + 5] for n in range(50)]) as shoppers:
+    front, nodes = f"{hosts.head.address}:8000", hosts.head.folder / "tmp/ray/prom_metrics_service_discovery.json"
+    with contextlib.ExitStack() as stack:
+        watching = stack.enter_context(scraping(front, "5s", nodes)) if installed() else None
+        shoppers = stack.enter_context(Shoppers(f"http://{front}", [ids[n : n + 5] for n in range(50)]))
         wait(lambda: len(shoppers.seconds) > 50, PATIENCE_SECONDS, "answers")
         before, victim = replicas(), hosts.workers[-1]
         victim.kill()
         wait(lambda: replicas().count(victim.address) == 0 and len(replicas()) == 2, PATIENCE_SECONDS, "other replicas")
         answered = len(shoppers.seconds)
         wait(lambda: len(shoppers.seconds) > answered + 50, PATIENCE_SECONDS, "answers after it")
-    told = {"replicas_on_hosts": len(set(before)), "answered": len(shoppers.seconds), "failed": len(shoppers.failures)}
+        unanswered = []
+        if watching is not None:
+            queries = dashboard_queries("30s")
+            unanswered = sorted(name for name, query in queries.items() if not watching.values(query))
+            if picture:
+                watching.picture([q for name, q in queries.items() if name.startswith(PICTURED)], 3, picture)
+    told: dict[str, Any] = {"queries_without_an_answer": unanswered} if watching is not None else {}
+    told |= {"replicas_on_hosts": len(set(before)), "answered": len(shoppers.seconds), "failed": len(shoppers.failures)}
     return {**told, "failures": sorted(set(shoppers.failures))[:3], "longest_seconds": round(max(shoppers.seconds), 1)}
 
 
-def main(faults: list[str], workers: int, items: int) -> int:
+def main(faults: list[str], workers: int, items: int, picture: str | None = None) -> int:
     worst = 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the hosts go too
     with Hosts(workers) as hosts, Endpoint(hosts.gateway) as endpoint, reached(hosts):
@@ -223,7 +238,7 @@ def main(faults: list[str], workers: int, items: int) -> int:
             hosts.start_lost()
             began = time.monotonic()
             if fault == "kill-serve":
-                found = lose_a_server(hosts, expected)
+                found = lose_a_server(hosts, expected, picture)
                 print(json.dumps({"fault": fault, "seconds": round(time.monotonic() - began), **found}), flush=True)
                 worst |= bool(found["failed"])
                 continue
@@ -254,5 +269,6 @@ if __name__ == "__main__":
     parser.add_argument("faults", nargs="*", choices=[*FAULTS, []], default=[])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--items", type=int, default=200)
+    parser.add_argument("--picture", help="a .png")
     given = parser.parse_args()
-    sys.exit(main(given.faults or list(FAULTS), given.workers, given.items))
+    sys.exit(main(given.faults or list(FAULTS), given.workers, given.items, given.picture))
