@@ -56,7 +56,10 @@ def autoscaling(folder: Path) -> str:
     # By its class: Ray's wheel lacks the file of defaults that the name `fake_multinode` stands for.
     module = f"{FakeMultiNodeProvider.__module__}.{FakeMultiNodeProvider.__name__}"
     provider = {"type": "external", "module": module, "head_node_id": FAKE_HEAD_NODE_ID, "launch_multiple": True}
+    commands = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
     told = {
+        **{f"{name}_commands": [] for name in commands},
+        **{name: {} for name in ("auth", "docker", "file_mounts", "head_node", "worker_nodes")},
         "cluster_name": "pixrec",
         "max_workers": 4,
         "idle_timeout_minutes": IDLE_MINUTES,
