@@ -60,9 +60,11 @@ def autoscaling(folder: Path) -> str:
     told = {
         **{f"{name}_commands": [] for name in commands},
         **{name: {} for name in ("auth", "docker", "file_mounts", "head_node", "worker_nodes")},
+        **{name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
         "cluster_name": "pixrec",
         "max_workers": 4,
         "idle_timeout_minutes": IDLE_MINUTES,
+        "upscaling_speed": 1.0,
         "provider": provider | dict.fromkeys(("disable_node_updaters", "disable_launch_config_check"), True),
         "available_node_types": types | {"ray.head.default": head},
         "head_node_type": "ray.head.default",
