@@ -28,6 +28,7 @@ from benchmarks.faults.hosts import fill
 from benchmarks.hosts import BUCKET, PATIENCE_SECONDS, Endpoint, Hosts, Run, reached, wait
 
 IDLE_MINUTES = 0.25
+MEMORY = {"memory": 4 * 1024**3, "object_store_memory": 100 * 1024**2}
 TYPES = {"decode": {"CPU": 2}, "model": {"CPU": 2, "GPU": 1}}
 CONFIG = """
 model: {user_tower: compact}
@@ -49,7 +50,7 @@ ENVIRONMENT = {
 def autoscaling(folder: Path) -> str:
     """The file that the head is started with."""
     types: dict[str, Any] = {
-        name: {"resources": {**resources, "object_store_memory": 100 * 1024**2}, "node_config": {}, "max_workers": 2}
+        name: {"resources": {**resources, **MEMORY}, "node_config": {}, "max_workers": 2}
         for name, resources in TYPES.items()
     }
     head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
