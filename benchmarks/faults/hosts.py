@@ -206,7 +206,8 @@ def lose_a_server(hosts: Hosts, made: dict[str, Any], picture: str | None) -> di
     hosts.ask("/api/serve/applications/", config, "PUT")
     wait(lambda: len(replicas()) == 2, PATIENCE_SECONDS, "replicas")
     ids = list(load_index(made["index"]).item_ids)
-    front, nodes = f"{hosts.head.address}:8000", hosts.head.folder / "tmp/ray/prom_metrics_service_discovery.json"
+    front, ray = f"{hosts.head.address}:8000", hosts.head.folder / "tmp/ray"
+    nodes = next(ray.glob("session_2*/prom_metrics_service_discovery.json"), None)
     with contextlib.ExitStack() as stack:
         watching = stack.enter_context(scraping(front, "5s", nodes)) if installed() else None
         shoppers = stack.enter_context(Shoppers(f"http://{front}", [ids[n : n + 5] for n in range(50)]))
