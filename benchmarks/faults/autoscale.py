@@ -28,7 +28,7 @@ from benchmarks.faults.hosts import fill
 from benchmarks.hosts import BUCKET, PATIENCE_SECONDS, Endpoint, Hosts, Run, reached, wait
 
 IDLE_MINUTES = 0.25
-MEMORY = {"memory": 4 * 1024**3, "object_store_memory": 100 * 1024**2}
+STORE = {"object_store_memory": 100 * 1024**2}
 TYPES = {"decode": {"CPU": 2}, "model": {"CPU": 2, "GPU": 1}}
 CONFIG = """
 model: {user_tower: compact}
@@ -36,7 +36,7 @@ prepare: {num_cpus_per_task: 1}
 train: {num_workers: 2, cpus_per_worker: 1, max_steps: 8, gpu_wait_seconds: 300}
 embed: {batch_size: 16, max_part_items: 16, num_actors: 2, cpus_per_actor: 1, gpus_per_actor: 1}
 evaluate: {scorers: [popularity], bootstrap_samples: 100}
-job: {cpus: 1, memory_gib: 0.5, attempts: 1}
+job: {cpus: 1, memory_gib: 0, attempts: 1}  # a fake node cannot say how much memory it has
 """
 ENVIRONMENT = {
     "RAY_FAKE_CLUSTER": "1",
@@ -50,7 +50,7 @@ ENVIRONMENT = {
 def autoscaling(folder: Path) -> str:
     """The file that the head is started with."""
     types: dict[str, Any] = {
-        name: {"resources": {**resources, **MEMORY}, "node_config": {}, "max_workers": 2}
+        name: {"resources": {**resources, **STORE}, "node_config": {}, "max_workers": 2}
         for name, resources in TYPES.items()
     }
     head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}

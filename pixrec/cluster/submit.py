@@ -104,7 +104,7 @@ def _begin(server: JobServer, name: str, command: Sequence[str], settings: JobCo
             submission_id=name,
             runtime_env=runtime_env,
             entrypoint_num_cpus=settings.cpus or None,
-            entrypoint_memory=round(settings.memory_gib * _GIB) if settings.cpus else None,
+            entrypoint_memory=(settings.cpus and round(settings.memory_gib * _GIB)) or None,
         )
     except RuntimeError:
         if _find(server, name) is None:  # else somebody else was faster: joined
