@@ -1,4 +1,4 @@
-"""Traces of requests: the spans that Ray Serve makes on their way from the proxy to the replicas, for a collector.
+"""Traces of requests: the spans that Ray Serve makes on their way through the replicas, for a collector.
 
 Ray Serve calls `spans` in the proxy and in every replica; `serve.traced_share` says for how many requests.
 """

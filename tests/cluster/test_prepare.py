@@ -238,7 +238,7 @@ def test_several_tables_are_one_whose_overlap_counts_once(no_ray: None, tmp_path
     items = [str(tmp_path / f"{name}.parquet") for name in ("items", "added")]
     info = prepare(items, events, str(tmp_path / "out"), PrepareConfig(), silent)
     data = load_dataset(str(tmp_path / "out"))
-    assert (data.items.item_ids, data.items.text(2), info["name"]) == (["a", "b", "c"], "C", "old")
+    assert (data.items.item_ids, data.items.text(2), info["name"]) == (["a", "b", "c"], "C | $1.00", "old")
     assert (info["interactions"]["read"], info["interactions"]["filtered_repeats"]) == (7, 2)
     histories = {user: data.events.rows[start:end].tolist() for user, start, end in zip(
         data.events.user_ids, data.events.offsets[:-1], data.events.offsets[1:], strict=True)}  # fmt: skip
