@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from pixrec import storage
+from pixrec.config import SyntheticConfig
+from pixrec.data.synthetic import build_world, write_catalog
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -235,6 +237,12 @@ class Hosts:
             return []
         return [node for node in answer["data"]["result"]["result"] if node["state"] == "ALIVE"]
 
+    def metrics(self) -> Path:
+        """The file in which the head says where the metrics of all nodes are to be scraped."""
+        session = (self.head.folder / "tmp/ray").glob  # session_latest leads to the host's own /tmp
+        wait(lambda: [*session("session_2*/prom_metrics*.json")], self.start_seconds, "where the metrics are")
+        return next(session("session_2*/prom_metrics*.json"))
+
     def job(self, name: str) -> dict[str, Any]:
         """What the job server says of a job."""
         try:
@@ -364,3 +372,14 @@ def reached(hosts: Hosts) -> Iterator[None]:
         fs.clear_instance_cache()
         os.environ.clear()
         os.environ.update(before)
+
+
+def fill(hosts: Hosts, items: int, users: int, config: str) -> None:
+    """A synthetic catalog and the settings onto the endpoint, for a process that has `reached` it."""
+    fs, bucket = storage.locate(BUCKET)
+    fs.makedirs(bucket, exist_ok=True)  # the endpoint forgets nothing while this process lives
+    with tempfile.TemporaryDirectory() as folder:
+        write_catalog(build_world(SyntheticConfig(num_items=items, num_users=users)), folder)
+        storage.copy_folder(folder, f"{BUCKET}/catalog")
+    storage.write_bytes(f"{BUCKET}/config.yaml", config.encode())
+    (hosts.folder / "config.yaml").write_text(config)

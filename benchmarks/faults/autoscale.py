@@ -24,8 +24,7 @@ from typing import Any
 
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
 
-from benchmarks.faults.hosts import fill
-from benchmarks.hosts import BUCKET, PATIENCE_SECONDS, Endpoint, Hosts, Run, reached, wait
+from benchmarks.hosts import BUCKET, PATIENCE_SECONDS, Endpoint, Hosts, Run, fill, reached, wait
 
 IDLE_MINUTES = 0.25
 STORE = {"object_store_memory": 100 * 1024**2}

@@ -1,14 +1,15 @@
 """What becomes of a whole pipeline while a host of its cluster, a link or the S3 endpoint fails.
 
-    python -m benchmarks.faults.hosts [FAULT ...] [--workers 2] [--items 200]
+    python -m benchmarks.faults.hosts [FAULT ...] [--workers 2] [--items 200] [--set KEY=VALUE ...]
 
 FAULT is none, kill-prepare, kill-train, kill-embed (a worker node that does not run the job's own process, SIGKILL with
 all its processes), kill-driver (the one that does), cut-train (its link for 30 s), kill-head, s3-503 (the endpoint
 answers 503 for 60 s while training), s3-slow (a second more for each answer, for 120 s), full-store (twice what Ray's
 object stores hold, put there by another job while training) or kill-serve (a worker node under an application that is
 asked by the shipped client); all by default. Each but the last is one `pixrec submit -- pipeline` of a small synthetic
-shop, whose results are compared with those of a single machine. The hosts are those of `benchmarks.hosts`. With
-Debian's prometheus, kill-serve evaluates the queries of the dashboard meanwhile; with chromium, --picture draws some.
+shop with these settings (`--set model.lora.enabled=true`), whose results are compared with those of a single machine.
+The hosts are those of `benchmarks.hosts`. With Debian's prometheus, kill-serve evaluates the queries of the dashboard
+meanwhile; with chromium, --picture draws some.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import itertools
 import json
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -27,14 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.hosts import BUCKET, PATIENCE_SECONDS, STORE_BYTES, Endpoint, Hosts, Run, reached, wait
+from benchmarks.hosts import BUCKET, PATIENCE_SECONDS, STORE_BYTES, Endpoint, Hosts, Run, fill, reached, wait
 from benchmarks.scrape import dashboard_queries, installed, scraping
-from pixrec import storage
 from pixrec.artifact import load_index
 from pixrec.client import Client, RequestFailed
-from pixrec.config import SyntheticConfig
 from pixrec.data.sequences import load_dataset
-from pixrec.data.synthetic import build_world, write_catalog
 
 SAME_WORKERS, OTHER_WORKERS = 1e-6, 0.02
 """How far components of unit vectors may lie apart after 24 steps: as many ranks round alike, fewer do not."""
@@ -59,31 +56,20 @@ job: {cpus: 1, memory_gib: 0.5, attempts: 4}
 """
 
 
-def pipeline(place: str) -> list[str]:
+def pipeline(place: str, settings: Sequence[str]) -> list[str]:
     """The command that makes everything below a place."""
     tables = [f"--{table}={BUCKET}/catalog/{table}.parquet" for table in ("items", "interactions")]
-    return ["pipeline", *tables, f"--out={place}", f"--config={BUCKET}/config.yaml"]
+    return ["pipeline", *tables, f"--out={place}", f"--config={BUCKET}/config.yaml", *settings]
 
 
-def fill(hosts: Hosts, items: int, users: int, config: str = CONFIG) -> None:
-    """The catalog and the settings onto the endpoint."""
-    fs, bucket = storage.locate(BUCKET)
-    fs.makedirs(bucket, exist_ok=True)  # the endpoint forgets nothing while this process lives
-    with tempfile.TemporaryDirectory() as folder:
-        write_catalog(build_world(SyntheticConfig(num_items=items, num_users=users)), folder)
-        storage.copy_folder(folder, f"{BUCKET}/catalog")
-    storage.write_bytes(f"{BUCKET}/config.yaml", config.encode())
-    (hosts.folder / "config.yaml").write_text(config)
-
-
-def single_machine(hosts: Hosts, place: str) -> dict[str, Any]:
+def single_machine(hosts: Hosts, place: str, settings: Sequence[str]) -> dict[str, Any]:
     """The same pipeline on one machine, with as many workers, since sums over ranks are rounded by their number."""
     workers = f"train.num_workers={len(hosts.workers)}"
     small = [
         f"--set={name}"
         for name in (workers, "train.max_workers=null", "train.cpus_per_worker=0.3", "embed.cpus_per_actor=0.2")
     ]
-    process = hosts.pixrec(*pipeline(place), *small)
+    process = hosts.pixrec(*pipeline(place, settings), *small)
     out, err = process.communicate(timeout=PATIENCE_SECONDS)
     if process.returncode:
         raise RuntimeError(err)
@@ -206,10 +192,9 @@ def lose_a_server(hosts: Hosts, made: dict[str, Any], picture: str | None) -> di
     hosts.ask("/api/serve/applications/", config, "PUT")
     wait(lambda: len(replicas()) == 2, PATIENCE_SECONDS, "replicas")
     ids = list(load_index(made["index"]).item_ids)
-    front, ray = f"{hosts.head.address}:8000", hosts.head.folder / "tmp/ray"
-    nodes = next(ray.glob("session_2*/prom_metrics_service_discovery.json"), None)
+    front = f"{hosts.head.address}:8000"
     with contextlib.ExitStack() as stack:
-        watching = stack.enter_context(scraping(front, "5s", nodes)) if installed() else None
+        watching = stack.enter_context(scraping(front, "5s", hosts.metrics())) if installed() else None
         shoppers = stack.enter_context(Shoppers(f"http://{front}", [ids[n : n + 5] for n in range(50)]))
         wait(lambda: len(shoppers.seconds) > 300, PATIENCE_SECONDS, "answers")
         before, victim = replicas(), hosts.workers[-1]
@@ -228,12 +213,12 @@ def lose_a_server(hosts: Hosts, made: dict[str, Any], picture: str | None) -> di
     return {**told, "failures": sorted(set(shoppers.failures))[:3], "longest_seconds": round(max(shoppers.seconds), 1)}
 
 
-def main(faults: list[str], workers: int, items: int, picture: str | None = None) -> int:
+def main(faults: list[str], workers: int, items: int, settings: Sequence[str], picture: str | None) -> int:
     worst = 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the hosts go too
     with Hosts(workers) as hosts, Endpoint(hosts.gateway) as endpoint, reached(hosts):
-        fill(hosts, items, 2 * items)
-        expected = single_machine(hosts, f"{BUCKET}/single")
+        fill(hosts, items, 2 * items, CONFIG)
+        expected = single_machine(hosts, f"{BUCKET}/single", settings)
         for fault in faults:
             hosts.start_lost()
             began = time.monotonic()
@@ -243,7 +228,7 @@ def main(faults: list[str], workers: int, items: int, picture: str | None = None
                 worst |= bool(found["failed"])
                 continue
             try:
-                apart = compare(undergo(fault, hosts, endpoint), expected)
+                apart = compare(undergo(fault, hosts, endpoint, settings), expected)
             except (RuntimeError, TimeoutError) as error:
                 apart = {"failed": str(error)}
             print(json.dumps({"fault": fault, "seconds": round(time.monotonic() - began), **apart}), flush=True)
@@ -252,16 +237,16 @@ def main(faults: list[str], workers: int, items: int, picture: str | None = None
     return int(worst)
 
 
-def undergo(fault: str, hosts: Hosts, endpoint: Endpoint) -> dict[str, Any]:
+def undergo(fault: str, hosts: Hosts, endpoint: Endpoint, settings: Sequence[str]) -> dict[str, Any]:
     """What a pipeline says at its end that was disturbed so; one whose head went is submitted again."""
-    run = Run(hosts, f"{fault}-{hosts.id}", pipeline(f"{BUCKET}/{fault}"))
+    run = Run(hosts, f"{fault}-{hosts.id}", pipeline(f"{BUCKET}/{fault}", settings))
     disturb(fault, hosts, endpoint, run)
     try:
         return run.summary()
     except RuntimeError:
         if fault != "kill-head":
             raise
-        return Run(hosts, f"{fault}-again", pipeline(f"{BUCKET}/{fault}")).summary()
+        return Run(hosts, f"{fault}-again", pipeline(f"{BUCKET}/{fault}", settings)).summary()
 
 
 if __name__ == "__main__":
@@ -269,6 +254,8 @@ if __name__ == "__main__":
     parser.add_argument("faults", nargs="*", choices=[*FAULTS, []], default=[])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--items", type=int, default=200)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--picture", help="a .png")
     given = parser.parse_args()
-    sys.exit(main(given.faults or list(FAULTS), given.workers, given.items, given.picture))
+    settings = [f"--set={setting}" for setting in given.set]
+    sys.exit(main(given.faults or list(FAULTS), given.workers, given.items, settings, given.picture))

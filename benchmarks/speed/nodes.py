@@ -21,8 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from benchmarks.faults.hosts import fill
-from benchmarks.hosts import BUCKET, PATIENCE_SECONDS, Endpoint, Hosts, reached, wait
+from benchmarks.hosts import BUCKET, PATIENCE_SECONDS, Endpoint, Hosts, fill, reached, wait
 from pixrec import storage
 from pixrec.artifact import save_model, untrained_model
 from pixrec.artifact.embedding import ItemEmbedder

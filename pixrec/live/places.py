@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from pixrec import storage
 from pixrec.data.ids import hash_ids
 from pixrec.data.tables import prepared_items
-from pixrec.errors import ConfigError, InputError
+from pixrec.errors import ConfigError, InputError, UnavailableError
 from pixrec.live.popularity import HALF_LIFE_DAYS
 from pixrec.live.sqlite import SqliteStore
 from pixrec.live.store import AddedItem, EmbeddedVectors, Event, Store, StoreAway
@@ -73,7 +73,7 @@ def export_events(place: str, out: str, *, until: int | None = None, kinds: bool
     """Write the events of a store as an interactions table, a Parquet file, for `pixrec prepare`.
 
     `until`: only those before that time, in milliseconds; `kinds` False: without the column of their kinds. The store
-    may be in use. Raises InputError where there is none, or it does not answer.
+    may be in use. Raises InputError where there is none, UnavailableError where it does not answer.
     """
     schema = _EVENTS if kinds else _EVENTS.remove(_EVENTS.get_field_index(EVENT))
     rows = digest = 0
@@ -89,7 +89,7 @@ def export_events(place: str, out: str, *, until: int | None = None, kinds: bool
 
 def export_items(place: str, out: str, tables: Sequence[str]) -> Exported:
     """Write the items that were added to a store and are not hidden as an items table, a Parquet file: those that the
-    files `tables` of another one lack, with its columns and their pictures. Raises InputError as `export_events`."""
+    files `tables` of another one lack, with its columns and their pictures. Raises as `export_events`."""
     stored = [prepared_items(storage.read_schema(file).empty_table(), []).schema for file in tables]
     schema = pa.unify_schemas(stored, promote_options="permissive")
     for name in (IMAGE_STATUS, IMAGE_URIS):
@@ -132,12 +132,14 @@ def _digest(facts: Iterable[str]) -> int:
 
 @contextlib.contextmanager
 def _reached(place: str) -> Iterator[Store]:
+    """A store to be read. Raises UnavailableError where it does not answer."""
+    store = _read_only(place)
     try:
-        store = _read_only(place)
         yield store
     except StoreAway as error:
-        raise InputError(f"{place}: {error}; try again") from None
-    store.close()
+        raise UnavailableError(f"{place}: {error}; run the same command again later") from None
+    finally:
+        store.close()
 
 
 def _read_only(place: str) -> Store:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.faults.hosts import fill
-from benchmarks.hosts import BUCKET, Endpoint, Hosts, NotAllowed, Run, reached
+from benchmarks.hosts import BUCKET, Endpoint, Hosts, NotAllowed, Run, fill, reached, wait
+from benchmarks.scrape import dashboard_queries, installed, scraping
 
 START_SECONDS, RUN_SECONDS = 240, 600
 CONFIG = "{train: {num_workers: 1}, job: {cpus: 1, memory_gib: 0.5}}"
@@ -32,3 +32,12 @@ def test_the_doctor_finds_three_healthy_nodes(hosts: Hosts) -> None:
     assert summary["faults"] == []
     assert {node["name"] for node in summary["nodes"]} == {host.address for host in hosts.hosts}
     assert [node["cpus"] for node in summary["nodes"] if node["is_head"]] == [0]
+
+
+@pytest.mark.skipif(not installed(), reason="Debian's prometheus is not installed")
+def test_the_dashboard_shows_every_node(hosts: Hosts) -> None:
+    queries = {name: query for name, query in dashboard_queries("1m").items() if "ray_node" in query}
+    assert queries
+    with scraping(f"{hosts.head.address}:8265", "1s", hosts.metrics()) as prometheus:
+        for query in queries.values():
+            wait(lambda query=query: len(prometheus.values(query)) == len(hosts.hosts), START_SECONDS, query)

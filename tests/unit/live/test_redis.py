@@ -17,6 +17,7 @@ import pytest
 from fakes import tiny_config, tiny_dataset, tiny_items, tiny_model
 
 from pixrec.artifact import Index
+from pixrec.errors import UnavailableError
 from pixrec.live import redis as redis_store
 from pixrec.live.places import added_items, export_events, open_store
 from pixrec.live.store import AddedItem, EmbeddedVectors, Event, Feedback, LiveItem, Store, StoreAway, StoreFull
@@ -226,6 +227,8 @@ def test_a_server_that_is_killed_loses_nothing_and_stops_no_recommendation(
         for attempt in (lambda: store.add([Event("u", "lost", 1)]), lambda: store.history("u", 9), store.last_change):
             with pytest.raises(StoreAway, match="did not answer"):
                 attempt()
+        with pytest.raises(UnavailableError, match="again later"):
+            export_events(server.url, str(tmp_path / "out.parquet"))
         server.start()
         deadline = time.monotonic() + 30
         while shop.answer(asked)[0].store_away:
