@@ -1,17 +1,21 @@
 """The Dockerfile by the rules that hadolint has, as far as they can be told from its text, and what it copies.
 
-Whether it builds is another matter: `tests/unit/test_dockerfile.py` reads. To build it without Docker, see
-docs/operating.md.
+Where a builder is at hand it is also built and started, which takes minutes and so is asked for: PIXREC_BUILD_IMAGE in
+the environment holds the further options of the build, or nothing (`benchmarks.image`).
 """
 
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+
+from benchmarks.image import build, can_build, start
+from pixrec import __version__
 
 ROOT = Path(__file__).parents[2]
 Step = tuple[str, str]
@@ -114,3 +118,11 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
 def test_no_secret_is_an_argument_or_in_the_environment() -> None:
     named = " ".join(rest for word, rest in steps() if word in ("ARG", "ENV")).lower()
     assert not re.search(r"password|secret|aws_|api_key|_token=", named)
+
+
+@pytest.mark.skipif("PIXREC_BUILD_IMAGE" not in os.environ, reason="PIXREC_BUILD_IMAGE is not set")
+@pytest.mark.skipif(not can_build(), reason="buildah and debootstrap, or root, are lacking")
+def test_it_builds_and_a_node_starts_in_it() -> None:
+    built = build(shlex.split(os.environ["PIXREC_BUILD_IMAGE"]))
+    assert built["application_mb"] < 10, "a new version is one small layer"
+    assert start() == {"version": f"pixrec {__version__}", "user": "1000", "healthy": True}
