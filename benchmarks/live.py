@@ -33,11 +33,13 @@ import numpy as np
 from benchmarks.serving import KEY, PIXREC, PLACES, Server, Shop, serving
 from pixrec.artifact import load_index
 from pixrec.client import AsyncClient, Rejected, RequestFailed, Retries
+from pixrec.console import Console
 from pixrec.live.places import open_store
 from pixrec.live.store import Event, Store
 from pixrec.query import Answer, NewItem, Query
 
 BATCH, PROBES = 100, 2000
+NEIGHBOURS = 10
 
 
 def free_port() -> int:
@@ -128,8 +130,10 @@ class Outcome:
         return {**said, "store_away": self.away, "p50_ms": round(p50, 1), "p99_ms": round(p99, 1)}
 
 
-async def shoppers(url: str, clients: int, ask: Callable[[AsyncClient], Awaitable[Answer]], stop: asyncio.Event):
-    """Clients without retries that ask one request after the other until `stop`."""
+async def shoppers(
+    url: str, clients: int, ask: Callable[[AsyncClient], Awaitable[Answer]], stop: asyncio.Event, pause: float = 0.0
+):
+    """Clients without retries that ask one request after the other until `stop`, with `pause` seconds between them."""
     seen = Outcome()
 
     async def shopper(client: AsyncClient) -> None:
@@ -141,6 +145,7 @@ async def shoppers(url: str, clients: int, ask: Callable[[AsyncClient], Awaitabl
                 seen.away += answer.store_away
             except RequestFailed as error:
                 seen.failed.append(str(error)[:200])
+            await asyncio.sleep(pause)
 
     async with AsyncClient(url, KEY, retries=Retries(attempts=1)) as client:
         await asyncio.gather(*(shopper(client) for _ in range(clients)))
@@ -148,25 +153,25 @@ async def shoppers(url: str, clients: int, ask: Callable[[AsyncClient], Awaitabl
 
 
 async def look(client: AsyncClient, found: str, hidden: str, times: int) -> tuple[int, int]:
-    """How often an added item was unknown, and how often a hidden one was returned or known."""
-    missed = returned = 0
-    for _ in range(times):
+    """How often, of `times` questions asked at once, an added item was unknown, and a hidden one was returned for it,
+    which was the nearest before."""
+
+    async def similar() -> Answer | None:
         try:
-            answer = await client.similar(found, 50)
-            returned += hidden in [item_id for item_id, _ in answer.items]
+            return await client.similar(found, NEIGHBOURS)
         except Rejected:
-            missed += 1
-        try:
-            await client.similar(hidden, 1)
-            returned += 1
-        except Rejected:
-            continue
-    return missed, returned
+            return None
+
+    answers = await asyncio.gather(*(similar() for _ in range(times)))
+    returned = sum(hidden in [item_id for item_id, _ in answer.items] for answer in answers if answer)
+    return answers.count(None), returned
 
 
-async def change_items(url: str, items: int, batch: int, replicas: int) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    """Add items, and hide one of each batch; both are looked for at once, twice as often as there are replicas. Returns
-    an item and a hidden one of each batch."""
+async def change_items(
+    url: str, items: int, batch: int, replicas: int, console: Console
+) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+    """Add items, and hide the nearest of one of each batch; both are looked for at once, twice as often as there are
+    replicas. Returns an item and a hidden one of each batch."""
     pairs, missed, returned, adding = [], 0, 0, list[float]()
     async with AsyncClient(url, KEY) as client:
         for start in range(0, items, batch):
@@ -176,11 +181,14 @@ async def change_items(url: str, items: int, batch: int, replicas: int) -> tuple
             started = time.perf_counter()
             await client.add_items(new)
             adding.append(time.perf_counter() - started)
-            one, other = list(new)[:2]
+            one = next(iter(new))
+            near = [item_id for item_id, _ in (await client.similar(one, NEIGHBOURS)).items]
+            other = next(item_id for item_id in near if item_id.startswith("live/") and int(item_id[5:]) % batch)
             await client.hide_item(other)
             pairs.append((one, other))
             counted = await look(client, one, other, 2 * replicas)
             missed, returned = missed + counted[0], returned + counted[1]
+            console.progress("items added", start + batch, items)
     p50, p99 = np.percentile(adding, [50, 99])
     told = {
         "added": items,
@@ -203,10 +211,11 @@ def still(url: str, pairs: list[tuple[str, str]], replicas: int) -> dict[str, in
     return {"not_found": missed, "returned_though_hidden": returned}
 
 
-def kill_each(server: Server, replicas: int) -> int:
+def kill_each(server: Server, replicas: int, console: Console) -> int:
     """SIGKILL of each replica that there is, the next when another has taken its place; returns how many."""
     victims = server.replicas("Recommender")
-    for victim in victims:
+    for done, victim in enumerate(victims):
+        console.progress("replicas killed", done, len(victims))
         os.kill(victim, signal.SIGKILL)
         deadline = time.monotonic() + 300
         while victim in (there := server.replicas("Recommender")) or len(there) < replicas:
@@ -224,7 +233,8 @@ def run_serve(a: argparse.Namespace) -> dict[str, Any]:
             with serving(shop, **one) as server:
                 found = asyncio.run(_under_load(server.url, shop, a))
                 pairs = found.pop("pairs")
-                killed = kill_each(server, a.replicas)
+                with Console() as console:
+                    killed = kill_each(server, a.replicas, console)
                 found["after_kills"] = {"killed": killed, **still(server.url, pairs, a.replicas)}
             with serving(shop, **one) as server:
                 found["after_restart"] = still(server.url, pairs, a.replicas)
@@ -246,8 +256,9 @@ async def _under_load(url: str, shop: Shop, a: argparse.Namespace) -> dict[str, 
         return client.recommend([f"i{rng.randrange(shop.items):07d}" for _ in range(5)])
 
     stop = asyncio.Event()
-    asking = asyncio.create_task(shoppers(url, a.clients, ask, stop))
-    pairs, changed = await change_items(url, a.items, a.batch, a.replicas)
+    asking = asyncio.create_task(shoppers(url, a.clients, ask, stop, a.pause))
+    with Console() as console:
+        pairs, changed = await change_items(url, a.items, a.batch, a.replicas, console)
     stop.set()
     return {**changed, "recommend": (await asking).told(), "pairs": pairs}
 
@@ -333,7 +344,8 @@ def main() -> None:
     served.add_argument("--replicas", type=int, default=4)
     served.add_argument("--clients", type=int, default=64)
     served.add_argument("--items", type=int, default=10_000)
-    served.add_argument("--batch", type=int, default=50)
+    served.add_argument("--pause", type=float, default=2.0, help="seconds between two requests of a client")
+    served.add_argument("--batch", type=int, default=100)
     a = parser.parse_args()
     print(json.dumps({"store": run_store, "serve": run_serve, "away": run_away}[a.kind](a)))
 

@@ -129,7 +129,8 @@ class Overlay:
         self._base, self._model, self._embed = base, model, embed
         self.store: Store | None = None
         self._lock = threading.Lock()
-        self._seen = 0
+        self._read_to = 0
+        self._viewed_to = 0
         self._ids: list[str] = []
         self._fields: list[Mapping[str, Any]] = []
         self._vectors = np.zeros((0, base.vectors.shape[1]), np.float32)
@@ -154,7 +155,7 @@ class Overlay:
         if self.store is None:
             return True
         try:
-            if self.store.last_change() != self._seen:
+            if self.store.last_change() != self._viewed_to:
                 with self._lock:
                     self._read(self.store)
             return True
@@ -168,15 +169,15 @@ class Overlay:
         return found[0] if found else self._base.folded[item_id][0] if item_id in self._base.folded else None
 
     def _read(self, store: Store) -> None:
-        changed = False
-        while items := store.changes(self._seen, self._model, _BLOCK):
+        while items := store.changes(self._read_to, self._model, _BLOCK):
             placed = self._with_vectors(store, items)
             for item in items:
                 self._place(item, placed.get(item.item_id))
-            self._seen, changed = items[-1].change, True
-        if changed:
+            self._read_to = items[-1].change
+        if self._read_to != self._viewed_to:
             self._compact()
             self.view = self._viewed()
+            self._viewed_to = self._read_to  # last: who sees it without the lock has to find the view
 
     def _with_vectors(self, store: Store, items: Sequence[LiveItem]) -> dict[str, EmbeddedVectors]:
         """Vectors of the items by the model served, wherever there are some; the others are made, and stored."""

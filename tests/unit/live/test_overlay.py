@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,23 @@ def as_new(items: ItemTable, row: int) -> NewItem:
 def put(shop: Recommender, new: dict[str, NewItem]) -> None:
     assert shop.live.store is not None
     shop.live.store.put(shop.model_version, *shop.embed_new(new), 10_000)
+
+
+def test_who_asks_while_a_change_is_read_waits_for_it(compact: Model, shop: Any, monkeypatch: Any) -> None:
+    found = shop(compact)
+    live = found.live
+    made, other = live._viewed, threading.Thread(target=live.refresh)
+
+    def viewed() -> Any:
+        other.start()
+        other.join(0.2)
+        assert other.is_alive(), "it went on with the view before the change"
+        return made()
+
+    monkeypatch.setattr(live, "_viewed", viewed)
+    live.store.change(found.items.item_ids[3], {}, hidden=True)
+    assert live.refresh()
+    other.join()
 
 
 def ids(shop: Recommender, history: list[str], k: int = 50, **query: Any) -> list[str]:
