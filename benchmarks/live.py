@@ -38,7 +38,7 @@ from pixrec.live.places import open_store
 from pixrec.live.store import Event, Store
 from pixrec.query import Answer, NewItem, Query
 
-BATCH, PROBES = 100, 2000
+PROBES = 2000
 NEIGHBOURS = 10
 
 
@@ -61,10 +61,10 @@ def redis_server(folder: str, port: int) -> tuple[subprocess.Popen[bytes], str]:
     return process, f"redis://127.0.0.1:{port}"
 
 
-def drawn(events: int, users: int, rng: np.random.Generator) -> Iterator[list[Event]]:
+def drawn(events: int, users: int, batch: int, rng: np.random.Generator) -> Iterator[list[Event]]:
     """Events of random users and items, in the order of time."""
-    for start in range(0, events, BATCH):
-        count = min(BATCH, events - start)
+    for start in range(0, events, batch):
+        count = min(batch, events - start)
         pairs = zip(rng.integers(0, users, count).tolist(), rng.integers(0, 100_000, count).tolist(), strict=True)
         yield [Event(f"u{u}", f"item{i}", 1_700_000_000_000 + start + n, "view") for n, (u, i) in enumerate(pairs)]
 
@@ -82,16 +82,20 @@ def folder_bytes(folder: str) -> int:
     return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 
-def measure_store(store: Store, folder: str, events: int, users: int) -> dict[str, Any]:
-    rng, started = np.random.default_rng(0), time.perf_counter()
-    for batch in drawn(events, users, rng):
-        store.add(batch)
+def measure_store(store: Store, folder: str, events: int, users: int, batch: int) -> dict[str, Any]:
+    rng, started, done = np.random.default_rng(0), time.perf_counter(), 0
+    with Console() as console:
+        for drawn_events in drawn(events, users, batch, rng):
+            store.add(drawn_events)
+            done += len(drawn_events)
+            console.progress("events stored", done, events)
     filled = time.perf_counter() - started
     asked = [f"u{user}" for user in rng.integers(0, users, PROBES)]
     new = [Event(user, f"item{n}", 1_800_000_000_000 + n) for n, user in enumerate(asked)]
     return {
         "events": events,
         "users": users,
+        "batch": batch,
         "events_per_second_in_batches": round(events / filled),
         "look_up_ms": milliseconds([lambda user=user: store.history(user, 1000) for user in asked]),
         "insert_ms": milliseconds([lambda event=event: store.add([event]) for event in new]),
@@ -104,11 +108,14 @@ def measure_store(store: Store, folder: str, events: int, users: int) -> dict[st
 def run_store(a: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=a.folder) as folder:
         if not a.redis:
-            return {"store": "sqlite", **measure_store(open_store(f"{folder}/live.sqlite"), folder, a.events, a.users)}
+            return {
+                "store": "sqlite",
+                **measure_store(open_store(f"{folder}/live.sqlite"), folder, a.events, a.users, a.batch),
+            }
         process, url = redis_server(folder, free_port())
         try:
             store: Any = open_store(url)
-            found = measure_store(store, folder, a.events, a.users)
+            found = measure_store(store, folder, a.events, a.users, a.batch)
             used = int(store._redis.info("memory")["used_memory"])
             return {"store": "redis", **found, "bytes_an_event_in_memory": round(used / a.events, 1)}
         finally:
@@ -341,6 +348,7 @@ def main() -> None:
     away.add_argument("--seconds", type=float, default=30.0)
     store.add_argument("--events", type=int, default=1_000_000)
     store.add_argument("--users", type=int, default=100_000)
+    store.add_argument("--batch", type=int, default=100, help="events of one call while the store is filled")
     served.add_argument("--replicas", type=int, default=4)
     served.add_argument("--clients", type=int, default=64)
     served.add_argument("--items", type=int, default=10_000)
