@@ -199,23 +199,30 @@ def _of_mode(server: Server, seconds: float) -> dict[str, Any]:
 
 
 def batching(shop: Shop, seconds: float) -> dict[str, Any]:
-    """Closed loop, with batches and without."""
+    """Closed loop, with requests that go to the model together and without, behind Serve's proxy and HAProxy."""
+    modes = ("default", "haproxy") if shutil.which("haproxy") else ("default",)
+    return {mode: _batching(shop, seconds, MODES[mode]) for mode in modes}
+
+
+def _batching(shop: Shop, seconds: float, environment: Mapping[str, str]) -> dict[str, Any]:
     found = {}
     for name, size in (("on", 32), ("off", 1)):
-        with serving(shop, max_batch_size=size) as server:
+        with serving(shop, environment, max_batch_size=size, threads_per_replica=1) as server:
             told = server.loaded(seconds, clients=CLIENTS)
             found[name] = {k: told[k] for k in ("codes", "answers_per_second", CPU, "milliseconds", "stages_ms")}
-    encoded = {  # histories that the user tower and the search could take in a second, alone
+    computed = {  # histories that the user tower and the search could take in a second, alone
         name: 1000 * one["stages_ms"]["batch"] / (one["stages_ms"]["encode"] + one["stages_ms"]["retrieve"])
         for name, one in found.items()
     }
-    ratio = found["on"]["answers_per_second"] / found["off"]["answers_per_second"]
-    per_cpu = found["on"][CPU] / found["off"][CPU]
+    encoded = {name: one["stages_ms"]["batch"] / one["stages_ms"]["encode"] for name, one in found.items()}
+    ratios = {kind: round(found["on"][kind] / found["off"][kind], 2) for kind in ("answers_per_second", CPU)}
     return {
         **found,
-        "ratio_http": round(ratio, 2),
-        "ratio_per_cpu": round(per_cpu, 2),
-        "ratio_model": round(encoded["on"] / encoded["off"], 2),
+        "ratios": {
+            **ratios,
+            "user_tower": round(encoded["on"] / encoded["off"], 2),
+            "user_tower_and_search": round(computed["on"] / computed["off"], 2),
+        },
     }
 
 

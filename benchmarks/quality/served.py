@@ -11,8 +11,7 @@ with warnings.catch_warnings():
     from starlette.testclient import TestClient
 
 from pixrec.config import ServeConfig
-from pixrec.query import Answer, Query
-from pixrec.serving.backend import Backend, Incomplete
+from pixrec.serving.backend import Backend
 from pixrec.serving.http import create_api
 from pixrec.serving.published import Source
 from pixrec.serving.replicas import RecommenderReplica, store_of
@@ -22,14 +21,11 @@ if TYPE_CHECKING:
 
 
 class OneByOne(RecommenderReplica):
-    """Answers each history by itself: batches are gathered by Ray Serve."""
+    """Answers each call by itself: Ray Serve gathers them."""
 
     def __init__(self, source: Source, config: ServeConfig) -> None:
         super().__init__(source, config)
-        self._answer_together: Any = self._answer_alone
-
-    async def _answer_alone(self, query: Query) -> Answer | Incomplete:
-        return (await self.answer_all([query]))[0]
+        self._answer_together: Any = self.answer_all
 
 
 class Served:

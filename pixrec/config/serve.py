@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,9 +23,9 @@ class ServeConfig:
     request_burst: int = 50
     """Requests that may come at once before that rate counts."""
     max_batch_size: int = 32
-    """Histories encoded in one forward pass."""
+    """Histories that go to the model in one call, and are encoded in one forward pass."""
     batch_wait_seconds: float = 0.005
-    """Longest time that a request waits for others to fill its batch."""
+    """Longest time that a call with fewer waits for others, to be encoded with them."""
     num_replicas: int = 1
     """Replicas of the model deployment, where `max_replicas` does not let their number follow the load."""
     min_replicas: int = 1
@@ -59,7 +60,7 @@ class ServeConfig:
     max_ongoing_requests: int = 256
     """Requests that a replica handles at the same time; at least `max_batch_size`."""
     max_queued_requests: int = 512
-    """Requests waiting beyond that; more are answered 503 with Retry-After."""
+    """Requests that wait in each HTTP replica, beyond those under way; more are answered 503 with Retry-After."""
     retry_after_seconds: int = 1
     """Value of the Retry-After header."""
     blend: bool | None = None
@@ -153,3 +154,13 @@ class ServeConfig:
     def most_replicas(self) -> int:
         """Replicas of the model deployment at most."""
         return self.max_replicas or self.num_replicas
+
+    @property
+    def max_calls(self) -> int:
+        """Calls that an HTTP replica has under way at most; what is asked meanwhile goes together in the next.
+
+        A replica of the model computes one and has the next at hand. Where their number follows the load, there are as
+        many as should be ongoing in all: Serve counts calls, and starts another replica by them.
+        """
+        of_each = 2.0 if self.max_replicas is None else max(2.0, self.target_ongoing_requests)
+        return math.ceil(self.most_replicas * of_each / self.num_ingress_replicas)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -32,6 +32,7 @@ from pixrec.serving.backend import (
     Unavailable,
     Versions,
 )
+from pixrec.serving.gathering import Gathered
 from pixrec.serving.http import create_api
 from pixrec.serving.metrics import RequestMetrics, merged
 from pixrec.serving.published import Source
@@ -56,9 +57,18 @@ class ServeBackend:
     ) -> None:
         self._recommender, self._retrieval, self._config = recommender, retrieval, config
         self._metrics = metrics or RequestMetrics()
+        self._together = Gathered[Query, Any](
+            self._recommend_all, config.max_batch_size, config.max_calls, config.max_queued_requests
+        )
 
     async def recommend(self, query: Query) -> Answer | Refusal:
-        return await self._ask("recommend", query)
+        if query.new_items:  # their texts and pictures take a while, for which no other should wait
+            return await self._ask("recommend", query)
+        return await self._answered("recommend", self._together.ask(query))
+
+    async def _recommend_all(self, queries: list[Query]) -> list[Any]:
+        async with asyncio.timeout(self._config.request_timeout_seconds):
+            return await self._call("recommend_all", queries)
 
     async def similar(self, item_id: str, query: Query) -> Answer | Refusal | None:
         return await self._ask("similar", item_id, query)
@@ -136,11 +146,17 @@ class ServeBackend:
             raise Unavailable("the model is not available; try again") from None
 
     async def _ask(self, method: str, *args: Any, timeout: float | None = None) -> Any:
+        return await self._answered(method, self._call(method, *args), timeout)
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        return await getattr(self._recommender, method).remote(*args)
+
+    async def _answered(self, method: str, answer: Awaitable[Any], timeout: float | None = None) -> Any:
         self._metrics.validated()
         seconds = timeout or self._config.request_timeout_seconds
         try:
             async with asyncio.timeout(seconds):
-                found = await getattr(self._recommender, method).remote(*args)
+                found = await answer
         except BackPressureError:
             raise Overloaded("too many requests are waiting; try again") from None
         except TimeoutError:

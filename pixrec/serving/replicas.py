@@ -122,8 +122,12 @@ class RecommenderReplica(Replica):
         super().__init__(config, self._counted)
         self._rollout.watch(config.poll_seconds)
         self._filter_values: tuple[Recommender, FilterValues] | None = None
-        batched = serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_seconds)
-        self._answer_together = batched(self.answer_all)
+        batched = serve.batch(
+            max_batch_size=config.max_batch_size,
+            batch_wait_timeout_s=config.batch_wait_seconds,
+            batch_size_fn=lambda calls: sum(map(len, calls)),
+        )
+        self._answer_together = batched(self.answer_calls)
 
     def _loaded(self, recommender: Recommender) -> None:
         """Prepare a recommender that was loaded and is not used yet."""
@@ -146,17 +150,30 @@ class RecommenderReplica(Replica):
         return Change(outcome, self._rollout.state())
 
     async def recommend(self, query: Query) -> Answer | Refusal | Incomplete:
-        # Refused before it joins a batch, where it would fail its neighbours.
+        return (await self.recommend_all([query]))[0]
+
+    async def recommend_all(self, queries: list[Query]) -> list[Answer | Refusal | Incomplete]:
+        """The answers in the order of the queries: at most `max_batch_size`, as one call of the HTTP deployment."""
+        refusals = [await self._refused(query) for query in queries]
+        sound = [query for query, refusal in zip(queries, refusals, strict=True) if refusal is None]
+        answers = iter(await self._answer_together(sound) if sound else [])
+        return [next(answers) if refusal is None else refusal for refusal in refusals]
+
+    async def _refused(self, query: Query) -> Refusal | None:
+        """Why the query is refused, before it joins a batch, where it would fail its neighbours."""
         recommender = self._rollout.for_query(query)
         refusal = self._refusal(query, recommender)
-        if refusal is not None:
-            return refusal
-        if query.new_items:
+        if refusal is None and query.new_items:
             try:
                 await self._compute("encode", recommender.encode_new, query.new_items)  # which keeps the vectors
             except InputError as error:
                 return Refusal("new_items", str(error))
-        return await self._answer_together(query)
+        return refusal
+
+    async def answer_calls(self, calls: list[list[Query]]) -> list[list[Answer | Incomplete]]:
+        """The answers to calls that came at about the same time."""
+        answers = iter(await self.answer_all([query for call in calls for query in call]))
+        return [[next(answers) for _ in call] for call in calls]
 
     async def answer_all(self, queries: list[Query]) -> list[Answer | Incomplete]:
         """The answers in the order of the queries; those who get a canary are a batch of their own."""

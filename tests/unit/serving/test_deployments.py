@@ -206,10 +206,7 @@ def test_timestamps_that_do_not_fit_are_refused_before_they_join_a_batch(
 
 
 def test_new_items_are_encoded_before_the_batch(replica: RecommenderReplica, recommender: FakeRecommender) -> None:
-    async def alone(query: Query) -> Answer:
-        return (await replica.answer_all([query]))[0]
-
-    replica._answer_together = alone
+    replica._answer_together = replica.answer_all
     ranking = asyncio.run(replica.recommend(Query(["n"], 3, new_items={"n": NewItem({"title": "lamp"})})))
     assert ranking == answer_of("b", 0.5)
     assert recommender.encoded == [("n", {"title": "lamp"}, None)]
