@@ -3,9 +3,9 @@
     python -m benchmarks.serving [name ...] [--items 100000] [--seconds 10]
 
 Names: batching, modes, swap, kill, shards, overload, memory, endurance, schema, prometheus; default: all but the last
-three. `batching`, `modes` and `endurance` need HAProxy for a part (which Ray brings on
-Linux), `prometheus` Debian's package of that name, `schema` schemathesis. A short run is `--items 20000 --seconds 5`.
-Every server is `pixrec serve` on an untrained compact model and random vectors, and what is compared is measured within one run.
+three. `batching`, `modes` and `endurance` need HAProxy for a part (which comes with Ray on Linux), `prometheus`
+Debian's package of that name, `schema` schemathesis. A short run is `--items 20000 --seconds 5`. Every server is
+`pixrec serve` on an untrained compact model and random vectors, and what is compared is measured within one run.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ class ServeConfig:
     """Requests that may come at once before that rate counts."""
     max_batch_size: int = 32
     """Histories that go to the model in one call, and are encoded in one forward pass."""
-    batch_wait_seconds: float = 0.005
-    """Longest time that a call with fewer waits for others, to be encoded with them."""
+    batch_wait_seconds: float = 0.0
+    """Longest time that a call with fewer waits for those of other HTTP replicas, to be encoded with them."""
     num_replicas: int = 1
     """Replicas of the model deployment, where `max_replicas` does not let their number follow the load."""
     min_replicas: int = 1
