@@ -306,7 +306,13 @@ async def shop_on(url: str, seconds: float) -> dict[str, Any]:
 
 def overload(shop: Shop, seconds: float) -> dict[str, Any]:
     """Five times as many requests as the server can answer, and what comes after."""
-    with serving(shop, max_ongoing_requests=64, max_queued_requests=64) as server:
+    modes = ("default", "haproxy") if HAS_HAPROXY else ("default",)
+    return {mode: _overload(shop, seconds, MODES[mode]) for mode in modes}
+
+
+def _overload(shop: Shop, seconds: float, environment: Mapping[str, str]) -> dict[str, Any]:
+    limits = {"max_ongoing_requests": 64, "max_queued_requests": 64, "threads_per_replica": 1}
+    with serving(shop, environment, **limits) as server:
         capacity = server.loaded(seconds, clients=32)["answers_per_second"]
         calm = server.loaded(seconds, rate=round(capacity / 3, 1))
         flooded = server.loaded(seconds, rate=round(5 * capacity, 1))

@@ -164,3 +164,9 @@ class ServeConfig:
         """
         of_each = 2.0 if self.max_replicas is None else max(2.0, self.target_ongoing_requests)
         return math.ceil(self.most_replicas * of_each / self.num_ingress_replicas)
+
+    @property
+    def max_in_flight(self) -> int:
+        """Requests that an HTTP replica admits: those of its calls, and those that wait."""
+        under_way = min(self.max_calls * self.max_batch_size, self.most_replicas * self.max_ongoing_requests)
+        return under_way + self.max_queued_requests

@@ -57,9 +57,7 @@ class ServeBackend:
     ) -> None:
         self._recommender, self._retrieval, self._config = recommender, retrieval, config
         self._metrics = metrics or RequestMetrics()
-        self._together = Gathered[Query, Any](
-            self._recommend_all, config.max_batch_size, config.max_calls, config.max_queued_requests
-        )
+        self._together = Gathered[Query, Any](self._recommend_all, config.max_batch_size, config.max_calls)
 
     async def recommend(self, query: Query) -> Answer | Refusal:
         if query.new_items:  # their texts and pictures take a while, for which no other should wait
@@ -217,8 +215,8 @@ def bind(source: Source, config: ServeConfig) -> serve.Application:
         name=INGRESS,
         num_replicas=config.num_ingress_replicas,
         ray_actor_options={"num_cpus": config.cpus_per_ingress},
-        # Room for all that the recommender admits: whoever refuses first should be the one who knows why.
-        max_ongoing_requests=config.most_replicas * config.max_ongoing_requests + config.max_queued_requests,
+        # Room for more than the application admits: it refuses at the least cost, and knows why.
+        max_ongoing_requests=config.max_in_flight + config.max_queued_requests,
         **shared,
     )(serve.ingress()(Ingress))
     return ingress.bind(recommender, config, *retrieval)

@@ -56,6 +56,7 @@ class Gate:
         self.rate = Rate(config.requests_per_second, config.request_burst) if config.requests_per_second else None
         self.max_body_bytes = config.max_body_bytes
         self.retry_after_seconds = config.retry_after_seconds
+        self.in_flight, self.max_in_flight = 0, config.max_in_flight
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,9 +77,11 @@ class Gate:
             await send(message)
 
         with self.metrics.in_flight.track_inprogress():
+            self.in_flight += 1
             try:
                 await self._answer(scope, receive, watched_send, lambda: code > 0)
             finally:
+                self.in_flight -= 1
                 self.metrics.answered(_route(scope), code, time.perf_counter() - start)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, started: Callable[[], bool]) -> None:
@@ -110,6 +113,8 @@ class Gate:
         if keys and key is None:
             detail = "a valid API key is needed, in `Authorization: Bearer` or `X-API-Key`"
             return JsonResponse({"detail": detail}, 401, headers={"WWW-Authenticate": "Bearer"})
+        if self.in_flight > self.max_in_flight and KEYED_PREFIX in scope["path"]:
+            return unavailable("too many requests are waiting; try again", self.retry_after_seconds)
         if self.rate is not None and KEYED_PREFIX in scope["path"]:
             wait = self.rate.wait(key or str((scope.get("client") or ("",))[0]).encode())
             if wait > 0:

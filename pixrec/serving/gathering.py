@@ -8,8 +8,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
-from pixrec.serving.backend import Overloaded
-
 Asked = TypeVar("Asked")
 Told = TypeVar("Told")
 
@@ -26,17 +24,14 @@ class Gathered(Generic[Asked, Told]):
         call: Callable[[list[Asked]], Awaitable[Sequence[Told]]],
         max_together: int,
         max_calls: int,
-        max_waiting: int,
     ) -> None:
         """call: the answers, in the order of what is asked; what it raises all of them get."""
-        self._call, self._max_together, self._max_calls, self._max_waiting = call, max_together, max_calls, max_waiting
+        self._call, self._max_together, self._max_calls = call, max_together, max_calls
         self._waiting: deque[tuple[Asked, asyncio.Future[Told], contextvars.Context]] = deque()
         self._calls: set[asyncio.Task[None]] = set()
 
     async def ask(self, asked: Asked) -> Told:
-        """The answer. Raises Overloaded when too many wait, and what the call raises."""
-        if len(self._waiting) >= self._max_waiting:
-            raise Overloaded("too many requests are waiting; try again")
+        """The answer. Raises what the call raises."""
         answer: asyncio.Future[Told] = asyncio.get_running_loop().create_future()
         self._waiting.append((asked, answer, contextvars.copy_context()))
         self._send()

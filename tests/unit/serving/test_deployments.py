@@ -304,7 +304,8 @@ def test_every_resource_number_comes_from_the_config() -> None:
     assert (recommender.num_replicas, recommender.max_ongoing_requests, recommender.max_queued_requests) == (3, 64, 20)
     assert recommender.ray_actor_options == {"num_cpus": 1.5, "num_gpus": 0.5}
     assert (ingress.num_replicas, ingress.ray_actor_options["num_cpus"]) == (2, 0.25)
-    assert ingress.max_ongoing_requests == 3 * 64 + 20
+    assert config.max_in_flight == 3 * 32 + 20  # two calls for each of three replicas, from two HTTP replicas
+    assert ingress.max_ongoing_requests == 3 * 32 + 2 * 20
     for deployment in (ingress, recommender):
         assert deployment.backpressure_config.retry_after_s == 7
 
@@ -315,7 +316,7 @@ def test_the_number_of_replicas_may_follow_the_load() -> None:
     recommender = ingress.init_args[0]._bound_deployment
     scaling = recommender._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (0, 4, 8)
-    assert ingress.max_ongoing_requests == 4 * 256 + 512
+    assert ingress.max_ongoing_requests == 4 * 256 + 2 * 512
     assert recommender._deployment_config.logging_config["encoding"] == "JSON"
 
 

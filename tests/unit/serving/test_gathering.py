@@ -6,9 +6,6 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import pytest
-
-from pixrec.serving.backend import Overloaded
 from pixrec.serving.gathering import Gathered
 
 
@@ -18,7 +15,7 @@ class Slow:
     def __init__(self, **limits: int) -> None:
         self.calls: list[list[int]] = []
         self.let_go = asyncio.Event()
-        settings = {"max_together": 3, "max_calls": 1, "max_waiting": 100, **limits}
+        settings = {"max_together": 3, "max_calls": 1, **limits}
         self.gathered = Gathered[int, int](self.answer, **settings)
 
     async def answer(self, asked: list[int]) -> list[int]:
@@ -88,18 +85,5 @@ def test_a_call_that_fails_fails_those_in_it_and_no_other() -> None:
         slow.let_go.set()
         found = await asyncio.gather(*asked, return_exceptions=True)
         assert [type(one) for one in found] == [int, ValueError, ValueError, ValueError, int]
-
-    run(case)
-
-
-def test_too_many_that_wait_are_refused() -> None:
-    async def case() -> None:
-        slow = Slow(max_waiting=2)
-        asked = slow.ask(1, 2, 3)
-        await settled()
-        with pytest.raises(Overloaded, match="too many requests"):
-            await slow.gathered.ask(4)
-        slow.let_go.set()
-        assert await asyncio.gather(*asked) == [10, 20, 30]
 
     run(case)
