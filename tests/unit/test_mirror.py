@@ -47,7 +47,6 @@ TESTED_ELSEWHERE = {
     "pixrec/model/catalog.py": "tests/unit/model/test_towers.py",
     "pixrec/scorers/sasrec.py": "tests/unit/training/test_compact.py",
     "pixrec/serving/backend.py": "tests/unit/serving/test_http.py",
-    "pixrec/serving/gate.py": "tests/unit/serving/test_http.py",
     "pixrec/serving/edge.py": "tests/unit/serving/test_http.py",
     "pixrec/serving/items.py": "tests/unit/serving/test_http.py",
     "pixrec/serving/live.py": "tests/unit/serving/test_http.py",
