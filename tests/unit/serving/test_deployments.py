@@ -288,6 +288,33 @@ def test_a_late_answer_is_unavailable() -> None:
         asyncio.run(backend_whose_handle(wait).versions())
 
 
+def test_requests_that_wait_go_in_one_call_and_those_with_new_items_by_themselves() -> None:
+    calls: list[list[str]] = []
+
+    async def all_of(queries: list[Query]) -> list[str]:
+        calls.append([query.history[0] for query in queries])
+        await asyncio.sleep(0)
+        return [query.history[0] for query in queries]
+
+    async def one(query: Query) -> str:
+        return (await all_of([query]))[0]
+
+    async def case() -> list[Any]:
+        handle = SimpleNamespace(recommend=SimpleNamespace(remote=one), recommend_all=SimpleNamespace(remote=all_of))
+        backend = ServeBackend(handle, ServeConfig(max_batch_size=4))  # type: ignore[arg-type]
+        queries = [Query([name]) for name in "abcdefg"]
+        queries[1] = Query(["b"], new_items={"b": NewItem({})})
+        return await asyncio.gather(*map(backend.recommend, queries))
+
+    assert asyncio.run(case()) == list("abcdefg")
+    assert sorted(calls) == [
+        ["a"],
+        ["b"],
+        ["c"],
+        ["d", "e", "f", "g"],
+    ]  # two calls are under way, and that of new items
+
+
 def test_every_resource_number_comes_from_the_config() -> None:
     config = ServeConfig(
         num_replicas=3,
