@@ -30,6 +30,7 @@ from pixrec.live.store import (
 from pixrec.live.vectors import bytes_of, vectors_of
 
 _EVENTS_AT_A_TIME, _WAIT_SECONDS = 100_000, 10.0
+_CACHE_KIB = 65_536  # holds the inner pages of 100 million events, so that each look-up reads one page of the file
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (
     user_id TEXT NOT NULL, timestamp INTEGER NOT NULL, item_id TEXT NOT NULL, event TEXT NOT NULL,
@@ -76,6 +77,7 @@ class SqliteStore:
             self._sql = sqlite3.connect(path, _WAIT_SECONDS, isolation_level=None, check_same_thread=False)
             self._sql.execute("PRAGMA journal_mode = WAL")
             self._sql.execute("PRAGMA synchronous = FULL")
+            self._sql.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
             self._sql.executescript(_SCHEMA)
             self._sql.create_function("joined", 2, joined, deterministic=True)
             self._sql.execute("DELETE FROM popularity WHERE half_life_days != ?", (half_life_days,))
@@ -85,32 +87,39 @@ class SqliteStore:
             raise OutputError(f"the store {path} cannot be used: {error}; set serve.store to another") from None
 
     def add(self, events: Sequence[Event]) -> None:
+        users = dict[str, int]()  # the oldest of these events, of each
+        for event in events:
+            users[event.user_id] = min(event.timestamp, users.get(event.user_id, event.timestamp))
         with self._transaction():
             first = time.time_ns()  # later than all before, whichever process added them
             rows = [(e.user_id, e.timestamp, e.item_id, e.event or "", n) for n, e in enumerate(events, first)]
+            rows.sort()  # as they lie in the file, so that a page is written once
             self._sql.executemany("INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?)", rows)
-            for user_id in {event.user_id for event in events}:
+            with_too_many = self._sql.execute(
+                "SELECT key FROM json_each(?) WHERE (SELECT COUNT(*) FROM events WHERE user_id = key) > ?",
+                (json.dumps(users), self._most),
+            )
+            for (user_id,) in with_too_many.fetchall():
                 self._sql.execute(
                     "DELETE FROM events WHERE user_id = ?1 AND (timestamp, number) <= (SELECT timestamp, number FROM "
                     "events WHERE user_id = ?1 ORDER BY timestamp DESC, number DESC LIMIT 1 OFFSET ?2)",
                     (user_id, self._most),
                 )
-            self._count(events, first)
+            self._count(users, first, first + len(events) - 1)
 
-    def _count(self, events: Sequence[Event], first: int) -> None:
-        """Add what was stored of these events, numbered from `first` on, to what sells best: not what was there
-        already, nor what a user has too many of, so that nothing counts twice however often it is sent."""
-        now, oldest = self._decay.now(), dict[str, int]()
-        for event in events:
-            oldest[event.user_id] = min(event.timestamp, oldest.get(event.user_id, event.timestamp))
-        stored = [
-            (self._decay.half_life_days, item_id, self._decay.score(timestamp, now))
-            for user_id, start in oldest.items()
-            for item_id, timestamp in self._sql.execute(
-                "SELECT item_id, timestamp FROM events WHERE user_id = ? AND timestamp >= ? AND number BETWEEN ? AND ?",
-                (user_id, start, first, first + len(events) - 1),
-            )
-        ]
+    def _count(self, users: Mapping[str, int], first: int, last: int) -> None:
+        """Add the events numbered from first to last to what sells best, where they were stored: not what was there
+        already, nor what a user has too many of, so that nothing counts twice however often it is sent.
+
+        users: the oldest of those events, of each user.
+        """
+        now = self._decay.now()
+        found = self._sql.execute(
+            "SELECT item_id, timestamp FROM json_each(?) CROSS JOIN events ON user_id = key AND timestamp >= value "
+            "WHERE number BETWEEN ? AND ?",
+            (json.dumps(users), first, last),
+        )
+        stored = [(self._decay.half_life_days, item, self._decay.score(timestamp, now)) for item, timestamp in found]
         self._sql.executemany(
             "INSERT INTO popularity VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET score = joined(score, excluded.score)",
             (row for row in stored if row[2] > now - HALF_LIVES_KEPT),

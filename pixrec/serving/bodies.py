@@ -41,7 +41,7 @@ class RangeBody(BaseModel):
 
 
 FilterValues = dict[Text, Annotated[list[FilterValue], _FailFast()] | RangeBody]
-UserId = Annotated[Text, Field(min_length=1, max_length=500)]
+Id = Annotated[Text, Field(min_length=1, max_length=500, pattern=r"^[^\x00]+$")]  # SQLite's JSON ends at a NUL
 MaxPer = dict[Text, Annotated[int, Field(ge=1)]]
 
 
@@ -86,7 +86,7 @@ class RecommendBody(RankingBody):
     timestamps: Timestamps = Field(
         None, description="When each item of the history was met, milliseconds since the epoch; null: unknown."
     )
-    user_id: UserId | None = Field(
+    user_id: Id | None = Field(
         None, description="Whose stored events are the history, in place of `history` and `timestamps`."
     )
     reasons: bool = Field(False, description="Say with each answer which item of the history is nearest to it.")
@@ -95,8 +95,8 @@ class RecommendBody(RankingBody):
 class EventBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    user_id: UserId
-    item_id: Annotated[Text, Field(min_length=1, max_length=500)]
+    user_id: Id
+    item_id: Id
     event: Annotated[Text, Field(max_length=100)] | None = Field(None, description="view, cart, purchase, or any word.")
     timestamp: Annotated[int, Field(ge=-MAX_TIMESTAMP, le=MAX_TIMESTAMP)] | None = Field(
         None, description="Milliseconds since the epoch; null: now."
@@ -109,7 +109,6 @@ class EventsBody(BaseModel):
     events: Annotated[list[EventBody], _FailFast()]
 
 
-ItemId = Annotated[Text, Field(min_length=1, max_length=500)]
 ColumnValue = FilterValue | Annotated[list[Text], _FailFast()] | None
 
 
@@ -119,7 +118,7 @@ class ItemBody(NewItemBody):
     model_config = ConfigDict(extra="allow", strict=True)
     __pydantic_extra__: dict[Text, ColumnValue]
 
-    item_id: ItemId
+    item_id: Id
 
 
 class ItemsBody(BaseModel):
@@ -155,10 +154,10 @@ class FeedbackBody(BaseModel):
 
     request_id: RequestId = Field(description="`X-Request-Id` of the answer.")
     model_version: Annotated[str, Field(pattern=r"^[0-9A-Za-z-]{1,80}$")] = Field(description="As the answer says.")
-    impressions: Annotated[list[ItemId], _FailFast()] = Field(
+    impressions: Annotated[list[Id], _FailFast()] = Field(
         default_factory=list, description="Items of the answer that were seen."
     )
-    clicks: Annotated[list[ItemId], _FailFast()] = Field(
+    clicks: Annotated[list[Id], _FailFast()] = Field(
         default_factory=list, description="Items that were clicked, which counts as seen."
     )
 
