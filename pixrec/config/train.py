@@ -187,7 +187,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Compute the backbone's activations again in the backward pass instead of keeping them."""
     compile: bool = False
-    """torch.compile on the language model."""
+    """torch.compile on each layer of the language model and of the vision encoder: a minute or more at the start."""
     picture_tokens: str | None = "auto"
     """With `model.freeze_vision` or frozen encoders: the folder, local or s3://, that keeps what these made of each
     picture and text, so that each is encoded once. `auto`: the place of --data with `.tokens` appended. None: encode

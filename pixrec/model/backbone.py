@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -260,6 +261,14 @@ def _set_attention(model: PreTrainedModel, wanted: str) -> None:
         model.set_attn_implementation(wanted)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{setting} does not suit model.backbone: {_one_line(error)}; set it to auto") from None
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """torch.compile on each layer of the vision and of the language model, in place, for any number of tokens. Layers
+    of a kind share what was compiled, so a deep model is compiled in the time of a shallow one."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=True)
 
 
 def _one_line(error: Exception) -> str:

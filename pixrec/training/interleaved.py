@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pixrec.config import Config
 from pixrec.data.sequences import HeldOut
 from pixrec.model import gradcache
-from pixrec.model.backbone import ADAPTER
+from pixrec.model.backbone import ADAPTER, compile_layers
 from pixrec.model.losses import all_reduced_rows
 from pixrec.model.objective import PARTS, Extra, TrainingTask
 from pixrec.model.parallel import average_gradients, clip_gradients, shard
@@ -192,4 +192,4 @@ def prepare_backbone(tower: DualTower, config: Config) -> None:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if config.train.compile:
-        backbone.family.language_model(backbone.model).compile(dynamic=True)
+        compile_layers(backbone.model)

@@ -35,6 +35,7 @@ SEGMENTS = "flash_by_sdpa"
 """Names `attend_in_segments`. To what has "flash" in its name transformers hands all pictures in one call."""
 
 
+@torch.compiler.disable  # it reads lengths off a tensor
 def attend_in_segments(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, cu_seq_lens_q: Tensor, **options: Any
 ) -> tuple[Tensor, None]:

@@ -13,6 +13,7 @@ import transformers
 from fakes import Seen, tiny_config, tiny_items, tiny_model, write_tokens
 from packaging.version import Version
 from PIL import Image
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForImageTextToText,
@@ -44,7 +45,7 @@ from pixrec.data.pictures import picture_hash
 from pixrec.data.tokens import complete_store, store_folder, write_part
 from pixrec.errors import ConfigError
 from pixrec.model import gradcache
-from pixrec.model.backbone import Backbone, add_lora, use_attention, with_masks
+from pixrec.model.backbone import Backbone, add_lora, compile_layers, use_attention, with_masks
 from pixrec.model.catalog import Catalog
 from pixrec.model.encoding import Content, ItemEncoder, cut_into_tiles, train_tokenizer
 from pixrec.model.families import FAMILIES, family_of
@@ -295,6 +296,27 @@ def test_the_mask_of_padding_changes_no_state(model, monkeypatch):
         monkeypatch.setattr(family, "language_model", lambda model: masked)
         assert torch.equal(backbone.hidden_states(*inputs)[encoded.is_token], without[encoded.is_token])
     assert seen == [None]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # at which the compiler looks
+def test_compiled_layers_change_no_vector_and_no_gradient(model, catalog, monkeypatch):
+    """Traced, but not turned into C++, which takes minutes: that is in `benchmarks.speed.levers`."""
+    if model.tower.backbone.model.config.model_type in ("idefics3", "llava_onevision", "qwen2_vl"):
+        pytest.skip("layers like those of another family")
+    plain = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: plain(module, backend="eager", **options))
+    encoded, found = catalog.items(np.array([1, 7, 3])), []
+    for compiled in (False, True):
+        tower = copy.deepcopy(model.tower).requires_grad_(True)
+        torch._dynamo.reset()
+        if compiled:
+            compile_layers(tower.backbone.model)
+        vectors = tower.item_vectors(encoded)
+        vectors.square().sum().backward()
+        found.append([vectors, *(p.grad for p in tower.parameters() if p.grad is not None)])
+    compiled_layers = [m for m in tower.backbone.model.modules() if m._compiled_call_impl is not None]
+    assert len(compiled_layers) == 4, "two layers that see and two that read"
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
 
 
 def test_a_prefix_does_not_see_its_future(model, catalog):

@@ -133,12 +133,12 @@ def test_bf16_is_near_float32_and_keeps_weights_and_loss_whole():
     assert {p.dtype for p in half.tower.parameters()} == {torch.float32}
 
 
-def test_compile_reaches_the_language_model(monkeypatch):
+def test_compile_reaches_the_layers_that_see_and_those_that_read(monkeypatch):
     called = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: called.append((type(module), options)))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: called.append(module))
     training, _ = trainer(train={"compile": True})
-    language_model = training.tower.backbone.model.model.text_model
-    assert called == [(type(language_model), {"dynamic": True})]
+    model = training.tower.backbone.model.model
+    assert called == [*model.vision_model.encoder.layers, *model.text_model.layers]
 
 
 def test_accumulated_passes_give_the_mean_of_their_losses():
