@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -37,7 +38,7 @@ from benchmarks.processes import below, cpu_seconds, proportional_memory_mib
 from benchmarks.scrape import dashboard_queries, scraping
 from pixrec.artifact import index_version, new_model, save_model, with_compact
 from pixrec.client import AsyncClient, Client, RequestFailed
-from pixrec.config import CompactConfig, Config, ModelConfig, TinyConfig
+from pixrec.config import CompactConfig, Config, ModelConfig, ServeConfig, TinyConfig
 
 WIDTH, CLIENTS, SWAPS, KILL_EVERY_SECONDS = 128, 64, 20, 10.0
 START_ATTEMPTS = 3
@@ -54,18 +55,26 @@ PROXIES = ("default", "haproxy") if HAS_HAPROXY else ("default",)
 KEY = "benchmark"
 TINY = TinyConfig(hidden_width=64, num_layers=1, num_heads=2, vision_width=32, vision_layers=1, image_size_px=32)
 CONFIG = Config(model=ModelConfig(embedding_width=WIDTH, user_tower="compact", compact=CompactConfig(), tiny=TINY))
+VLM = Config(
+    model=ModelConfig(
+        embedding_width=WIDTH, user_tower="interleaved", tiny=dataclasses.replace(TINY, hidden_width=512, num_layers=4)
+    )
+)
+"""A user tower that reads each item of a history, so that the model is what bounds the server."""
 PIXREC = (sys.executable, "-c", "import sys; from pixrec.cli import main; sys.exit(main())")
 
 
 class Shop:
     """A catalog of `items`, two models and versions of an index that either of them made."""
 
-    def __init__(self, folder: Path, items: int) -> None:
+    def __init__(self, folder: Path, items: int, config: Config = CONFIG) -> None:
         self.folder, self.items = folder, items
         catalogs.write_catalog(folder / "data", items, picture_px=32, with_picture=0.0)
         self.models: dict[str, str] = {}
         for name in ("model", "other"):
-            model = with_compact(new_model(CONFIG, [f"title {name} {n}" for n in range(1000)]), [])
+            model = new_model(config, [f"title {name} {n}" for n in range(1000)])
+            if config.model.user_tower == "compact":
+                model = with_compact(model, [])
             self.models[str(folder / name)] = str(save_model(str(folder / name), model, {})["fingerprint"])
         self.pairs: set[str] = set()
         self.publish("model", 0)
@@ -305,12 +314,14 @@ async def shop_on(url: str, seconds: float) -> dict[str, Any]:
 
 
 def overload(shop: Shop, seconds: float) -> dict[str, Any]:
-    """Five times as many requests as the server can answer, and what comes after."""
-    return {proxy: _overload(shop, seconds, MODES[proxy]) for proxy in PROXIES}
+    """Five times as many requests as the server can answer, and what comes after: where HTTP takes the time, and where
+    the user tower does."""
+    towers = {"compact": shop, "interleaved": Shop(shop.folder / "vlm", shop.items, VLM)}
+    return {f"{name}, {proxy}": _overload(towers[name], seconds, MODES[proxy]) for name in towers for proxy in PROXIES}
 
 
 def _overload(shop: Shop, seconds: float, environment: Mapping[str, str]) -> dict[str, Any]:
-    limits = {"max_ongoing_requests": 64, "max_queued_requests": 64, "threads_per_replica": 1}
+    limits: dict[str, int] = {"max_ongoing_requests": 64, "max_queued_requests": 64, "threads_per_replica": 1}
     with serving(shop, environment, **limits) as server:
         capacity = server.loaded(seconds, clients=32)["answers_per_second"]
         calm = server.loaded(seconds, rate=round(capacity / 3, 1))
@@ -319,7 +330,9 @@ def _overload(shop: Shop, seconds: float, environment: Mapping[str, str]) -> dic
     keys = ("codes", "answers_per_second", "milliseconds")
     found = {name: {k: told[k] for k in keys} for name, told in
              (("calm", calm), ("five_times", flooded), ("after", after))}  # fmt: skip
-    return {"capacity": capacity, **found}
+    waiting = ServeConfig(**limits).max_in_flight / capacity
+    bound = round(2 * calm["milliseconds"]["p99"] + 1000 * waiting)  # twice a calm answer and a full queue
+    return {"capacity": capacity, "bound_of_p99_ms": bound, **found}
 
 
 def shards(shop: Shop, seconds: float) -> dict[str, Any]:
