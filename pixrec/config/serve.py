@@ -115,6 +115,11 @@ class ServeConfig:
     """Largest picture in a request, in bytes of its file."""
     max_image_pixels: int = 64_000_000
     """Largest picture in a request, in pixels; what has more is not decoded."""
+    image_uris: tuple[str, ...] = ("http://", "https://", "s3://")
+    """Beginnings of the URIs by which a request of /v1/items may name a picture, which the server then reads: a folder
+    or a bucket, such as `s3://pictures/`, too. None: pictures come with the request only."""
+    allow_private_addresses: bool = False
+    """Read such pictures also from loopback, private and link-local addresses, which are refused otherwise."""
     max_embedded: int = 64
     """Most texts, pictures, items and histories, all together, in one request of /v1/embed."""
 

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -266,6 +265,8 @@ def _set_attention(model: PreTrainedModel, wanted: str) -> None:
 def compile_layers(model: PreTrainedModel) -> None:
     """torch.compile on each layer of the vision and of the language model, in place, for any number of tokens. Layers
     of a kind share what was compiled, so a deep model is compiled in the time of a shallow one."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # takes seconds
+
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)

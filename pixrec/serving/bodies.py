@@ -119,6 +119,10 @@ class ItemBody(NewItemBody):
     __pydantic_extra__: dict[Text, ColumnValue]
 
     item_id: Id
+    image_uri: Annotated[Text, Field(max_length=2000)] | None = Field(
+        None,
+        description="Where its picture lies, in place of image_base64: http(s)://, s3://, as the server allows.",
+    )
 
 
 class ItemsBody(BaseModel):

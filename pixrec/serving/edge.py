@@ -40,9 +40,14 @@ def decoded(image_base64: str, config: ServeConfig, field: str = "image_base64")
         image = base64.b64decode(image_base64, validate=True)
     except ValueError:
         raise field_error(field, "image_base64 is not base64") from None
+    check_picture(image, config, field)
+    return image
+
+
+def check_picture(image: bytes, config: ServeConfig, field: str) -> None:
+    """Refuse what is too large, before it is decoded."""
     check_length(field, len(image), config.max_image_bytes, "bytes of a picture")
     check_length(field, _pixels(image), config.max_image_pixels, "pixels")
-    return image
 
 
 def _pixels(image: bytes) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import Response
 
 from pixrec.config import ServeConfig
+from pixrec.errors import InputError, UnavailableError
 from pixrec.query import NewItem
 from pixrec.serving.backend import Backend, ItemChange, NotStored, Refusal, Versions
 from pixrec.serving.bodies import (
@@ -20,8 +23,9 @@ from pixrec.serving.bodies import (
     ItemsBody,
     ItemsStoredBody,
 )
-from pixrec.serving.edge import check_length, decoded, field_error, jsonable, no_store
+from pixrec.serving.edge import check_length, check_picture, decoded, field_error, jsonable, no_store
 from pixrec.serving.gate import JsonResponse, unavailable
+from pixrec.serving.pictures import read_pictures
 
 IMAGE_MAX_AGE_SECONDS = 3600
 
@@ -66,9 +70,19 @@ def item_routes(backend: Backend, config: ServeConfig, stores: bool) -> APIRoute
         if not stores:
             raise no_store()
         check_length("items", len(body.items), config.max_items, "items")
-        items = {item.item_id: _new(item, config) for item in body.items}
-        if len(items) < len(body.items):
+        if len({item.item_id for item in body.items}) < len(body.items):
             raise field_error("items", "an item_id occurs more than once")
+        items = {item.item_id: _new(item, config) for item in body.items}
+        uris = {item.item_id: item.image_uri for item in body.items if item.image_uri}
+        try:
+            pictures = await asyncio.to_thread(read_pictures, uris, config) if uris else {}
+        except InputError as error:
+            raise field_error("items", str(error)) from None
+        except UnavailableError as error:
+            return unavailable(str(error), config.retry_after_seconds)
+        for item_id, image in pictures.items():
+            check_picture(image, config, "items")
+            items[item_id] = replace(items[item_id], image=image)
         made = _stored(await backend.add_items(items), config)
         return made if isinstance(made, Response) else JsonResponse({"stored": len(items), **vars(made)})
 
@@ -111,9 +125,11 @@ def image_type(data: bytes) -> str:
 
 
 def _new(item: ItemBody, config: ServeConfig) -> NewItem:
-    fields = item.model_dump(exclude={"item_id", "image_base64"}, exclude_none=True)
+    fields = item.model_dump(exclude={"item_id", "image_base64", "image_uri"}, exclude_none=True)
     check_length("items", _characters(fields), config.max_text_characters, "characters of one item")
-    if not item.title and not item.image_base64:
+    if item.image_base64 and item.image_uri:
+        raise field_error("items", f"item {item.item_id!r} has both image_base64 and image_uri: give one of them")
+    if not item.title and not item.image_base64 and not item.image_uri:
         raise field_error("items", f"item {item.item_id!r} has neither a title nor a picture")
     return NewItem(fields, decoded(item.image_base64, config, "items") if item.image_base64 else None)
 

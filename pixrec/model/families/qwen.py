@@ -35,7 +35,6 @@ SEGMENTS = "flash_by_sdpa"
 """Names `attend_in_segments`. To what has "flash" in its name transformers hands all pictures in one call."""
 
 
-@torch.compiler.disable  # it reads lengths off a tensor
 def attend_in_segments(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, cu_seq_lens_q: Tensor, **options: Any
 ) -> tuple[Tensor, None]:
@@ -127,7 +126,8 @@ class QwenVL(Family):
 
     def tune(self, model: PreTrainedModel) -> None:
         if self.vision._attn_implementation == "sdpa":
-            transformers.AttentionInterface.register(SEGMENTS, attend_in_segments)
+            eager = torch.compiler.disable(attend_in_segments)  # which reads lengths off a tensor
+            transformers.AttentionInterface.register(SEGMENTS, eager)
             self.vision._attn_implementation_internal = SEGMENTS
 
     def states(self, features: Any) -> list[Tensor]:

@@ -693,6 +693,28 @@ def test_items_are_added_changed_and_hidden(keeper: Any, backend: Any) -> None:
     assert keeper("DELETE", "/v1/items/ghost").status_code == 404
 
 
+def test_a_picture_is_read_where_its_uri_says(client_for: Callable[..., Any], backend: Any, tmp_path: Path) -> None:
+    (tmp_path / "lamp.jpg").write_bytes(backend.images["a"])
+    (tmp_path / "large.jpg").write_bytes(square(0.5, size=50))
+    store, place = SqliteStore(str(tmp_path / "live"), 100), f"{tmp_path}/"
+    client = client_for(store=store, api_key="k", image_uris=(place,), max_image_pixels=1600)
+
+    def add(**item: Any) -> Any:
+        return client("POST", "/v1/items", json={"items": [{"item_id": "n", **item}]}, headers={"X-API-Key": "k"})
+
+    assert add(image_uri=f"{place}lamp.jpg").json()["stored"] == 1
+    assert backend.asked[-1] == ("add_items", {"n": NewItem({}, backend.images["a"])})
+    picture = base64.b64encode(backend.images["a"]).decode()
+    for item, said in (
+        ({"image_uri": f"{place}none.jpg"}, "file not found"),
+        ({"image_uri": f"{place}large.jpg"}, "2500 pixels"),
+        ({"image_uri": "http://example.com/a.jpg"}, "serve.image_uris"),
+        ({"image_uri": f"{place}lamp.jpg", "image_base64": picture}, "give one of them"),
+    ):
+        answer = add(**item)
+        assert (answer.status_code, said in answer.text) == (422, True), answer.text
+
+
 @pytest.mark.parametrize(
     ("method", "body", "code", "said"),
     [
