@@ -4,6 +4,7 @@ Everything lies below one place:
 
     data/<key>/  models/<key>/  reports/<version>/     a key is a hash of all that makes what lies there
     store/<digest>/                                    events and items of a server's store, by what they say
+    pictures/  tokens/                                 downloads, and what frozen encoders made; of all data sets
     index/                                             its current version names the model and the data behind it
 
 So a run finds what an earlier one of the same inputs and settings has finished, and publishing is a single write: the
@@ -178,6 +179,8 @@ class _Run:
         if start := self._start(data, config):
             config = change_config(config, {"train.start": start, "train.stages": []})
         where = storage.join(self.out, "models", training_key(load_dataset(data.uri), config))
+        if not config.train.stages:  # which have a store for each of their data sets
+            config = self._one_store(config, "train")
 
         def make() -> TrainedModel:
             if why:
@@ -185,6 +188,13 @@ class _Run:
             return verbs.train(data, where, config=config, resume=has_begun(where), progress=self.console)
 
         return self._once("train", lambda: TrainedModel.load(where), make)
+
+    def _one_store(self, config: Config, section: str) -> Config:
+        """With one store of what frozen encoders make, for all data sets of this place: they see each picture once, and
+        not every night."""
+        if getattr(config, section).picture_tokens != "auto":
+            return config
+        return change_config(config, {f"{section}.picture_tokens": storage.join(self.out, "tokens")})
 
     def _start(self, data: PreparedData, config: Config) -> str | None:
         """The model in use, to be trained on; where it has learned from this very data, that which it began with, so
@@ -220,7 +230,8 @@ class _Run:
             raise ArtifactError(f"{index} has no such version")
 
         def make() -> PublishedIndex:
-            return verbs.embed(model, data, index, current=False, config=self.config, progress=self.console)
+            config = self._one_store(self.config, "embed")
+            return verbs.embed(model, data, index, current=False, config=config, progress=self.console)
 
         return self._once(name, find, make)
 

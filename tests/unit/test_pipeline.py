@@ -38,6 +38,7 @@ class Shop:
         self.folder, self.out = folder, folder / "out"
         self.events, self.ran, self.kill = folder / "events.parquet", list[str](), ""
         self.prepared: Any = None
+        self.kept = dict[str, set[str | None]](train=set(), embed=set())  # where what frozen encoders made is kept
         self.start: str | None = None
         self.users = 10
         self.events.write_text("10 users")
@@ -72,12 +73,14 @@ class Shop:
         model = tiny_model(config, load_dataset(str(data)).items)
         Path(out).mkdir()
         self.start = config.train.start
+        self.kept["train"].add(config.train.picture_tokens)
         save_model(out, model, model_facts(load_dataset(str(data)), config))
         storage.remove(str(work))
         return TrainedModel.load(out)
 
     def embed(self, model: Any, data: Any, out: str, *, current: bool, **options: Any) -> PublishedIndex:
         self.step("embed")
+        self.kept["embed"].add(options["config"].embed.picture_tokens)
         dataset, loaded = load_dataset(str(data)), load_model(str(model))
         vectors = loaded.embedder().items(Catalog(dataset.items, loaded.encoder), np.arange(len(dataset.items)))
         facts = {"model": str(model), "data": str(data), "data_fingerprint": dataset.info["fingerprint"]}
@@ -137,6 +140,16 @@ def test_killed_before_the_swap_only_the_swap_is_left(shop: Shop, monkeypatch: p
             shop.run()
     assert shop.run()["published_model"] == "new"
     assert shop.ran == []
+
+
+def test_frozen_encoders_see_a_picture_once_and_not_with_each_data_set(shop: Shop) -> None:
+    shop.run()
+    shop.more_users(11)
+    assert shop.run()["steps"]["train"] == "made"
+    assert shop.kept == dict.fromkeys(["train", "embed"], {f"{shop.out}/tokens"})
+    shop.kept["train"].clear()
+    shop.run(train={"picture_tokens": None})
+    assert shop.kept["train"] == {None}
 
 
 def test_settings_that_change_nothing_of_the_model_train_no_other(shop: Shop) -> None:
