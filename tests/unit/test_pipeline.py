@@ -146,7 +146,7 @@ def test_frozen_encoders_see_a_picture_once_and_not_with_each_data_set(shop: Sho
     shop.run()
     shop.more_users(11)
     assert shop.run()["steps"]["train"] == "made"
-    assert shop.kept == dict.fromkeys(["train", "embed"], {f"{shop.out}/tokens"})
+    assert shop.kept == {step: {f"{shop.out}/tokens"} for step in ("train", "embed")}
     shop.kept["train"].clear()
     shop.run(train={"picture_tokens": None})
     assert shop.kept["train"] == {None}
