@@ -117,7 +117,7 @@ class ServeConfig:
     """Largest picture in a request, in pixels; what has more is not decoded."""
     image_uris: tuple[str, ...] = ("http://", "https://", "s3://")
     """Beginnings of the URIs by which a request of /v1/items may name a picture, which the server then reads: a folder
-    or a bucket, such as `s3://pictures/`, too. None: pictures come with the request only."""
+    or a bucket, such as `s3://pictures/`, too. []: pictures come with the request only."""
     allow_private_addresses: bool = False
     """Read such pictures also from loopback, private and link-local addresses, which are refused otherwise."""
     max_embedded: int = 64
