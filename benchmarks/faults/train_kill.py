@@ -192,14 +192,14 @@ def noting(file: Path) -> Callable[[dict[str, Any]], None]:
         from pixrec.cluster import train
         from pixrec.training import phases
 
-        class Noting(phases.Trainer):
+        class Noting(phases.InterleavedTrainer):
             def train_step(self) -> dict[str, float]:
                 row = super().train_step()
                 with open(f"{file}-{self.rank}", "a") as notes:
                     notes.write(json.dumps([os.getpid(), self.step, row["loss"]]) + "\n")
                 return row
 
-        phases.Trainer = Noting
+        phases.InterleavedTrainer = Noting
         train._worker(job)
 
     return work
