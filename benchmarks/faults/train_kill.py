@@ -1,11 +1,12 @@
 """Kills a training run three times at a worker and once at its driver, and shows that it ends as the undisturbed one.
 
-    python -m benchmarks.faults.train_kill [seed] [--feed ray_data]
+    python -m benchmarks.faults.train_kill [seed] [--feed ray_data] [--workers-after 2]
 
 A small synthetic catalog, `pixrec-tiny`, two workers under Ray Train; always SIGKILL, at steps drawn by lot. A worker's
-death is left to `train.max_failures`; after the driver's the command is given again with --resume, for one worker. With
-`--feed ray_data` Ray Data reads for the workers of the disturbed run, of which a reader is killed too; the undisturbed
-run reads in the workers.
+death is left to `train.max_failures`; after the driver's the command is given again with --resume, for one worker or as
+many as `--workers-after` says. With two all is equal to the bit; one adds up the gradients of a step in another order,
+and the difference in the last bit grows with the steps. With `--feed ray_data` Ray Data reads for the workers of the
+disturbed run, of which a reader is killed too; the undisturbed run reads in the workers.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Step(NamedTuple):
     loss: float
 
 
-def main(seed: int, feed: str) -> int:
+def main(seed: int, feed: str, workers_after: int) -> int:
     with tempfile.TemporaryDirectory(prefix="pixrec-train-kill-") as folder:
         place = Path(folder)
         for name, reads in (("config", "local"), ("disturbed", feed)):
@@ -65,7 +66,8 @@ def main(seed: int, feed: str) -> int:
         started = time.monotonic()
         assert start(place, "whole").wait() == 0
         between = time.monotonic()
-        lost = disturb(place, random.Random(seed), [*VICTIMS, *(["reader"] if feed == "ray_data" else [])])
+        victims = [*VICTIMS, *(["reader"] if feed == "ray_data" else [])]
+        lost = disturb(place, random.Random(seed), victims, workers_after)
         ended = time.monotonic()
         alike = compare(place)
     print(f"lost at most {max(lost)} steps at a time; checkpoints are {INTERVAL} steps apart")
@@ -74,7 +76,7 @@ def main(seed: int, feed: str) -> int:
     return 0 if alike and max(lost) <= INTERVAL else 1
 
 
-def disturb(place: Path, rng: random.Random, victims: list[str]) -> list[int]:
+def disturb(place: Path, rng: random.Random, victims: list[str], workers_after: int) -> list[int]:
     """Train to the end, killing on the way; returns how many steps had to be taken again after each kill."""
     run, lost, stretch = start(place, "disturbed"), list[int](), STEPS // len(victims)
     workers = CONFIG.train.num_workers
@@ -90,8 +92,8 @@ def disturb(place: Path, rng: random.Random, victims: list[str]) -> list[int]:
             os.kill(noted(place, "disturbed", rank)[-1].process, signal.SIGKILL)
         else:
             end_with_all_below(run)
-            workers = 1
-            run = start(place, "disturbed", "--resume", "--set", "train.num_workers=1")
+            workers = workers_after
+            run = start(place, "disturbed", "--resume", "--set", f"train.num_workers={workers}")
         after = wait_for(lambda: last_process(place), lambda steps, old=before: steps[0].process != old[0].process, run)
         reached = max(step.step for step in noted(place, "disturbed") if step.process == before[0].process)
         lost.append(reached + 1 - after[0].step)
@@ -211,5 +213,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults.train_kill")
     parser.add_argument("seed", type=int, nargs="?", default=0)
     parser.add_argument("--feed", choices=("local", "ray_data"), default="local")
+    parser.add_argument("--workers-after", type=int, default=1, help="workers after the death of the driver")
     chosen = parser.parse_args()
-    sys.exit(main(chosen.seed, chosen.feed))
+    sys.exit(main(chosen.seed, chosen.feed, chosen.workers_after))
