@@ -98,6 +98,12 @@ class Approximate:
     def num_lists(self) -> int:
         return int(self._index.nlist)
 
+    @property
+    def proposed_each(self) -> int:
+        """How many vectors to propose for each result that is wanted, to be ranked again by the full ones: more for
+        codes of less than a byte a value."""
+        return 4 if self._index.code_size >= self._index.d else 32
+
     def renumbered(self, rows: np.ndarray) -> Approximate:
         """The same, whose answers `rows` (N,) translate once more."""
         other = copy.copy(self)

@@ -16,9 +16,8 @@ import numpy as np
 from pixrec.index import top_k
 from pixrec.retrieval.approximate import Approximate
 
-CANDIDATES = 4
-"""So many for each result are taken from the compressed vectors and ranked again by the full ones."""
-LEAST_CANDIDATES = 64
+LEAST_RESULTS = 16
+"""As many are proposed as for so many results, also where fewer are wanted."""
 EXACT_SHARE = 0.05
 """Where no more of the items pass a filter, all that do are compared: reading the lists they lie in takes as long."""
 
@@ -51,10 +50,11 @@ class Searcher:
         passing = len(self.vectors) if allowed is None else int(np.count_nonzero(allowed))
         if passing == len(self.vectors):
             allowed = None
-        if self.approximate is None or passing <= max(EXACT_SHARE * len(self.vectors), CANDIDATES * k):
+        structure, enough = self.approximate, EXACT_SHARE * len(self.vectors)
+        if structure is None or passing <= max(enough, structure.proposed_each * k):
             scores, rows = self._exact(queries, k, allowed)
         else:
-            scores, rows = self._approximate(self.approximate, queries, k, allowed)
+            scores, rows = self._approximate(structure, queries, k, allowed)
         return scores, rows + self.first_row
 
     def _exact(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> Found:
@@ -63,7 +63,8 @@ class Searcher:
     def _approximate(self, structure: Approximate, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> Found:
         if k < 1 or not np.isfinite(queries).all():
             return self._exact(queries, k, allowed)  # which says what is wrong
-        proposed = np.sort(structure.candidates(queries, max(LEAST_CANDIDATES, CANDIDATES * k), allowed), axis=1)
+        count = structure.proposed_each * max(k, LEAST_RESULTS)
+        proposed = np.sort(structure.candidates(queries, count, allowed), axis=1)
         scores = np.einsum("bcd,bd->bc", self.vectors[proposed], queries.astype(np.float32, copy=False))
         scores[proposed < 0] = -np.inf
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]

@@ -183,6 +183,8 @@ def test_the_structure_of_an_index_in_another_order_is_renumbered(model: Model, 
     asked = []
 
     class Structure:
+        proposed_each = 4
+
         def renumbered(self, rows: np.ndarray) -> Structure:
             asked.append(rows.tolist())
             return self
