@@ -2,10 +2,10 @@
 
     python -m benchmarks.serving [name ...] [--items 100000] [--seconds 10]
 
-Names: batching, modes, swap, kill, shards, overload, memory, endurance, schema, prometheus; default: all but the last
-three. `batching`, `modes` and `endurance` need HAProxy for a part (which comes with Ray on Linux), `prometheus`
+Names: batching, modes, swap, kill, shards, overload, memory, autoscale, endurance, schema, prometheus; default: all but
+the last four. `batching`, `modes` and `endurance` need HAProxy for a part (which comes with Ray on Linux), `prometheus`
 Debian's package of that name, `schema` schemathesis. A short run is `--items 20000 --seconds 5`. Every server is
-`pixrec serve` on an untrained compact model and random vectors, and what is compared is measured within one run.
+`pixrec serve` on an untrained model and random vectors, and what is compared is measured within one run.
 """
 
 from __future__ import annotations
@@ -335,6 +335,20 @@ def _overload(shop: Shop, seconds: float, environment: Mapping[str, str]) -> dic
     return {"capacity": capacity, "bound_of_p99_ms": bound, **found}
 
 
+def autoscale(shop: Shop, seconds: float) -> dict[str, Any]:
+    """A user tower that takes the time, and more load than one replica answers: when there are two, and what failed."""
+    scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "threads_per_replica": 1}
+    with serving(Shop(shop.folder / "autoscale", shop.items, VLM), **scaling) as server:
+        began, two_after = time.monotonic(), None
+        load = server.load(max(seconds, 90.0), clients=CLIENTS)
+        while load.poll() is None:
+            if two_after is None and len(server.replicas("Recommender")) > 1:
+                two_after = round(time.monotonic() - began, 1)
+            time.sleep(0.5)
+        told = result(load)
+    return {"two_replicas_after_s": two_after, "codes": told["codes"], "milliseconds": told["milliseconds"]}
+
+
 def shards(shop: Shop, seconds: float) -> dict[str, Any]:
     """Two shards beside one that is apart and none: the same answers, and what they cost."""
     found, answers = {}, {}
@@ -379,7 +393,7 @@ def prometheus(shop: Shop, seconds: float) -> dict[str, Any]:
     return {"series": series, "queries_without_an_answer": sorted(name for name, n in series.items() if not n)}
 
 
-MORE = {"endurance": endurance, "schema": schema, "prometheus": prometheus}
+MORE = {"autoscale": autoscale, "endurance": endurance, "schema": schema, "prometheus": prometheus}
 SCENARIOS = {"batching": batching, "modes": modes, "swap": swap, "kill": kill, "shards": shards,
              "overload": overload, "memory": memory}  # fmt: skip
 
