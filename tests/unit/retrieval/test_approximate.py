@@ -46,7 +46,9 @@ def nearest(vectors: np.ndarray, queries: np.ndarray, allowed: np.ndarray | None
 def test_the_nearest_items_are_among_those_proposed(vectors: np.ndarray, tmp_path: Path, codes):
     path = str(tmp_path / "structure.faiss")
     build(vectors, codes, path, threads=1)
-    found = Approximate(path, 32).candidates(vectors[:100], 60)
+    structure = Approximate(path, 32)
+    assert structure.proposed_each == (32 if codes == "pq" else 4), "coarse codes propose more"
+    found = structure.candidates(vectors[:100], 60)
     assert recall(found, nearest(vectors, vectors[:100])) > 0.97
     centroids = 4 * D * (num_lists(N) + (256 if codes == "pq" else 0))
     assert 0 < Path(path).stat().st_size - bytes_per_item(D, codes) * N - centroids < 8 * num_lists(N) + 1000
