@@ -179,8 +179,7 @@ class _Run:
         if start := self._start(data, config):
             config = change_config(config, {"train.start": start, "train.stages": []})
         where = storage.join(self.out, "models", training_key(load_dataset(data.uri), config))
-        if not config.train.stages:  # which have a store for each of their data sets
-            config = self._one_store(config, "train")
+        config = self._one_store(config, "train")
 
         def make() -> TrainedModel:
             if why:
@@ -191,8 +190,8 @@ class _Run:
 
     def _one_store(self, config: Config, section: str) -> Config:
         """With one store of what frozen encoders make, for all data sets of this place: they see each picture once, and
-        not every night."""
-        if getattr(config, section).picture_tokens != "auto":
+        not every night. Stages have one for each of theirs."""
+        if self.config.train.stages or getattr(config, section).picture_tokens != "auto":
             return config
         return change_config(config, {f"{section}.picture_tokens": storage.join(self.out, "tokens")})
 
