@@ -135,10 +135,11 @@ def test_bf16_is_near_float32_and_keeps_weights_and_loss_whole():
 
 def test_compile_reaches_the_layers_that_see_and_those_that_read(monkeypatch):
     called = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: called.append(module))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: called.append((module, options)))
     training, _ = trainer(train={"compile": True})
     model = training.tower.backbone.model.model
-    assert called == [*model.vision_model.encoder.layers, *model.text_model.layers]
+    layers = [*model.vision_model.encoder.layers, *model.text_model.layers]
+    assert called == [(layer, {"dynamic": True}) for layer in layers]
 
 
 def test_accumulated_passes_give_the_mean_of_their_losses():
