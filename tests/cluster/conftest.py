@@ -3,12 +3,15 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
+import ray.data
 from collector import Collector, collecting
 from fakes import job_of
 from raw_shop import write_raw
@@ -109,6 +112,64 @@ def train_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
     monkeypatch.setattr("ray.get", lambda arrived: None)
     return run
+
+
+class InOneProcess:
+    """What the verbs ask of a Ray Data set, done in this process at the pace of whoever reads."""
+
+    def __init__(self, blocks: Iterable[pa.Table]) -> None:
+        self._blocks = blocks
+
+    def map_batches(
+        self, stage: Any, *, batch_size: int, fn_constructor_args: tuple[Any, ...] = (), **_: Any
+    ) -> InOneProcess:
+        work = stage(*fn_constructor_args) if isinstance(stage, type) else stage
+        made = (work(batch) for batch in self._batches(batch_size))
+        return InOneProcess(chain.from_iterable([one] if isinstance(one, pa.Table) else one for one in made))
+
+    def iter_batches(self, **_: Any) -> Iterator[pa.Table]:
+        return iter(self._blocks)
+
+    def _batches(self, size: int) -> Iterator[pa.Table]:
+        waiting = None
+        for block in self._blocks:
+            waiting = block if waiting is None else pa.concat_tables([waiting, block])
+            while len(waiting) >= size:
+                yield waiting.slice(0, size)
+                waiting = waiting.slice(size)
+        if waiting is not None and len(waiting):
+            yield waiting
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], None]:
+    """Lets a module of `pixrec.cluster` do in this process what it asks of Ray Data and of tasks, one after the other.
+
+    A process of its own takes seconds to import torch and transformers, and what it does is the same.
+    """
+
+    def remote(**_: Any) -> Callable[[Callable[..., Any]], Any]:
+        def task(work: Callable[..., Any]) -> Any:
+            made = SimpleNamespace(remote=work)
+            made.options = lambda **_: made
+            return made
+
+        return task
+
+    data = SimpleNamespace(
+        from_items=lambda rows, **_: InOneProcess([pa.Table.from_pylist(rows)]),
+        range=lambda count: InOneProcess([pa.table({"id": range(count)})]),
+        DataContext=ray.data.DataContext,
+        ActorPoolStrategy=ray.data.ActorPoolStrategy,
+    )
+    node = SimpleNamespace(get_node_id=lambda: "0" * 56)
+    stand_in = SimpleNamespace(data=data, remote=remote, get=lambda done: done, get_runtime_context=lambda: node)
+
+    def apply(module: ModuleType) -> None:
+        monkeypatch.setattr(module, "ray", stand_in)
+        monkeypatch.setattr("pixrec.cluster.session.connect", contextlib.nullcontext)
+
+    return apply
 
 
 @pytest.fixture

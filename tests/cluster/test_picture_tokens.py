@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pyarrow as pa
 import pytest
@@ -53,7 +55,12 @@ def test_an_actor_passes_over_texts_that_are_stored(tmp_path: Path):
     assert again(files).column("texts").to_pylist() == [0]
 
 
-def test_a_store_grows(ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_store_grows(
+    ray_session: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    without_ray: Callable[[ModuleType], None],
+):
     """The pictures of a second data set that shares the place are added to what is there."""
     first, second, place = (str(tmp_path / name) for name in ("first", "second", "tokens"))
     write_prepared(first, tiny_dataset())
@@ -70,6 +77,7 @@ def test_a_store_grows(ray_session: None, tmp_path: Path, monkeypatch: pytest.Mo
     assert set(files) <= set(storage.list_files(folder))
     assert len(stored_pictures(folder)) == 12 + 4  # a picture of the second set is one of the first's
     files = storage.list_files(folder, ".lance")
+    without_ray(vision)
     frozen_once(first, config, [first])
     assert storage.list_files(folder, ".lance") == files, "what is there is not computed again"
     monkeypatch.setattr(vision, "PictureEncoder", None)

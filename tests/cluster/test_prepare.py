@@ -100,7 +100,7 @@ def test_again_gives_the_same_and_replaces_the_old(
     assert prepare(*arguments)["fingerprint"] != first["fingerprint"]
 
 
-def test_a_fault_found_by_a_worker_is_one_line_and_leaves_nothing(ray_session: None, raw: Path, tmp_path: Path):
+def test_a_fault_found_by_a_worker_is_one_line_and_leaves_nothing(slices_here: None, raw: Path, tmp_path: Path):
     items = raw / "items.parquet"
     page = pq.read_metadata(items).row_group(1).column(1).data_page_offset
     content = bytearray(items.read_bytes())
