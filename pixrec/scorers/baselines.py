@@ -83,6 +83,9 @@ class RepeatLast(Popularity):
         return torch.from_numpy(scores_BN)
 
 
+_LEAST_CHANCE = 1e-12
+
+
 class ItemTransition(Scorer):
     """What followed the user's last item in training histories, smoothed over the graph of such steps.
 
@@ -116,10 +119,17 @@ class ItemTransition(Scorer):
 
         As logarithms, because the chances of rare items lie closer together than what counts as a tie.
         """
-        last, place = np.unique([h[-1] for h in users.histories], return_inverse=True)
-        return torch.from_numpy(np.stack([self._scores_after(int(item)) for item in last])[place])
+        return torch.from_numpy(self.chances(users).clip(_LEAST_CHANCE)).log_()
 
-    def _scores_after(self, item: int) -> np.ndarray:
+    def chances(self, users: Users) -> np.ndarray:
+        """(B, N) float32: each item's chance to be next, by the last of the history, which must not be empty."""
+        last, place = np.unique([h[-1] for h in users.histories], return_inverse=True)
+        found = np.empty((len(last), len(self._popularity)), np.float32)
+        for row, item in zip(found, last, strict=True):
+            row[:] = self._chances_after(int(item))
+        return found[place]
+
+    def _chances_after(self, item: int) -> np.ndarray:
         step = np.zeros(len(self._popularity))
         step[item] = 1.0
         walk = np.zeros_like(step)
@@ -127,8 +137,7 @@ class ItemTransition(Scorer):
             step = self._follow(step)
             walk += weight * step
         seen = self._followed[item]
-        chance = (seen * walk + self._backoff * self._popularity) / (seen + self._backoff)
-        return np.log(np.maximum(chance, 1e-12)).astype(np.float32)
+        return (seen * walk + self._backoff * self._popularity) / (seen + self._backoff)
 
     def _follow(self, step: np.ndarray) -> np.ndarray:
         """One step of a distribution (N,) over the graph; touches only the rows of P that it needs."""

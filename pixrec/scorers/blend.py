@@ -13,6 +13,7 @@ Shapes: B users · N items · S parts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ class Mixture:
         """histories: the training histories; counts (N,): events of each item in them; temperature: what the model's
         scores are divided by to be logits."""
         self._transition = ItemTransition(histories, len(counts))
-        self._warm = torch.from_numpy(np.asarray(counts) > 0)
+        self._cold = torch.from_numpy(np.flatnonzero(np.asarray(counts) == 0))
         self._popularity = torch.from_numpy((counts + 1e-3) / (counts.sum() + 1e-3 * len(counts))).float()
         self._temperature = temperature
         self.weights = torch.full((len(PARTS),), 1 / len(PARTS))
@@ -49,10 +50,7 @@ class Mixture:
 
         Further columns of scores are items of which nothing was counted.
         """
-        mixed = torch.zeros_like(scores, dtype=torch.float32, device="cpu")
-        for weight, part in zip(self.weights, self._parts(scores, histories), strict=True):
-            mixed += weight * part
-        return mixed
+        return self._mixed(self._bases(scores, histories), self.weights)
 
     @torch.no_grad()
     def fit(self, held_out: HeldOut, scores: Callable[[Users], torch.Tensor]) -> dict[str, float]:
@@ -63,29 +61,74 @@ class Mixture:
         for start in range(0, len(held_out.targets), batch_size):
             block = held_out.only(np.arange(start, min(start + batch_size, len(held_out.targets))))
             at = torch.from_numpy(np.asarray(block.targets, dtype=np.int64)).unsqueeze(1)
-            parts = self._parts(scores(block.users), block.histories)
-            found.append(torch.cat([part.gather(1, at) for part in parts], dim=1))
+            bases = self._bases(scores(block.users), block.histories)
+            parts = [self._mixed(bases, alone).gather(1, at) for alone in torch.eye(len(PARTS))]
+            found.append(torch.cat(parts, dim=1))
         self.weights = fit_weights(torch.cat(found))
         return dict(zip(PARTS, self.weights.tolist(), strict=True))
 
-    def _parts(self, scores: torch.Tensor, histories: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Seven distributions (B, N), in the order of PARTS; one without any item to give is 0 everywhere."""
-        model = (scores.float().cpu() / self._temperature).softmax(1)
-        uncounted = (0, model.shape[1] - len(self._popularity))
-        popularity = F.pad(self._popularity, uncounted).expand_as(model)
-        transition, recent = popularity.clone(), torch.zeros_like(model)
+    def _bases(self, scores: torch.Tensor, histories: Sequence[np.ndarray]) -> _Bases:
+        logits = scores.float().cpu() / self._temperature
+        model = logits.sub_(logits.max(1, keepdim=True).values).exp_()
+        transition = F.pad(self._popularity, (0, model.shape[1] - len(self._popularity))).repeat(len(model), 1)
         if known := [user for user, history in enumerate(histories) if len(history)]:
             users = Users([""] * len(known), [histories[user] for user in known])
-            transition[known] = F.pad(self._transition.scores(users).exp(), uncounted)
-        for row, history in zip(recent, histories, strict=True):  # of a repeated item its last place counts
-            row[np.asarray(history, dtype=np.int64)] = torch.from_numpy(1 / np.arange(len(history), 0, -1.0)).float()
-        again = recent > 0
-        return [
-            *(_scaled(part.masked_fill(again, 0)) for part in (model, transition, popularity)),
-            *(_scaled(part.masked_fill(~again, 0)) for part in (model, transition)),
-            _scaled(recent),
-            _scaled(model.masked_fill(again | F.pad(self._warm, uncounted), 0)),
-        ]
+            transition[known, : len(self._popularity)] = torch.from_numpy(self._transition.chances(users))
+        rows, columns, ages = _last_places(histories, model.shape[1])
+        again = torch.stack([model[rows, columns], transition[rows, columns], 1 / ages])
+        model[rows, columns] = transition[rows, columns] = 0
+        return _Bases(model, transition, rows, columns, again)
+
+    def _mixed(self, bases: _Bases, weights: torch.Tensor) -> torch.Tensor:
+        """The mixture (B, N) of the seven parts, each scaled to a distribution; one without an item to give is 0."""
+        model, transition, rows, columns, again = bases
+        *of_new, by_popularity, again_model, again_transition, by_age, of_cold = weights.tolist()
+        users, mixed = len(model), torch.zeros_like(model)
+        for weight, part in zip(of_new, (model, transition), strict=True):
+            if weight:
+                mixed.addcmul_(part, _scale(weight, part.sum(1)).unsqueeze(1))
+        if by_popularity:
+            popularity = F.pad(self._popularity, (0, model.shape[1] - len(self._popularity)))
+            own = torch.zeros(users, dtype=torch.float64).index_add_(0, rows, popularity[columns].double())
+            rest = popularity.double().sum() - own
+            mixed.addcmul_(popularity, _scale(by_popularity, rest).float().unsqueeze(1))
+        if of_cold:
+            cold = torch.cat([self._cold, torch.arange(len(self._popularity), model.shape[1])])
+            part = model[:, cold]
+            mixed[:, cold] += part * _scale(of_cold, part.sum(1)).unsqueeze(1)
+        totals = torch.zeros(len(again), users).index_add_(1, rows, again)
+        scales = _scale(torch.tensor([again_model, again_transition, by_age]).unsqueeze(1), totals)
+        mixed[rows, columns] = (again * scales[:, rows]).sum(0)
+        return mixed
+
+
+class _Bases(NamedTuple):
+    """What the parts are made of: M items of histories, each once for its user, and the rest."""
+
+    model: torch.Tensor
+    """(B, N), 0 for items of the history; scaled to nothing"""
+    transition: torch.Tensor
+    """the same"""
+    rows: torch.Tensor
+    columns: torch.Tensor
+    """(M,) each: the user and the item"""
+    again: torch.Tensor
+    """(3, M): what the model, the transitions and the place in the history give it"""
+
+
+def _last_places(histories: Sequence[np.ndarray], num_items: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each item of a history once, (M,) each: user, item, and the places from its last one to the end, from 1 on."""
+    lengths = np.array([len(history) for history in histories], dtype=np.int64)
+    keys = np.repeat(np.arange(len(lengths)) * num_items, lengths)
+    keys = (keys + np.concatenate([np.zeros(0, np.int64), *histories]).astype(np.int64))[::-1]
+    ages = np.concatenate([np.zeros(0, np.int64), *(np.arange(length, 0, -1) for length in lengths)])[::-1]
+    found, first = np.unique(keys, return_index=True)
+    rows, columns = np.divmod(found, num_items)
+    return torch.from_numpy(rows), torch.from_numpy(columns), torch.from_numpy(ages[first].astype(np.float32))
+
+
+def _scale(weight: float | torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    return weight / total.clamp(min=_LEAST)
 
 
 def fit_weights(likelihoods: torch.Tensor) -> torch.Tensor:
@@ -122,7 +165,3 @@ class Blend(Scorer):
         """(B, N) float32: the logarithm of each item's chance to be next."""
         probabilities = self.mixture.probabilities(self._scorer.scores(users), users.histories)
         return probabilities.clamp(min=_LEAST).log()
-
-
-def _scaled(part: torch.Tensor) -> torch.Tensor:
-    return part / part.sum(1, keepdim=True).clamp(min=_LEAST)

@@ -28,7 +28,10 @@ def weights_of(mixture: Mixture, **weights: float) -> None:
 
 def test_each_part_is_a_distribution_over_what_it_may_give(mixture):
     scores = torch.tensor([[0.5, 0.0, 0.0, 0.0, 0.0, 1.0], [0.1] * 6])
-    parts = mixture._parts(scores, [np.array([0, 1, 0]), np.array([], dtype=np.int64)])
+    parts = []
+    for alone in torch.eye(len(PARTS)):
+        mixture.weights = alone
+        parts.append(mixture.probabilities(scores, [np.array([0, 1, 0]), np.array([], dtype=np.int64)]))
     for name, part in zip(PARTS, parts, strict=True):
         again = name.endswith("again")
         assert part[0].sum() == pytest.approx(1.0, abs=1e-5)
