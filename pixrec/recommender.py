@@ -87,7 +87,7 @@ class Recommender:
         if structure is not None and not np.array_equal(rows, np.arange(len(items))):
             structure = structure.renumbered(rows)
         of_content = None if content is None else Searcher(content)
-        self._searches_content = content is not None
+        self._content = content
         version = version or VersionContents()
         base = Base(items, self._vectors, content, indexed, version.content_hashes, version.folded)
         self.live = Overlay(base, self.model_version, self.embed_added)
@@ -103,7 +103,7 @@ class Recommender:
         """Rank recommendations by the mixture of the model with what the data set behind the index counts, from now on;
         its weights are taken from the validation events."""
         scorer = TowerScorer("pixrec", self._embedder, self._catalog, self._vectors)
-        self.ranking.mixture = fitted_mixture(dataset, self._temperature, scorer.scores)
+        self.ranking.mixture = fitted_mixture(dataset, self._temperature, scorer.scores, self._content)
 
     def knows(self, item_id: str) -> bool:
         """Whether the item is one of the catalog or, by now, a live one."""
@@ -220,7 +220,7 @@ class Recommender:
     def search_vector(self, text: str, image: bytes | None) -> np.ndarray:
         """What a search compares: that of the encoders (C,) where the index has content vectors, or an item's vector
         (D,). Raises UnreadableImage."""
-        if not self._searches_content:
+        if self._content is None:
             return self.content_vectors([(text, image)])[0]
         pixels = None if image is None else self._embedder.encoder.decode(image)
         with self._using_model:

@@ -344,12 +344,13 @@ def _inputs(
 ) -> Inputs:
     published = load_index(index, loaded.fingerprint, dataset.items, version) if index and loaded else None
     if predictions is None:
-        return Inputs(model, loaded, published)
+        return Inputs(model, loaded, published, index_uri=index)
     users = sample_users(held_out, config.evaluate.max_users, config.evaluate.seed)
     stem = storage.name(predictions).removesuffix(".parquet")
     taken = {"pixrec", *config.evaluate.scorers} | set(KNOCKOUTS)
     name = "predictions" if stem in taken else stem
-    return Inputs(model, loaded, published, load_predictions(predictions, name, users.user_ids, dataset.items.item_ids))
+    given = load_predictions(predictions, name, users.user_ids, dataset.items.item_ids)
+    return Inputs(model, loaded, published, given, index)
 
 
 def _served(version: PublishedIndex, dataset: Dataset, device: str) -> TowerScorer:

@@ -19,8 +19,8 @@ class EvaluateConfig:
     """Whether items of the history may be recommended again, in `results`; the other way is reported beside it."""
     scorers: tuple[str, ...] = ("popularity", "recent_popularity", "repeat_last", "item_transition")
     """Scorers beside the model and its knockouts. Also: sasrec, sasrec_full, sasrec_sampled, sasrec_gbce (trained on
-    the spot), content_linear, generative_bm25, blend (the model mixed with counts, as `serve.blend` serves), rrf,
-    round_robin (both of `fused`), and inference-time knockouts:
+    the spot), content_linear, content_neighbours (of a model with frozen encoders), generative_bm25, blend (the model
+    mixed with counts, as `serve.blend` serves), rrf, round_robin (both of `fused`), and inference-time knockouts:
     pixrec_image_constant (one grey picture for all items), pixrec_image_noise (a picture of noise for each),
     pixrec_text_constant (one text for all), pixrec_text_noise (another item's text)."""
     fused: tuple[str, ...] = ("pixrec", "item_transition")

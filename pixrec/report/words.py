@@ -20,6 +20,7 @@ SCORER_MEANINGS = {
     "item_transition": "what most often followed the user's last item",
     "blend": "the model, what followed, best-sellers and the user's own items, mixed",
     "content_linear": "a linear map of the history's item vectors",
+    "content_neighbours": "what is like the history's last items, untrained",
     "sasrec": "learned item ids, no content",
     "sasrec_sampled": "learned item ids, softmax over sampled items",
     "sasrec_full": "learned item ids, softmax over all items",

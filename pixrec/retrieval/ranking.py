@@ -37,11 +37,17 @@ VectorSearch = Callable[[np.ndarray, int, Filters, bool, np.ndarray], Found]
 content vectors, where there are any, and the rows that may not be answers."""
 
 
+Moved = tuple[np.ndarray, np.ndarray]
+"""Columns (E,) and the content vectors (E, C) of items that are live."""
+
+
 class Mixture(Protocol):
     """Turns cosines and what was counted into chances (`pixrec.scorers.blend`)."""
 
-    def probabilities(self, scores: torch.Tensor, histories: Sequence[np.ndarray]) -> torch.Tensor:
-        """(B, N) by the model's scores (B, N) and the histories of rows."""
+    def probabilities(
+        self, scores: torch.Tensor, histories: Sequence[np.ndarray], moved: Moved | None = None
+    ) -> torch.Tensor:
+        """(B, N) by the model's scores (B, N) and the histories of rows; `moved`: content that is not the catalog's."""
         ...
 
 
@@ -236,7 +242,8 @@ class Ranking:
         histories = [
             np.array([one.rows[i] for i in one.query.history if i in one.rows], dtype=np.int64) for one in asked
         ]
-        for one, chances in zip(asked, self.mixture.probabilities(cosines, histories).numpy(), strict=True):
+        moved = None if view.content is None or not len(places) else (places, view.content[view.current])
+        for one, chances in zip(asked, self.mixture.probabilities(cosines, histories, moved).numpy(), strict=True):
             chances[~allowed] = -1
             chances[list(one.excluded)] = -1
             chances[[known + view.new_of[i] for i in one.excluded_ids if i in view.new_of]] = -1

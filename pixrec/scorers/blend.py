@@ -4,7 +4,9 @@ Each part is a distribution over the catalog, and the blend is their mixture. It
 validation targets most likely (EM for the weights of a mixture, Dempster et al., 1977), so that a part which tells
 nothing gets next to none. What a shopper has met before and what is new to him are told apart, as in RepeatNet (Ren et
 al., AAAI 2019): each part counts once for either, so that the share of repeats is learned too. Counting knows nothing
-of items without an event, so the model ranks these once more among themselves, for their share of what is bought.
+of items without an event, so the model ranks these once more among themselves, for their share of what is bought. Where
+frozen encoders have read the items, what is like the history by them is a part too: it has learned nothing from
+purchases, and so treats a new item as any other.
 Knows scores and rows; knows no files.
 
 Shapes: B users · N items · S parts.
@@ -21,11 +23,12 @@ import torch.nn.functional as F
 
 from pixrec.data.sequences import Dataset, HeldOut, Users, sample_users
 from pixrec.scorers.baselines import ItemTransition
+from pixrec.scorers.neighbours import ContentNeighbours, Moved
 from pixrec.scorers.protocol import Scorer
 
 PARTS = ("model", "transition", "popularity", "model again", "transition again", "most recent again", "model cold")
 """What the weights belong to: `again` are items of the history, the others those that are not in it; `cold` are items
-without a training event."""
+without a training event. What is alike, where items have content vectors, follows: items not in the history."""
 USERS_FITTED = 2000
 """Validation users that the weights are taken from."""
 _MAX_PROBABILITIES = 2**25  # of one part and the users of a pass: 128 MB
@@ -36,38 +39,49 @@ _LEAST = 1e-30
 class Mixture:
     """The parts, their weights, and how scores of a model become one of them."""
 
-    def __init__(self, histories: Sequence[np.ndarray], counts: np.ndarray, temperature: float) -> None:
+    def __init__(
+        self,
+        histories: Sequence[np.ndarray],
+        counts: np.ndarray,
+        temperature: float,
+        content: np.ndarray | None = None,
+    ) -> None:
         """histories: the training histories; counts (N,): events of each item in them; temperature: what the model's
-        scores are divided by to be logits."""
+        scores are divided by to be logits; content (N, C): as `ContentNeighbours` takes it."""
         self._transition = ItemTransition(histories, len(counts))
         self._cold = torch.from_numpy(np.flatnonzero(np.asarray(counts) == 0))
         self._popularity = torch.from_numpy((counts + 1e-3) / (counts.sum() + 1e-3 * len(counts))).float()
         self._temperature = temperature
-        self.weights = torch.full((len(PARTS),), 1 / len(PARTS))
+        self._neighbours = None if content is None else ContentNeighbours(content)
+        self.parts = (*PARTS, *([] if self._neighbours is None else self._neighbours.parts))
+        self.weights = torch.full((len(self.parts),), 1 / len(self.parts))
 
-    def probabilities(self, scores: torch.Tensor, histories: Sequence[np.ndarray]) -> torch.Tensor:
+    def probabilities(
+        self, scores: torch.Tensor, histories: Sequence[np.ndarray], moved: Moved | None = None
+    ) -> torch.Tensor:
         """(B, N) by the model's scores (B, N) and the histories of rows; for an empty one model and popularity.
 
-        Further columns of scores are items of which nothing was counted.
+        Further columns of scores are items of which nothing was counted; `moved` has the content of these, and of items
+        whose content is no longer that of the catalog.
         """
-        return self._mixed(self._bases(scores, histories), self.weights)
+        return self._mixed(self._bases(scores, histories, moved), self.weights)
 
     @torch.no_grad()
     def fit(self, held_out: HeldOut, scores: Callable[[Users], torch.Tensor]) -> dict[str, float]:
         """Take the weights that suit these users best, by the model's `scores` (B, N); returns them by name. Without
         users they are equal."""
-        found = [torch.zeros(0, len(PARTS))]
+        found = [torch.zeros(0, len(self.parts))]
         batch_size = max(1, min(64, _MAX_PROBABILITIES // len(self._popularity)))
         for start in range(0, len(held_out.targets), batch_size):
             block = held_out.only(np.arange(start, min(start + batch_size, len(held_out.targets))))
             at = torch.from_numpy(np.asarray(block.targets, dtype=np.int64)).unsqueeze(1)
             bases = self._bases(scores(block.users), block.histories)
-            parts = [self._mixed(bases, alone).gather(1, at) for alone in torch.eye(len(PARTS))]
+            parts = [self._mixed(bases, alone).gather(1, at) for alone in torch.eye(len(self.parts))]
             found.append(torch.cat(parts, dim=1))
         self.weights = fit_weights(torch.cat(found))
-        return dict(zip(PARTS, self.weights.tolist(), strict=True))
+        return dict(zip(self.parts, self.weights.tolist(), strict=True))
 
-    def _bases(self, scores: torch.Tensor, histories: Sequence[np.ndarray]) -> _Bases:
+    def _bases(self, scores: torch.Tensor, histories: Sequence[np.ndarray], moved: Moved | None = None) -> _Bases:
         logits = scores.float().cpu() / self._temperature
         model = logits.sub_(logits.max(1, keepdim=True).values).exp_()
         transition = F.pad(self._popularity, (0, model.shape[1] - len(self._popularity))).repeat(len(model), 1)
@@ -76,15 +90,20 @@ class Mixture:
             transition[known, : len(self._popularity)] = torch.from_numpy(self._transition.chances(users))
         rows, columns, ages = _last_places(histories, model.shape[1])
         again = torch.stack([model[rows, columns], transition[rows, columns], 1 / ages])
-        model[rows, columns] = transition[rows, columns] = 0
-        return _Bases(model, transition, rows, columns, again)
+        new = [model, transition]
+        if self._neighbours is not None:
+            alike = self._neighbours.chances(histories, moved)
+            new.extend(F.pad(alike, (0, model.shape[1] - alike.shape[2])))
+        for part in new:
+            part[rows, columns] = 0
+        return _Bases(new, rows, columns, again)
 
     def _mixed(self, bases: _Bases, weights: torch.Tensor) -> torch.Tensor:
-        """The mixture (B, N) of the seven parts, each scaled to a distribution; one without an item to give is 0."""
-        model, transition, rows, columns, again = bases
-        *of_new, by_popularity, again_model, again_transition, by_age, of_cold = weights.tolist()
-        users, mixed = len(model), torch.zeros_like(model)
-        for weight, part in zip(of_new, (model, transition), strict=True):
+        """The mixture (B, N) of the parts, each scaled to a distribution; one without an item to give is 0."""
+        new, rows, columns, again = bases
+        by_model, by_transition, by_popularity, *of_again, of_cold = weights[: len(PARTS)].tolist()
+        model, users, mixed = new[0], len(new[0]), torch.zeros_like(new[0])
+        for weight, part in zip((by_model, by_transition, *weights[len(PARTS) :].tolist()), new, strict=True):
             if weight:
                 mixed.addcmul_(part, _scale(weight, part.sum(1)).unsqueeze(1))
         if by_popularity:
@@ -97,7 +116,7 @@ class Mixture:
             part = model[:, cold]
             mixed[:, cold] += part * _scale(of_cold, part.sum(1)).unsqueeze(1)
         totals = torch.zeros(len(again), users).index_add_(1, rows, again)
-        scales = _scale(torch.tensor([again_model, again_transition, by_age]).unsqueeze(1), totals)
+        scales = _scale(torch.tensor(of_again).unsqueeze(1), totals)
         mixed[rows, columns] = (again * scales[:, rows]).sum(0)
         return mixed
 
@@ -105,10 +124,8 @@ class Mixture:
 class _Bases(NamedTuple):
     """What the parts are made of: M items of histories, each once for its user, and the rest."""
 
-    model: torch.Tensor
-    """(B, N), 0 for items of the history; scaled to nothing"""
-    transition: torch.Tensor
-    """the same"""
+    new: list[torch.Tensor]
+    """(B, N) each, 0 for items of the history, scaled to nothing: by the model, the transitions, and what is alike"""
     rows: torch.Tensor
     columns: torch.Tensor
     """(M,) each: the user and the item"""
@@ -145,9 +162,12 @@ def fit_weights(likelihoods: torch.Tensor) -> torch.Tensor:
     return weights.float()
 
 
-def fitted_mixture(dataset: Dataset, temperature: float, scores: Callable[[Users], torch.Tensor]) -> Mixture:
-    """The mixture for a model's `scores` on a data set: counts of its training events, weights of its validation."""
-    mixture = Mixture(dataset.training_histories(), dataset.training_counts(), temperature)
+def fitted_mixture(
+    dataset: Dataset, temperature: float, scores: Callable[[Users], torch.Tensor], content: np.ndarray | None = None
+) -> Mixture:
+    """The mixture for a model's `scores` on a data set: counts of its training events, weights of its validation;
+    `content` (N, C): of its items, as `ContentNeighbours` takes it."""
+    mixture = Mixture(dataset.training_histories(), dataset.training_counts(), temperature, content)
     mixture.fit(sample_users(dataset.held_out("valid"), USERS_FITTED, 0), scores)
     return mixture
 

@@ -8,20 +8,24 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from pixrec.artifact import Index, Model
+import numpy as np
+
+from pixrec.artifact import Index, Model, load_content
 from pixrec.config import Config
 from pixrec.console import Progress
 from pixrec.data.sequences import Dataset
 from pixrec.errors import ConfigError, InputError
+from pixrec.model.encoders import EncoderTower
 from pixrec.model.vision import find_tokens
 from pixrec.scorers.baselines import ContentLinear, ItemTransition, Popularity, RecentPopularity, RepeatLast
 from pixrec.scorers.blend import Blend, fitted_mixture
 from pixrec.scorers.fusion import ReciprocalRankFusion, RoundRobin
 from pixrec.scorers.generative import GenerativeBM25
+from pixrec.scorers.neighbours import ContentNeighbours
 from pixrec.scorers.predictions import Predictions
 from pixrec.scorers.protocol import Need, Scorer
 from pixrec.scorers.sasrec import LOSS_OF, Sasrec, train_sasrec
-from pixrec.scorers.towers import KNOCKOUTS, REPLACEMENTS, TowerScorer, tower_scorers
+from pixrec.scorers.towers import KNOCKOUTS, REPLACEMENTS, Recipe, TowerScorer, tower_scorers
 
 GIVEN_BY: dict[Need, str] = {"model": "a --model", "events": "a data set with training events"}
 FUSIONS = ("rrf", "round_robin")
@@ -35,6 +39,7 @@ class Inputs:
     model: Model | None = None
     index: Index | None = None
     predictions: Predictions | None = None
+    index_uri: str | None = None
 
 
 def build_scorers(
@@ -85,6 +90,7 @@ class ScorerFactory:
             ),
             "generative_bm25": Maker(GenerativeBM25, self._generative_bm25),
             **{name: Maker(Sasrec, partial(self._sasrec, name)) for name in LOSS_OF},
+            "content_neighbours": Maker(ContentNeighbours, self._content_neighbours),
             "blend": Maker(Blend, self._blend),
             "rrf": Maker(ReciprocalRankFusion, lambda: ReciprocalRankFusion("rrf", self._fused())),
             "round_robin": Maker(RoundRobin, lambda: RoundRobin("round_robin", self._fused())),
@@ -143,7 +149,23 @@ class ScorerFactory:
     def _blend(self) -> Scorer:
         model, scorer = self.inputs.model, self.make("pixrec")
         assert model is not None, "check_names has seen to it"
-        return Blend(scorer, fitted_mixture(self.dataset, model.temperature, scorer.scores))
+        return Blend(scorer, fitted_mixture(self.dataset, model.temperature, scorer.scores, self._content()))
+
+    def _content(self) -> np.ndarray | None:
+        """Content vectors (N, C) of the items, where the model keeps such."""
+        index, model = self.inputs.index, self.inputs.model
+        if model is None or not isinstance(model.tower, EncoderTower):
+            return None
+        if index is not None and self.inputs.index_uri is not None:
+            return load_content(self.inputs.index_uri, index.manifest, self.dataset.items)
+        embedder, catalog = Recipe("pixrec", "").towers(self.dataset.items, model, self.dataset.uri)
+        return embedder.items_and_search(catalog, np.arange(len(self.dataset.items)))[1]
+
+    def _content_neighbours(self) -> Scorer:
+        content = self._content()
+        if content is None:
+            raise InputError("evaluate.scorers names content_neighbours, but the model has no frozen encoders")
+        return ContentNeighbours(content)
 
     def _generative_bm25(self) -> Scorer:
         model = self.inputs.model

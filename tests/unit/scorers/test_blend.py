@@ -49,6 +49,21 @@ def test_the_share_of_cold_items_is_learned(mixture):
     assert weights["model cold"] == pytest.approx(0.25, abs=0.03), "though the model expects less"
 
 
+def test_where_encoders_have_read_the_items_what_is_alike_is_a_part():
+    """It finds an item that nobody has bought by what it is, also one that came after the data set."""
+    content = np.eye(6, 12, dtype=np.float32)
+    content[5] = content[4]
+    mixture = Mixture(HISTORIES, COUNTS, 0.5, content)
+    flat = FixedScorer("flat", [0.0] * 6)
+    weights = mixture.fit(held_out([[1, 4]] * 40, [5] * 40), flat.scores)
+    alike = sum(weight for name, weight in weights.items() if name.startswith("alike in text"))
+    assert alike > weights["model"] > weights["transition"]
+    found = mixture.probabilities(torch.zeros(1, 7), [np.array([1, 4])], (np.array([6]), content[4:5]))[0]
+    assert found[6] == pytest.approx(found[5], rel=0.5)
+    assert found[5] > 3 * found[0]
+    assert [*Mixture(HISTORIES, COUNTS, 0.5).fit(held_out([[0]], [1]), flat.scores)] == [*PARTS]
+
+
 def test_weights_are_those_of_the_part_that_explains_the_targets():
     rng = np.random.default_rng(0)
     likelihoods = torch.from_numpy(np.stack([rng.uniform(0.2, 0.4, 500), np.full(500, 0.01)], axis=1))

@@ -1,5 +1,6 @@
 """Checkpoints without Ray: every phase goes on from one as if nothing had happened; what is published of it."""
 
+import importlib.util
 import os
 
 import pytest
@@ -26,6 +27,13 @@ CONFIG = tiny_config(
 def made_here(tmp_path, monkeypatch):
     """Checkpoints are the caller's to remove."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def no_packed_weights(monkeypatch):
+    """On a CPU with AVX512 bf16, bitsandbytes packs 4-bit weights to validate, and loses bits as it unpacks them."""
+    if importlib.util.find_spec("bitsandbytes"):
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
 SHAPE = {"hidden_width": 128, "vision_width": 64}  # matrices that 4 bits are for
