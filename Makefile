@@ -18,23 +18,23 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(RUN)/pixrec demo --out $(OUT)
 
-# What needs Ray waits for processes a quarter of its time: the rest runs beside it, one after the other.
+# What needs Ray waits for processes a quarter of its time: the rest runs beside it, one after the other, and yields to it.
 test: setup
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target cluster lint unit ranks docs
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target cluster lint unit ranks docs YIELD='nice -n 10'
 
 cluster: setup
 	$(RUN)/python -m pytest tests/cluster
 
 unit: setup
-	$(RUN)/python -m pytest tests/unit
+	$(YIELD) $(RUN)/python -m pytest tests/unit
 
 ranks: setup
-	$(RUN)/python -m pytest tests/ranks
+	$(YIELD) $(RUN)/python -m pytest tests/ranks
 
 lint: setup
-	$(RUN)/ruff check .
-	$(RUN)/ruff format --check .
-	$(RUN)/mypy
+	$(YIELD) $(RUN)/ruff check .
+	$(YIELD) $(RUN)/ruff format --check .
+	$(YIELD) $(RUN)/mypy
 
 # The documentation site, into site/. A warning is an error, a link that leads nowhere too.
 docs: setup

@@ -106,6 +106,7 @@ class Hosts:
         self.environment = {
             **os.environ,
             "PATH": f"{BIN}:{os.environ['PATH']}",
+            "LOG_NAME_UPDATE_INTERVAL_S": "60",
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "eth0",  # the machine's name, by which gloo finds its address, is that of all hosts

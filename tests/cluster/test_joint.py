@@ -1,7 +1,11 @@
-"""Both towers together under Ray Train: two workers end where one process ends, from the beginning or a checkpoint."""
+"""Both towers together under Ray Train, which ends where one process ends, from the beginning or a checkpoint.
+
+That two processes end where one does is shown in tests/ranks, and of workers of Ray Train in test_compact.py.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,7 @@ from pixrec.training.phases import begin
 CONFIG = tiny_config(
     model={"user_tower": "compact", "compact": {"dropout": 0.0}},
     train={
-        "num_workers": 2,
+        "num_workers": 0,
         "compact": {"histories_per_step": 4},
         "joint": {
             "epochs": 2,
@@ -35,7 +39,7 @@ CONFIG = tiny_config(
 )
 
 
-def test_two_workers_end_where_one_process_does(tmp_path: Path, ray_session: None):
+def test_a_worker_ends_where_a_process_without_ray_does(tmp_path: Path, ray_session: None):
     dataset = write_prepared(tmp_path / "data", tiny_dataset(num_events=7))
     before = write_model(tmp_path / "begun", tiny_model(CONFIG)).tower.state_dict()
     rows: list[dict[str, Any]] = []
@@ -64,9 +68,10 @@ def test_two_workers_end_where_one_process_does(tmp_path: Path, ray_session: Non
 
 def test_from_a_checkpoint_it_goes_on_as_if_nothing_had_happened(tmp_path: Path, train_here: Callable[..., Any]):
     dataset = write_prepared(tmp_path / "data", tiny_dataset(num_events=7))
-    write_model(tmp_path / "begun", tiny_model(CONFIG))
-    whole, checkpoints = train_here("joint", str(tmp_path / "begun"), dataset, CONFIG)
-    resumed, more = train_here("joint", str(tmp_path / "begun"), dataset, CONFIG, checkpoints[1])
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, num_workers=1))
+    write_model(tmp_path / "begun", tiny_model(config))
+    whole, checkpoints = train_here("joint", str(tmp_path / "begun"), dataset, config)
+    resumed, more = train_here("joint", str(tmp_path / "begun"), dataset, config, checkpoints[1])
     assert (len(checkpoints), len(more)) == (3, 1)
     for name, weight in whole.tower.state_dict().items():
         assert torch.equal(resumed.tower.state_dict()[name], weight), name

@@ -1,8 +1,8 @@
 """The verbs one after the other, as people type them, on a synthetic catalog; and what they refuse without Ray.
 
 The first tests build on each other, in the order of the file. They go from s3:// to s3://, with credentials and
-endpoint from the usual variables only; local folders are what all other tests use. Training is set to be sharded
-(FSDP2): what it leaves is a whole model like any other.
+endpoint from the usual variables only; local folders are what all other tests use. The driver trains: workers have
+tests of their own.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ CONFIG = dataclasses.replace(
     TINY,
     train=dataclasses.replace(
         TINY.train,
-        parallel="fsdp2",
-        num_workers=1,
+        num_workers=0,
         micro_batch_histories=2,
         histories_per_step=8,
         epochs=10,
@@ -255,8 +254,7 @@ def test_versions(verb: Verb, place: str):
 
 def test_one_run_of_everything_makes_what_the_verbs_made(verb: Verb, place: str, tmp_path: Path):
     tables = {name: f"{place}/catalog/{name}.parquet" for name in ("items", "interactions")}
-    here = ["--set=train.num_workers=0", "--set=train.parallel=ddp"]  # the driver trains: what is made is the same
-    options = [*here, "--set=train.knockouts=[]", "--set=evaluate.bootstrap_samples=20"]
+    options = ["--set=train.knockouts=[]", "--set=evaluate.bootstrap_samples=20"]
     summary = verb("pipeline", *options, **tables, out=f"{place}/nightly")
     assert summary["steps"] == dict.fromkeys(["prepare", "train", "embed", "evaluate"], "made")
     assert (summary["published"], summary["published_model"]) == (summary["version"], "new")

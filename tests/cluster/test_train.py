@@ -1,4 +1,7 @@
-"""Runs that are disturbed end where one undisturbed process does: killed workers, errors, --resume; and stages."""
+"""Runs that are disturbed end where one undisturbed process does: killed workers, errors, --resume; and stages.
+
+Training is set to be sharded (FSDP2): what it leaves is a whole model like any other.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,7 @@ CONFIG = dataclasses.replace(
     train=dataclasses.replace(
         TINY.train,
         num_workers=2,
+        parallel="fsdp2",
         epochs=10,
         max_steps=STEPS,
         validate_every_steps=2,
@@ -169,7 +173,7 @@ def two_sets(tmp_path: Path) -> tuple[Dataset, Dataset]:
 def staged(target: Dataset, other: Dataset, **settings: Any) -> Config:
     """A joint stage at a rate of its own, then the target; trained by the driver."""
     joint = StageConfig(name="joint", data=(target.uri, other.uri), max_steps=JOINT_STEPS, learning_rate=5e-3)
-    train = dataclasses.replace(CONFIG.train, num_workers=0, max_steps=4, stages=(joint,), **settings)
+    train = dataclasses.replace(CONFIG.train, num_workers=0, parallel="ddp", max_steps=4, stages=(joint,), **settings)
     return dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, freeze_vision=True), train=train)
 
 
@@ -297,7 +301,9 @@ def test_another_set_in_a_stage_is_no_resumption(tmp_path: Path, two_sets: tuple
 def test_without_workers_the_driver_trains_and_publishes(ray_session: None, tmp_path: Path):
     """Ray Train's local mode (train.num_workers 0): the model of one worker."""
     data = write_prepared(tmp_path / "data", tiny_dataset(num_users=8)).uri
-    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, num_workers=0, max_steps=4))
+    config = dataclasses.replace(
+        CONFIG, train=dataclasses.replace(CONFIG.train, num_workers=0, parallel="ddp", max_steps=4)
+    )
     rows: list[dict[str, Any]] = []
     info = train(data, str(tmp_path / "model"), config, resume=False, on_row=rows.append)
     assert load_model(str(tmp_path / "model")).fingerprint == info["fingerprint"]
