@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from pixrec.data.sequences import Users
 from pixrec.index import ROW_MULTIPLE, shared_tensor
@@ -18,9 +17,9 @@ from pixrec.scorers.protocol import Scorer
 
 TEMPERATURES = (0.05, 0.1)
 """Of the softmax over cosines: near, and less near. Chosen on validation, as the next two (benchmarks/LOG.md)."""
-DECAY, LAST_ITEMS = 0.7, 10
+DECAY, LAST_ITEMS = 0.7, 5
 """The weight of an item beside the one after it; how many items of a history count."""
-_ITEMS_AT_A_TIME = 65_536
+_ITEMS_AT_A_TIME = 8_192  # whose vectors stay in a cache
 _MAX_CHANCES = 2**24  # of the history's items of a pass: 64 MB
 _LEAST = 1e-30
 
@@ -38,8 +37,9 @@ class ContentNeighbours(Scorer):
     def __init__(self, content: np.ndarray) -> None:
         """content: (N, C), unit vectors of the texts and then of the pictures; zeros for what an item has not."""
         self._total, half = len(content), content.shape[1] // 2
-        sides = {"text": (0, half), "picture": (half, content.shape[1])}
-        self._sides = {name: side for name, side in sides.items() if content[:, slice(*side)].any()}
+        sides = {"text": slice(0, half), "picture": slice(half, content.shape[1])}
+        self._sides = {name: side for name, side in sides.items() if content[:, side].any()}
+        self._lacking = [torch.from_numpy(~content[:, side].any(1)) for side in self._sides.values()]
         self._vectors = shared_tensor(content)
         self.parts = [f"alike in {name} at {at:g}" for name in self._sides for at in TEMPERATURES]
         """What the S distributions are of."""
@@ -60,25 +60,30 @@ class ContentNeighbours(Scorer):
         weights = torch.from_numpy(DECAY**ages).float().unsqueeze(1)
         found = torch.zeros(len(self._sides), len(TEMPERATURES), len(last), total)
         for some in torch.arange(len(rows)).split(max(1, _MAX_CHANCES // max(1, total))):
-            for parts, side in zip(found, self._sides.values(), strict=True):
-                cosines = self._cosines(rows[some], slice(*side), total, moved)
+            for parts, cosines in zip(found, self._cosines(rows[some], total, moved), strict=True):
                 for part, temperature in zip(parts, TEMPERATURES, strict=True):
                     near = (cosines / temperature).softmax(1).nan_to_num_(0.0)  # of an item without content, nothing
-                    part.index_add_(0, users[some], near * weights[some])
+                    part.index_add_(0, users[some], near.mul_(weights[some]))
         found = found.flatten(0, 1)
-        return found / found.sum(2, keepdim=True).clamp(min=_LEAST)
+        return found.div_(found.sum(2, keepdim=True).clamp(min=_LEAST))
 
-    def _cosines(self, rows: torch.Tensor, side: slice, total: int, moved: Moved | None) -> torch.Tensor:
-        """(M, total) of items by their rows (M,) with all others; minus infinity for themselves and what lacks a side,
-        everywhere where they lack it."""
-        given, cosines = self._vectors[rows, side].float(), torch.full((len(rows), total), -torch.inf)
+    def _cosines(self, rows: torch.Tensor, total: int, moved: Moved | None) -> torch.Tensor:
+        """By text, by picture (M, total) of items by their rows (M,) with all others; minus infinity for themselves and
+        what lacks a text or a picture, everywhere where they lack it."""
+        sides, cosines = list(self._sides.values()), torch.full((len(self._sides), len(rows), total), -torch.inf)
+        given = self._vectors[rows].float()
+        room = torch.zeros(min(_ITEMS_AT_A_TIME, self._total + -self._total % ROW_MULTIPLE), given.shape[1])
         for start in range(0, self._total, _ITEMS_AT_A_TIME):
-            block = self._vectors[start : start + _ITEMS_AT_A_TIME, side].float()
-            whole = F.pad(block, (0, 0, 0, -len(block) % ROW_MULTIPLE))  # or equal items differ in the last bit
-            found = (given @ whole.T)[:, : len(block)]
-            cosines[:, start : start + len(block)] = found.masked_fill_(~block.any(1), -torch.inf)
-        if moved is not None:
-            columns, vectors = moved[0], torch.from_numpy(np.asarray(moved[1][:, side], np.float32))
-            cosines[:, columns] = (given @ vectors.T).masked_fill_(~vectors.any(1), -torch.inf)
-        cosines[torch.arange(len(rows)), rows] = -torch.inf
-        return cosines.masked_fill_(~given.any(1, keepdim=True), -torch.inf)
+            block = self._vectors[start : start + _ITEMS_AT_A_TIME]
+            room[: len(block)] = block  # into memory that is there: to ask for new takes longer than to convert
+            whole = room[: len(block) + -len(block) % ROW_MULTIPLE]  # or equal items differ in the last bit
+            for found, side in zip(cosines, sides, strict=True):
+                found[:, start : start + len(block)] = (given[:, side] @ whole[:, side].T)[:, : len(block)]
+        for found, side, lacking in zip(cosines, sides, self._lacking, strict=True):
+            found[:, : self._total].masked_fill_(lacking, -torch.inf)
+            if moved is not None:
+                columns, vectors = moved[0], torch.from_numpy(np.asarray(moved[1][:, side], np.float32))
+                found[:, columns] = (given[:, side] @ vectors.T).masked_fill_(~vectors.any(1), -torch.inf)
+            found[torch.arange(len(rows)), rows] = -torch.inf
+            found.masked_fill_(lacking[rows].unsqueeze(1), -torch.inf)
+        return cosines
