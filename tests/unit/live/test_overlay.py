@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import square, tiny_config, tiny_dataset, tiny_items, tiny_model
+import torch
+from fakes import small_encoders, square, tiny_config, tiny_dataset, tiny_items, tiny_model, write_prepared
 
-from pixrec.artifact import Index, Model
+from pixrec.artifact import Index, Model, fingerprint
 from pixrec.artifact.folded import VersionContents
 from pixrec.data.items import ItemTable
 from pixrec.errors import InputError
@@ -22,6 +23,8 @@ from pixrec.live.store import LiveItem, StoreAway, StoreFull
 from pixrec.model.catalog import Catalog
 from pixrec.query import NewItem, Query
 from pixrec.recommender import Recommender
+from pixrec.scorers.blend import Mixture
+from pixrec.training.phases import begin
 
 COLUMNS = ("title", "brand", "category", "price", "year")
 
@@ -168,6 +171,36 @@ def test_a_blend_counts_a_changed_item_as_before_and_a_new_one_by_the_model(comp
     assert found.keys() == {*expected, "new"} - {"i04"}
     np.testing.assert_allclose(found["i03"], expected["i03"], rtol=0.2)  # the model's part is shared with one more
     assert "new" not in dict(one.recommend(["new", "i00"], 20))
+
+
+def test_a_blend_finds_a_live_item_by_what_it_is_as_one_of_the_catalog(store: SqliteStore, tmp_path: Path) -> None:
+    whole = tiny_items()
+    dataset = write_prepared(tmp_path / "data", tiny_dataset(whole))
+    config = tiny_config(model=small_encoders(tmp_path / "encoders"), train={"compact": {"epochs": 1}})
+    model = begin("compact", [dataset.uri], config, "cpu").model
+    model = dataclasses.replace(model, info={"fingerprint": fingerprint(model)})
+    vectors, content = model.embedder().items_and_search(Catalog(whole, model.encoder), np.arange(len(whole)))
+    counts, histories = np.ones(len(whole), np.int64), [np.array([0, 1, 2])]
+    counts[11] = 0
+
+    def blended(count: int) -> Recommender:
+        items = ItemTable(whole._table.slice(0, count))
+        index = Index("v1", list(items.item_ids), vectors[:count], {})
+        found = Recommender(model, index, items, counts[:count], content=content[:count])
+        mixture = Mixture(histories, counts[:count], 1.0, content[:count])
+        mixture.weights = torch.tensor([float(name.startswith("alike")) for name in mixture.parts])
+        found.ranking.mixture = mixture
+        return found
+
+    one, expected = blended(11), blended(12).recommend(["i00", "i03"], 12)
+    one.live.follow(store)
+    put(one, {"i11": as_new(whole, 11)})
+    found = one.recommend(["i00", "i03"], 12)
+    assert [item for item, _ in found] == [item for item, _ in expected]
+    np.testing.assert_allclose(
+        [chance for _, chance in found], [chance for _, chance in expected], rtol=1e-2
+    )  # float16
+    assert dict(found)["i11"] > 0.001
 
 
 def test_vectors_of_another_model_are_never_used(compact: Model, shop: Any) -> None:
