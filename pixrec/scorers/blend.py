@@ -29,8 +29,8 @@ from pixrec.scorers.protocol import Scorer
 PARTS = ("model", "transition", "popularity", "model again", "transition again", "most recent again", "model cold")
 """What the weights belong to: `again` are items of the history, the others those that are not in it; `cold` are items
 without a training event. What is alike, where items have content vectors, follows: items not in the history."""
-USERS_FITTED = 2000
-"""Validation users that the weights are taken from."""
+USERS_FITTED, SCORES_FITTED = 2000, 10**8
+"""Validation users that the weights are taken from, and the most scores of theirs: a server fits when it starts."""
 _MAX_PROBABILITIES = 2**25  # of one part and the users of a pass: 128 MB
 _STEPS, _PRIOR_USERS = 200, 1.0
 _LEAST = 1e-30
@@ -168,7 +168,8 @@ def fitted_mixture(
     """The mixture for a model's `scores` on a data set: counts of its training events, weights of its validation;
     `content` (N, C): of its items, as `ContentNeighbours` takes it."""
     mixture = Mixture(dataset.training_histories(), dataset.training_counts(), temperature, content)
-    mixture.fit(sample_users(dataset.held_out("valid"), USERS_FITTED, 0), scores)
+    users = min(USERS_FITTED, SCORES_FITTED // max(1, len(dataset.items)))
+    mixture.fit(sample_users(dataset.held_out("valid"), users, 0), scores)
     return mixture
 
 
