@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -149,8 +149,9 @@ class ScorerFactory:
     def _blend(self) -> Scorer:
         model, scorer = self.inputs.model, self.make("pixrec")
         assert model is not None, "check_names has seen to it"
-        return Blend(scorer, fitted_mixture(self.dataset, model.temperature, scorer.scores, self._content()))
+        return Blend(scorer, fitted_mixture(self.dataset, model.temperature, scorer.scores, self._content))
 
+    @cached_property
     def _content(self) -> np.ndarray | None:
         """Content vectors (N, C) of the items, where the model keeps such."""
         index, model = self.inputs.index, self.inputs.model
@@ -162,10 +163,9 @@ class ScorerFactory:
         return embedder.items_and_search(catalog, np.arange(len(self.dataset.items)))[1]
 
     def _content_neighbours(self) -> Scorer:
-        content = self._content()
-        if content is None:
+        if self._content is None:
             raise InputError("evaluate.scorers names content_neighbours, but the model has no frozen encoders")
-        return ContentNeighbours(content)
+        return ContentNeighbours(self._content)
 
     def _generative_bm25(self) -> Scorer:
         model = self.inputs.model

@@ -47,6 +47,13 @@ def test_names_are_given_in_order_after_the_model(dataset: Dataset, model: Model
     assert all(scorer.scores(USERS).shape == (2, 12) for scorer in scorers)
 
 
+def test_neighbours_by_content_need_frozen_encoders(dataset: Dataset, model: Model):
+    with pytest.raises(InputError, match="names content_neighbours, but the model has no frozen encoders"):
+        build(dataset, model, scorers=("content_neighbours",))
+    with pytest.raises(InputError, match="names content_neighbours, which needs a --model"):
+        build(dataset, scorers=("content_neighbours",))
+
+
 def shuffled(dataset: Dataset, order: np.ndarray) -> Dataset:
     """The same items and events with the catalog in another order."""
     events = dataclasses.replace(dataset.events, rows=np.argsort(order)[dataset.events.rows])
