@@ -64,9 +64,10 @@ class ServeConfig:
     retry_after_seconds: int = 1
     """Value of the Retry-After header."""
     blend: bool | None = None
-    """Rank recommendations by the mixture of the model with what followed an item, what sells best, what the shopper had
-    before and what frozen encoders find alike, as the scorer `blend` of evaluation does. Its weights are taken when a replica starts, from the
-    validation events of --data. None: where the model was trained by settings that say so."""
+    """Rank recommendations by the mixture of the model with what followed an item, what sells best, what the shopper
+    had before and what frozen encoders find alike, as the scorer `blend` of evaluation does. Its weights are taken when
+    a replica starts, from the validation events of --data. None: where the model was trained by settings that say
+    so."""
     poll_seconds: float = 10.0
     """Time between two looks for a newly published version, which is loaded beside the one in use and takes its place;
     0: only when /admin/reload is called."""
