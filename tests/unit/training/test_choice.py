@@ -57,6 +57,15 @@ def test_many_events_an_item_give_a_wide_tower(monkeypatch):
     assert chosen(many, pretrained=True).train.compact.loss == "full"
 
 
+def test_few_long_histories_are_taken_a_few_at_a_time(monkeypatch):
+    few, many = tiny_dataset(), tiny_dataset(num_users=400)
+    usual = Config().train.compact.histories_per_step
+    assert chosen(few, pretrained=True).train.compact.histories_per_step == usual
+    assert chosen(many, pretrained=True).train.compact.histories_per_step < usual
+    monkeypatch.setattr(choice, "FEW_HISTORIES", 10)
+    assert chosen(many, pretrained=True).train.compact.histories_per_step == usual
+
+
 def test_what_is_chosen_is_served_blended_and_said_in_one_line():
     for pretrained in (True, False):
         assert chosen(tiny_dataset(), pretrained=pretrained).serve.blend
