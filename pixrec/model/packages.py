@@ -98,6 +98,12 @@ def model_place(name: str) -> str:
     return str(folder)
 
 
+def begins_untrained(name: str) -> bool:
+    """Whether `name` is a package's language model that is given an encoder, with a connector that nobody trained."""
+    shipped = PACKAGES.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    return shipped is not None and shipped.encoder is not None
+
+
 def installed(name: str) -> bool:
     """Whether the package that a `package:NAME` names is installed."""
     try:
