@@ -126,6 +126,7 @@ def train(
     with open_console(progress) as console:
         if why:
             console.say(why)
+        _look_at_connector(settings.model, console)
         size = picture_size_of(settings.model)
         for uri in dict.fromkeys(uri for stage in plan(data, settings) for uri in stage.data):
             _look_at_pictures(uri, settings.model, size, settings.model.small_pictures, console)
@@ -157,12 +158,25 @@ def plan_training(
     if tokens_per_second is not None and tokens_per_second <= 0:
         raise InputError(f"--tokens-per-second {tokens_per_second}: must be above 0")
     with open_console(progress) as console:
+        _look_at_connector(settings.model, console)
         size = picture_size_of(settings.model)
         _look_at_pictures(data, settings.model, size, settings.model.small_pictures, console)
         found = dry_run([data], settings, tokens_per_second)
         for line in table(found):
             console.say(line)
     return found
+
+
+def _look_at_connector(model: ModelConfig, console: Console) -> None:
+    """Say where a connector that was drawn at random is left as it is."""
+    from pixrec.model.packages import begins_untrained
+
+    left = model.freeze_vision or (model.lora.enabled and not model.lora.connector)
+    if left and model.modalities != "text" and begins_untrained(model.backbone):
+        console.warn(
+            f"the connector of model.backbone {model.backbone} has not been trained, and these settings leave it so; "
+            "set model.freeze_vision to false and, beside adapters, model.lora.connector to true"
+        )
 
 
 def _look_at_pictures(data: str, model: ModelConfig, size: PictureSize, small: str, console: Console) -> None:

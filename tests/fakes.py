@@ -11,9 +11,12 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib.machinery
 import io
 import json
 import os
+import sys
+import types
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +27,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerBase, ViTConfig, ViTModel
 
 import pixrec
@@ -258,6 +262,48 @@ def small_encoders(folder: Path) -> dict[str, Any]:
         "image_encoder": save_encoder(folder / "image", image, tokenizer),
     }
     return {**encoders, "user_tower": "compact", "encoder_components": 4, "max_text_tokens": 20}
+
+
+def fake_efficientnet(patch: pytest.MonkeyPatch) -> None:
+    """A package efficientnet-lite-pytorch whose networks have two blocks: pixels to a map of an eighth of their side, 8
+    channels deep. Batch norms have statistics of their own."""
+    package = types.ModuleType("efficientnet_lite_pytorch")
+    package.__spec__ = importlib.machinery.ModuleSpec(package.__name__, None)
+    package.EfficientNet = _SmallNetwork  # type: ignore[attr-defined]
+    patch.setitem(sys.modules, package.__name__, package)
+
+
+class _SmallBlock(nn.Module):
+    def __init__(self, channels: int, out: int, expands: bool) -> None:
+        super().__init__()
+        inner = 2 * channels if expands else channels
+        if expands:
+            self._expand_conv, self._bn0 = nn.Conv2d(channels, inner, 1, bias=False), nn.BatchNorm2d(inner)
+        self._depthwise_conv = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=False)
+        self._project_conv = nn.Conv2d(inner, out, 1, bias=False)
+        self._bn1, self._bn2, self._swish = nn.BatchNorm2d(inner), nn.BatchNorm2d(out), nn.ReLU6()
+
+    def forward(self, states: Tensor) -> Tensor:
+        if hasattr(self, "_expand_conv"):
+            states = self._swish(self._bn0(self._expand_conv(states)))
+        states = self._swish(self._bn1(self._depthwise_conv(states)))
+        return self._bn2(self._project_conv(states))
+
+
+class _SmallNetwork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self._conv_stem, self._bn0 = nn.Conv2d(3, 4, 8, 8, bias=False), nn.BatchNorm2d(4)
+        self._blocks = nn.ModuleList([_SmallBlock(4, 6, False), _SmallBlock(6, 8, True)])
+        self._conv_head, self._bn1, self._swish = nn.Conv2d(8, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU6()
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                    nn.init.uniform_(tensor, 0.5, 1.5)
+
+    @classmethod
+    def from_name(cls, name: str) -> _SmallNetwork:
+        return cls()
 
 
 class Seen:

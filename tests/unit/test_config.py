@@ -205,6 +205,11 @@ def test_an_override_names_a_key_of_a_section(override: str):
         (["train.max_workers=32"], "16 leaves some of train.num_workers 32 without a history"),
         (["train.micro_batch_histories=0"], "train.micro_batch_histories is 0: must be at least 1"),
         (["train.trackers=[comet]"], "must be one of mlflow, wandb"),
+        (["model.lora.connector=true"], "model.lora.connector trains .*set model.lora.enabled to true"),
+        (
+            ["model.lora.enabled=true", "model.lora.connector=true", "model.freeze_vision=true"],
+            "model.lora.connector .*model.freeze_vision, which freezes the connector too, to false",
+        ),
         (["model.lora.base=nf4"], "model.lora.base nf4 needs model.lora.enabled and a pretrained"),
         (["train.modality_dropout=0.6"], "train.modality_dropout is 0.6: must be between 0 and 0.5"),
         (["train.stages=[{epochs: 1}]"], "train.stages: the name '' of a stage must be of a-z"),

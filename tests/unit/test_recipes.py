@@ -56,6 +56,9 @@ def test_a_figure_has_its_interval_or_says_that_there_is_none(row: list[str]) ->
 def test_a_recipe_for_a_real_backbone_pins_it_and_keeps_enough_of_its_pictures(recipe: Path) -> None:
     config = load_config(recipe.read_text())
     assert config.model.backbone != "pixrec-tiny"
+    if config.model.backbone.startswith("package:"):  # pinned by the hash of its file, and small enough for a CPU
+        assert config.model.dtype == config.train.precision == "bf16"
+        return
     assert config.train.use_gpu
     assert config.train.precision == "bf16"
     if recipe.stem == "vlm_qlora":

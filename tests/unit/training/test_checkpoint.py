@@ -44,6 +44,8 @@ MODES = {
     "bf16": {"dtype": "bf16"},
     "shards-bf16": {"dtype": "bf16"},
     "lora-bf16": {"dtype": "bf16", "lora": {"enabled": True, "rank": 2}},
+    "connector-bf16": {"dtype": "bf16", "lora": {"enabled": True, "rank": 2, "connector": True}},
+    "shards-connector": {"lora": {"enabled": True, "rank": 2, "connector": True}},
 }
 
 

@@ -37,6 +37,21 @@ def test_training_learns_the_next_item():
     assert figures["valid_recall@1"] > 0.5
 
 
+@pytest.mark.parametrize(("connector", "modalities"), [(False, "both"), (True, "both"), (True, "text")])
+def test_beside_adapters_the_connector_is_trained_where_it_shall_be(connector, modalities):
+    lora = {"enabled": True, "rank": 2, "connector": connector}
+    training, _ = trainer(model={**INTERLEAVED, "lora": lora, "modalities": modalities})
+    before = {name: tensor.clone() for name, tensor in training.tower.state_dict().items()}
+    training.train_step()
+    training.train_step()
+    after = training.tower.state_dict()
+    moved = {n for n, t in after.items() if n.startswith("backbone.") and not torch.equal(t, before[n])}
+    adapters = {name for name in moved if "lora_" in name}
+    assert adapters
+    learns = connector and modalities == "both"
+    assert moved - adapters == {name for name in after if ".connector." in name and learns and "lora_" not in name}
+
+
 def test_the_loss_is_the_weighted_sum_of_its_parts():
     training, _ = trainer(train={"alpha": 0.2, "beta": 0.3})
     row = training.train_step()
