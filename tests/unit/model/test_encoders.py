@@ -209,14 +209,18 @@ def test_only_the_compact_phase_is_planned(pair, tmp_path):
     image = dataclasses.replace(config, model=dataclasses.replace(config.model, modalities="image"))
     with pytest.raises(InputError, match="no item has a picture"):
         check_ready(dataset.uri, str(tmp_path / "out"), image, False)
-    with pytest.raises(ConfigError, match=r"train\.stages and train\.joint have nothing to train"):
-        plan(dataset.uri, config_of(pair, joint={"epochs": 1}))
+    with pytest.raises(ConfigError, match=r"tuned by train\.joint alone; leave train\.stages out"):
+        plan(dataset.uri, config_of(pair, stages=[{"name": "first"}]))
+    joint = plan(dataset.uri, config_of(pair, joint={"epochs": 1}))
+    assert [(stage.phase, stage.name) for stage in joint] == [("compact", "compact"), ("joint", "compact_joint")]
 
 
 def test_without_content_items_are_their_learned_vectors(tmp_path):
     model = {"backbone": "none", "modalities": "text", "user_tower": "compact"}
     config = tiny_config(model=model, train={"compact": {"epochs": 2}})
     dataset = write_prepared(tmp_path / "data")
+    with pytest.raises(ConfigError, match=r"train\.stages and train\.joint have nothing to train"):
+        plan(dataset.uri, tiny_config(model=model, train={"joint": {"epochs": 1}}))
     check_ready(dataset.uri, str(tmp_path / "model"), config, False)
     begun = begin("compact", [dataset.uri], config, "cpu")
     begun.trainer.fit(begun.held_out)
