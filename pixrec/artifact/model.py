@@ -2,8 +2,9 @@
 
 A model is a folder: config.yaml (resolved), adapter/ (PEFT's format) or backbone/, heads.safetensors, processor/,
 embedded_ids/ where items have learned vectors, model.json (written last). Of a pair of encoders model.json names the
-pretrained weights by their hash; in place of backbone/ there is encoders.safetensors, what training has altered of them,
-and nothing where they stood still. A model's fingerprint names the weights, the tokenizer and what the towers may see.
+pretrained weights by their hash; in place of backbone/ there is encoders.safetensors, what training may have altered of
+them, and nothing where they stood still. A model's fingerprint names the weights, the tokenizer and what the
+towers may see.
 """
 
 from __future__ import annotations

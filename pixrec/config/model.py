@@ -178,7 +178,7 @@ class ModelConfig:
 
     @property
     def learns_vision(self) -> bool:
-        """Whether training may alter the vision part of a backbone; an image encoder stands still until `train.joint`."""
+        """Whether training may alter the vision part of a backbone; encoders stand still until `train.joint`."""
         return not self.freeze_vision and self.trains_backbone and self.modalities != "text"
 
     @property
@@ -234,5 +234,6 @@ class ModelConfig:
             raise ConfigError(f"{what} leaves nothing to fine-tune; leave model.lora out")
         if self.dtype != "float32" or self.revision is not None:
             raise ConfigError(
-                f"{what} leaves nothing to fine-tune in another type, nor to pin; leave model.dtype and model.revision out"
+                f"{what} leaves nothing to fine-tune in another type, nor to pin; leave model.dtype and model.revision "
+                "out"
             )

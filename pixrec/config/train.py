@@ -108,7 +108,8 @@ class JointConfig:
     """How the compact tower and the item tower are trained together, after the compact tower on fixed item vectors.
 
     The item tower is a backbone with its head, or a pair of encoders: adapters in them where `model.lora` is enabled,
-    else all weights, but for those that `model.freeze_vision` and `model.modalities` leave out. Loss, batches and weight decay are those of train.compact.
+    else all weights, but for what `model.freeze_vision` and `model.modalities` leave out. Loss, batches and weight
+    decay are those of train.compact.
     """
 
     epochs: int = 0
@@ -191,9 +192,9 @@ class TrainConfig:
     compile: bool = False
     """torch.compile on each layer of the language model and of the vision encoder: a minute or more at the start."""
     picture_tokens: str | None = "auto"
-    """With `model.freeze_vision` or encoders that stand still: the folder, local or s3://, that keeps what these made of each
-    picture and text, so that each is encoded once. `auto`: the place of --data with `.tokens` appended. None: encode
-    every time."""
+    """With `model.freeze_vision` or encoders that stand still: the folder, local or s3://, that keeps what these made
+    of each picture and text, so that each is encoded once. `auto`: the place of --data with `.tokens` appended. None:
+    encode every time."""
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     """`ddp`: a whole copy of the weights on every worker; `fsdp2`: shards of weights, gradients and optimiser state."""
     num_workers: int = 2

@@ -132,7 +132,7 @@ class DualEncoder(Backbone):
     """
 
     tuned: frozenset[str] = frozenset()
-    """Names of the parameters that learn or have learned since `tune`; each stands once, also of a module that is both."""
+    """Names of the parameters that learn or have learned, since `tune`; those of a module that is both stand once."""
 
     def __init__(
         self, text: Any, image: Any, image_size_px: int, mean: list[float], std: list[float], pad_id: int
@@ -192,7 +192,9 @@ class DualEncoder(Backbone):
             adapters = lora.enabled
             named = {n: p for n, p in self.named_parameters() if n in may and (ADAPTER in n or not adapters)}
             self.tuned = frozenset(named)
-            for parameter in named.values():  # the optimiser's fused step takes weight and gradient as they lie in memory
+            for (
+                parameter
+            ) in named.values():  # the optimiser's fused step takes weight and gradient as they lie in memory
                 parameter.data = parameter.data.contiguous()
         return {part for part in parts if reads[part] & self.tuned}
 
@@ -320,8 +322,8 @@ class EncoderTower(DualTower):
         return self._standardise(raw) if self.fitted else raw
 
     def search_vectors(self, content: Tensor) -> Tensor:
-        """Both parts of an item's vector (U, 2·R) as unit vectors, which no purchase has shaped unless the encoders were
-        tuned: their product with a query's is the sum of the cosines of text and picture."""
+        """Both parts of an item's vector (U, 2·R) as unit vectors, which no purchase has shaped unless by tuning the
+        encoders: their product with a query's is the sum of the cosines of text and picture."""
         return torch.cat([F.normalize(part, dim=-1) for part in content.chunk(2, dim=1)], dim=1)
 
     def fit(self, raw: Tensor) -> Tensor:
@@ -378,7 +380,7 @@ def _reads(model: nn.Module, name: str, part: Part) -> bool:
 
 
 def _adapted(model: nn.Module, part: Part, config: LoraConfig) -> list[str]:
-    """Names of the layers of an encoder that receive adapters: projections of its attention, or those of these names."""
+    """Names of the layers of an encoder that receive adapters: projections of its attention, or those named."""
     modules = [(name, module) for name, module in model.named_modules() if _reads(model, name, part)]
     if not isinstance(config.targets, str):
         return [name for name, _ in modules if name.rsplit(".", 1)[-1] in config.targets]

@@ -175,12 +175,12 @@ def choose_trainable(tower: DualTower, config: Config) -> None:
     A model that was read from its folder comes with all of it, or with frozen adapters.
     """
     backbone = tower.backbone
-    encoders = isinstance(backbone, DualEncoder)
+    tuned = backbone.tuned if isinstance(backbone, DualEncoder) else None
     for name, parameter in backbone.named_parameters():
         if parameter.is_floating_point():  # those in 4 bits are not
-            learns = name in backbone.tuned if encoders else not config.model.lora.enabled or ADAPTER in name
-            parameter.requires_grad_(learns)
-    if not encoders and (config.model.modalities == "text" or config.model.freeze_vision):
+            learns = not config.model.lora.enabled or ADAPTER in name
+            parameter.requires_grad_(learns if tuned is None else name in tuned)
+    if tuned is None and (config.model.modalities == "text" or config.model.freeze_vision):
         for parameter in backbone.family.vision_parameters(backbone.model):
             parameter.requires_grad_(False)
     if not config.train.learnable_temperature:

@@ -174,11 +174,11 @@ class JointTrainer(CompactTrainer):
         """Content vectors (U, C) in training, the same dropout each time a step asks for micro-batch `index`."""
         reseed(seed_of([self.seed, 7, self.step, self.rank, index]), self.device)
         self.towers.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.item_precision == "bf16"):
-            return self._read(rows)
+        return self._read(rows)
 
     def _read(self, rows: np.ndarray) -> Tensor:
-        return self.towers.item_vectors(self.catalog.items(rows, self.modalities).to(self.device)).float()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.item_precision == "bf16"):
+            return self.towers.item_vectors(self.catalog.items(rows, self.modalities).to(self.device)).float()
 
     def _share(self, rows: np.ndarray) -> np.ndarray:
         return np.array_split(rows, self.world_size)[self.rank]
@@ -224,5 +224,5 @@ def _as_sequence(config: Config) -> SequenceConfig:
 
 
 def _distance(old: Tensor, new: Tensor) -> Tensor:
-    """Mean 1 - cosine of the rows of two tables; a row of zeros, which is an item without content, stays where it is."""
+    """Mean 1 - cosine of the rows of two tables; a row of zeros, an item without content, stays where it is."""
     return (F.normalize(old, dim=1) - F.normalize(new, dim=1)).square().sum(1).mean() / 2

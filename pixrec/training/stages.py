@@ -67,7 +67,8 @@ def plan(data: str, config: Config) -> list[Stage]:
     target = [storage.absolute(data)]
     if not config.model.content_width and (config.train.stages or config.train.joint.epochs):
         raise ConfigError(
-            "model.backbone none leaves no item tower: train.stages and train.joint have nothing to train; leave them out"
+            "model.backbone none leaves no item tower: train.stages and train.joint have nothing to train; leave them "
+            "out"
         )
     if not config.model.trains_backbone and config.train.stages:
         raise ConfigError(
@@ -165,9 +166,10 @@ def check_joint(config: Config) -> None:
             "train.joint.micro_batch_items, and leave it out"
         )
     for part in (config.model.modalities, *config.train.knockouts) if encoders else ():
-        model = untrained_model(dataclasses.replace(config, model=dataclasses.replace(config.model, modalities=part)), [])
-        assert isinstance(model.tower.backbone, DualEncoder)
-        model.tower.backbone.tune(model.config.model, config.train.seed)  # raises where nothing is left to learn
+        settings = dataclasses.replace(config.model, modalities=part)
+        backbone = untrained_model(dataclasses.replace(config, model=settings), []).tower.backbone
+        assert isinstance(backbone, DualEncoder)
+        backbone.tune(settings, config.train.seed)  # raises where nothing is left to learn
 
 
 def work_folder(out: str) -> str:
