@@ -145,7 +145,8 @@ def _encoder_model(config: Config, device: str = "cpu") -> Model:
         text, image = (model_place(str(name)) for name in (settings.text_encoder, settings.image_encoder))
         tokenizer = _pretrained_tokenizer(text, None)
         try:
-            backbone = load_encoders(text, image, tokenizer, picture_facts(image)[:2])
+            with _without_bars():
+                backbone = load_encoders(text, image, tokenizer, picture_facts(image)[:2])
             pretrained = {"text": pretrained_facts(text, None), "image": pretrained_facts(image, None)}
         except (OSError, ValueError) as error:
             raise cannot_load(f"{settings.text_encoder} or {settings.image_encoder}", None, error) from None
