@@ -192,9 +192,7 @@ class DualEncoder(Backbone):
             adapters = lora.enabled
             named = {n: p for n, p in self.named_parameters() if n in may and (ADAPTER in n or not adapters)}
             self.tuned = frozenset(named)
-            for (
-                parameter
-            ) in named.values():  # the optimiser's fused step takes weight and gradient as they lie in memory
+            for parameter in named.values():  # a fused optimiser takes weight and gradient as they lie in memory
                 parameter.data = parameter.data.contiguous()
         return {part for part in parts if reads[part] & self.tuned}
 
