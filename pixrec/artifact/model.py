@@ -1,10 +1,10 @@
 """Saves and loads a model as one folder. safetensors, YAML and JSON only.
 
 A model is a folder: config.yaml (resolved), adapter/ (PEFT's format) or backbone/, heads.safetensors (with the
-connector, where that is trained beside adapters), processor/,
-embedded_ids/ where items have learned vectors, model.json (written last). Of encoders that stand still model.json
-names the weights by their hash, and there is no backbone/. A model's fingerprint names the weights, the tokenizer and
-what the towers may see.
+connector, where that is trained beside adapters), processor/, embedded_ids/ where items have learned vectors,
+model.json (written last). Of a pair of encoders model.json names the pretrained weights by their hash; in place of
+backbone/ there is encoders.safetensors, what training may have altered of them, and nothing where they stood still. A
+model's fingerprint names the weights, the tokenizer and what the towers may see.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ MODEL_MARKER = "model.json"
 _KNOCKOUTS = "knockouts"
 _EMBEDDED_IDS = "embedded_ids"
 _HEADS = "heads.safetensors"
+_ENCODERS = "encoders.safetensors"
 DESCRIPTION = "description.json"
 NO_IDS = pa.array([], pa.large_string())
 
@@ -146,7 +147,8 @@ def _encoder_model(config: Config, device: str = "cpu") -> Model:
         text, image = (model_place(str(name)) for name in (settings.text_encoder, settings.image_encoder))
         tokenizer = _pretrained_tokenizer(text, None)
         try:
-            backbone = load_encoders(text, image, tokenizer, picture_facts(image)[:2])
+            with _without_bars():
+                backbone = load_encoders(text, image, tokenizer, picture_facts(image)[:2])
             pretrained = {"text": pretrained_facts(text, None), "image": pretrained_facts(image, None)}
         except (OSError, ValueError) as error:
             raise cannot_load(f"{settings.text_encoder} or {settings.image_encoder}", None, error) from None
@@ -190,6 +192,10 @@ def save_model(folder: str, model: Model, info: dict[str, Any]) -> dict[str, Any
     backbone = model.tower.backbone
     if model.config.model.trains_backbone:
         backbone.model.save_pretrained(path / ("adapter" if model.config.model.lora.enabled else "backbone"))
+    if isinstance(backbone, DualEncoder) and backbone.tuned:
+        state = backbone.state_dict()
+        tuned = {name: state[name].cpu().contiguous() for name in sorted(backbone.tuned)}
+        safetensors.torch.save_file(tuned, path / _ENCODERS)
     safetensors.torch.save_file(_heads(model), path / _HEADS)
     facts = {"fingerprint": fingerprint(model), "pixrec": pixrec.__version__, **info}
     if model.pretrained:
@@ -325,6 +331,8 @@ def _read_model(path: Path) -> Model:
     if not config.model.trains_backbone:
         model = _encoder_model(config)
         _check_unchanged(f"{config.model.text_encoder} or {config.model.image_encoder}", model.pretrained, recorded)
+        if (path / _ENCODERS).exists():
+            _give_tuned(path, model)
         return _with_heads(path, dataclasses.replace(model, info=info))
     tokenizer = transformers.AutoTokenizer.from_pretrained(path / "processor", trust_remote_code=False)
     if config.model.lora.enabled:
@@ -337,6 +345,16 @@ def _read_model(path: Path) -> Model:
         base = load_pretrained(str(path / "backbone"), dtype=DTYPES[config.model.dtype])
         use_attention(base, config.model.attn_implementation)
     return _with_heads(path, _assembled(path, base, tokenizer, config, info, recorded))
+
+
+def _give_tuned(path: Path, model: Model) -> None:
+    """Give encoders what training made of them. Raises ValueError where that is of others."""
+    backbone, tuned = model.tower.backbone, safetensors.torch.load_file(path / _ENCODERS)
+    assert isinstance(backbone, DualEncoder)
+    backbone.tune(model.config.model, model.config.train.seed)
+    if set(tuned) != backbone.tuned:
+        raise ValueError(f"{_ENCODERS} does not fit config.yaml")
+    backbone.load_state_dict(tuned, strict=False)
 
 
 def _check_unchanged(name: str, pretrained: dict[str, Any], recorded: dict[str, Any]) -> None:

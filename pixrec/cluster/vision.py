@@ -12,7 +12,7 @@ import ray.data
 import torch
 
 from pixrec import storage
-from pixrec.artifact import Model, untrained_model
+from pixrec.artifact import Model, load_model, untrained_model
 from pixrec.artifact.decoding import read_pictures
 from pixrec.config import Config, dump_config, load_config
 from pixrec.data.items import PICTURES_FOLDER, ItemTable
@@ -61,7 +61,7 @@ class PictureEncoder:
 
     @functools.cached_property
     def _backbone(self) -> Backbone:
-        return _untrained(self._settings, self._vocabulary).tower.backbone
+        return _in_actor(self._settings, self._vocabulary).tower.backbone
 
 
 class TextEncoder:
@@ -95,12 +95,19 @@ class TextEncoder:
 
     @functools.cached_property
     def _model(self) -> Model:
-        return _untrained(self._settings, self._vocabulary)
+        return _in_actor(self._settings, self._vocabulary)
 
 
-def _untrained(config: Config, vocabulary: Sequence[str]) -> Model:
+def _in_actor(config: Config, vocabulary: Sequence[str]) -> Model:
     torch.set_num_threads(config.embed.threads_per_actor)
     device = "cuda" if config.embed.gpus_per_actor and torch.cuda.is_available() else "cpu"
+    return _first_model(config, vocabulary, device)
+
+
+def _first_model(config: Config, vocabulary: Sequence[str], device: str = "cpu") -> Model:
+    """The model that training begins with, as far as its frozen parts go: encoders may have been tuned before."""
+    if config.train.start is not None and config.model.text_encoder is not None:
+        return load_model(config.train.start, device)
     return untrained_model(config, vocabulary, device)
 
 
@@ -108,16 +115,16 @@ def frozen_once(data: str, config: Config, vocabulary: Sequence[str] = ()) -> No
     """Add what frozen parts of the model make of the data set's pictures and texts to its store, as far as it lacks
     them; a killed run's share is there already.
 
-    The frozen parts are those of the untrained model, and stay so. `vocabulary`: the data sets whose text trains the
-    tokenizer of `pixrec-tiny`, on which its weights depend; by default this one alone. Neither pictures nor texts nor
-    what is made of them come to the driver.
+    The frozen parts are those of the model that training begins with, and stay so. `vocabulary`: the data sets whose
+    text trains the tokenizer of `pixrec-tiny`, on which its weights depend; by default this one alone. Neither pictures
+    nor texts nor what is made of them come to the driver.
     """
     vocabulary = list(vocabulary) or [storage.absolute(data)]
     where = config.train.picture_tokens
     pictures, texts = tokens_place(data, config.model, where), texts_place(data, config.model, where)
     if pictures is None and texts is None:
         return
-    backbone, settings = untrained_model(config, vocabulary).tower.backbone, config.embed
+    backbone, settings = _first_model(config, vocabulary).tower.backbone, config.embed
     if pictures is not None:
         family = backbone.family
         part = _PART_BYTES // (2 * family.tokens_per_picture * family.picture_width) // settings.batch_size

@@ -42,17 +42,18 @@ class TinyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters in the backbone (LoRA, Hu et al. 2021), in place of training all its weights."""
+    """Low-rank adapters in the backbone or the encoders (LoRA, Hu et al. 2021), in place of training all weights."""
 
     enabled: bool = False
-    """Train low-rank adapters in the backbone instead of all its weights."""
+    """Train low-rank adapters in the backbone, or in the encoders, instead of all weights."""
     rank: int = 8
     """Rank of each adapter."""
     alpha: int = 16
     """Scale numerator of the adapters."""
     targets: Literal["language", "vision", "all"] | tuple[str, ...] = "all"
-    """What receives adapters: the attention of the language model, of the vision part, or both (a frozen vision part
-    receives none); or a list of module names, of which one that matches nothing is an error."""
+    """What receives adapters: the attention of the language model or text encoder, of the vision part or image encoder,
+    or both (a frozen vision part receives none, nor does an image encoder without attention); or a list of module
+    names, of which one that matches nothing is an error."""
     use_rslora: bool = False
     """Scale adapters by alpha / √rank, not alpha / rank (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732)."""
     use_dora: bool = False
@@ -122,7 +123,7 @@ class ModelConfig:
     # model.json, which a fingerprint holds, tells encoders apart.
     text_encoder: str | None = field(default=None, repr=False)
     """A pretrained text encoder, named as a backbone is, whose vectors the compact tower learns on in place of a
-    backbone's; it stands still."""
+    backbone's. It stands still unless `train.joint` tunes it."""
     image_encoder: str | None = field(default=None, repr=False)
     """The pretrained image encoder beside it; the same name where one model is both (CLIP, SigLIP)."""
     encoder_components: int = field(default=256, repr=False)
@@ -163,7 +164,8 @@ class ModelConfig:
     """What to do about stored pictures of fewer pixels than the backbone takes, which are enlarged for it: say so in
     one line, stop, or nothing."""
     freeze_vision: bool = False
-    """Do not train the vision part and its projection, so that their output can be computed once for each picture."""
+    """Do not train the vision part and its projection, nor the image encoder, so that their output can be computed once
+    for each picture."""
     tiny: TinyConfig = field(default_factory=TinyConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     compact: CompactConfig = field(default_factory=CompactConfig)
@@ -180,12 +182,12 @@ class ModelConfig:
 
     @property
     def learns_vision(self) -> bool:
-        """Whether training may alter the vision part."""
+        """Whether training may alter the vision part of a backbone; encoders stand still until `train.joint`."""
         return not self.freeze_vision and self.trains_backbone and self.modalities != "text"
 
     @property
     def trains_backbone(self) -> bool:
-        """Whether there is a backbone, which the interleaved phase trains; not where encoders stand still, nor where no
+        """Whether there is a backbone, which the interleaved phase trains; not where there are encoders, nor where no
         content is read."""
         return self.text_encoder is None and self.backbone != "none"
 
@@ -210,14 +212,15 @@ class ModelConfig:
             )
         if self.attn_implementation.startswith("flash") and self.dtype == "float32":
             raise ConfigError(f"model.attn_implementation {self.attn_implementation} needs model.dtype bf16")
-        if self.lora.enabled and self.lora.targets == "vision" and not self.learns_vision:
+        if self.lora.enabled and self.lora.targets == "vision" and (self.freeze_vision or self.modalities == "text"):
             raise ConfigError("model.lora.targets vision leaves nothing to learn: the vision part is frozen or unused")
         if self.lora.connector and (self.freeze_vision or not self.lora.enabled):
             raise ConfigError(
                 "model.lora.connector trains the connector beside adapters; set model.lora.enabled to true and "
                 "model.freeze_vision, which freezes the connector too, to false"
             )
-        if self.lora.base == "nf4" and not (self.lora.enabled and self.backbone != "pixrec-tiny"):
+        pretrained = self.trains_backbone and self.backbone != "pixrec-tiny"
+        if self.lora.base == "nf4" and not (self.lora.enabled and pretrained):
             raise ConfigError("model.lora.base nf4 needs model.lora.enabled and a pretrained model.backbone")
 
     def _check_encoders(self) -> None:
@@ -236,7 +239,12 @@ class ModelConfig:
                 f"{what} shows the towers no content: set model.modalities to text, and leave "
                 "model.compact.id_embedding at true"
             )
-        if self.lora.enabled or self.dtype != "float32" or self.revision is not None:
+        if self.text_encoder is None and self.lora.enabled:
+            raise ConfigError(f"{what} leaves nothing to fine-tune; leave model.lora out")
+        if self.lora.connector:
+            raise ConfigError(f"{what} has no connector; leave model.lora.connector out")
+        if self.dtype != "float32" or self.revision is not None:
             raise ConfigError(
-                f"{what} leaves nothing to fine-tune or to pin; leave model.lora, model.dtype and model.revision out"
+                f"{what} leaves nothing to fine-tune in another type, nor to pin; leave model.dtype and model.revision "
+                "out"
             )

@@ -107,15 +107,18 @@ class StageConfig:
 class JointConfig:
     """How the compact tower and the item tower are trained together, after the compact tower on fixed item vectors.
 
-    Loss, batches and weight decay are those of train.compact.
+    The item tower is a backbone with its head, or a pair of encoders: adapters in them where `model.lora` is enabled,
+    else all weights, but for what `model.freeze_vision` and `model.modalities` leave out. Loss, batches and weight
+    decay are those of train.compact.
     """
 
     epochs: int = 0
     """Most passes over the training histories; 0: no joint training, the item tower stays as it is."""
     learning_rate: float = 1e-4
     """Rate of the compact tower after a linear warm-up."""
-    item_learning_rate: float = 1e-4
-    """Rate of the item tower after a linear warm-up."""
+    item_learning_rate: float | None = None
+    """Rate of the item tower after a linear warm-up. None: 1e-4, of encoders 2e-4 for adapters and 2e-5 for all
+    weights."""
     warmup_steps: int = 50
     """Steps spent warming up."""
     fresh_items_per_step: int = 256
@@ -189,9 +192,9 @@ class TrainConfig:
     compile: bool = False
     """torch.compile on each layer of the language model and of the vision encoder: a minute or more at the start."""
     picture_tokens: str | None = "auto"
-    """With `model.freeze_vision` or frozen encoders: the folder, local or s3://, that keeps what these made of each
-    picture and text, so that each is encoded once. `auto`: the place of --data with `.tokens` appended. None: encode
-    every time."""
+    """With `model.freeze_vision` or encoders that stand still: the folder, local or s3://, that keeps what these made
+    of each picture and text, so that each is encoded once. `auto`: the place of --data with `.tokens` appended. None:
+    encode every time."""
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     """`ddp`: a whole copy of the weights on every worker; `fsdp2`: shards of weights, gradients and optimiser state."""
     num_workers: int = 2

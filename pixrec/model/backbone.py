@@ -35,6 +35,7 @@ from pixrec.model.packages import model_place
 from pixrec.model.seeding import seeded
 
 if TYPE_CHECKING:
+    from peft import LoraConfig as PeftLoraConfig
     from transformers import PreTrainedConfig, PreTrainedModel
 
 TINY = "pixrec-tiny"
@@ -274,7 +275,7 @@ def _set_attention(model: PreTrainedModel, wanted: str) -> None:
         raise ConfigError(f"{setting} does not suit model.backbone: {_one_line(error)}; set it to auto") from None
 
 
-def compile_layers(model: PreTrainedModel) -> None:
+def compile_layers(model: nn.Module) -> None:
     """torch.compile on each layer of the vision and of the language model, in place, for any number of tokens. Layers
     of a kind share what was compiled, so a deep model is compiled in the time of a shallow one."""
     from transformers.modeling_layers import GradientCheckpointingLayer  # takes seconds
@@ -320,8 +321,6 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, vision: bool = True) ->
 
     `vision`: whether the vision part may have any. Raises ConfigError where a target matches nothing.
     """
-    from peft import LoraConfig as PeftLoraConfig
-
     family, wanted = family_of(model), config.targets
     if not isinstance(wanted, str):
         names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
@@ -331,20 +330,26 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, vision: bool = True) ->
         targets: str | list[str] = list(wanted)
     else:
         targets = family.attention_layers(wanted if vision else "language")
-    settings = PeftLoraConfig(
+    try:
+        model.add_adapter(lora_settings(config, targets, None if vision else family.vision_layers))
+    except ValueError as error:
+        raise ConfigError(f"model.lora.targets: {_one_line(error)}") from None
+    keep_adapters_whole(model)
+
+
+def lora_settings(config: LoraConfig, targets: str | list[str], excluded: str | None = None) -> PeftLoraConfig:
+    """What peft is told: `targets` and `excluded` as it reads them, a pattern or names of modules."""
+    from peft import LoraConfig as PeftLoraConfig
+
+    return PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=targets,
-        exclude_modules=None if vision else family.vision_layers,
+        exclude_modules=excluded,
         lora_dropout=0.0,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
     )
-    try:
-        model.add_adapter(settings)
-    except ValueError as error:
-        raise ConfigError(f"model.lora.targets: {_one_line(error)}") from None
-    keep_adapters_whole(model)
 
 
 def keep_adapters_whole(model: PreTrainedModel) -> None:

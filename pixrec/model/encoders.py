@@ -1,8 +1,11 @@
-"""An item tower of two pretrained encoders, one for text and one for pictures, which stand still.
+"""An item tower of two pretrained encoders, one for text and one for pictures. They stand still, until `tune`.
 
 CLIP (Radford et al., ICML 2021) and SigLIP (Zhai et al., ICCV 2023) are such a pair under one name; otherwise a
 sentence encoder reads the text and any image encoder the pictures. An item's vector is what the two say of it, each
 reduced to its principal components. The compact tower has a projection into the shared space on top, which is trained.
+
+Tuned encoders stay in evaluation mode: without dropout, and with the running statistics of their pretraining. The
+principal components stay those of the pretrained vectors too, so that the projection above them goes on to fit.
 
 Plain torch and transformers: knows neither files nor workers. To the item encoder and to the store of picture tokens
 the pair looks like any backbone: a picture is one token, the image encoder's vector of it.
@@ -17,7 +20,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import safetensors.torch
@@ -27,10 +30,11 @@ import transformers
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from pixrec.config import ModelConfig
+from pixrec.config import LoraConfig, ModelConfig
 from pixrec.data.pictures import picture_hash
 from pixrec.data.tokens import PictureTokens
-from pixrec.model.backbone import Backbone
+from pixrec.errors import ConfigError
+from pixrec.model.backbone import ADAPTER, Backbone, lora_settings
 from pixrec.model.efficientnet import EFFICIENTNET_LITE, EfficientNetLite
 from pixrec.model.encoding import Items
 from pixrec.model.families import Family
@@ -40,10 +44,13 @@ from pixrec.model.towers import DualTower, length_groups
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Part = Literal["text", "image"]
 WHITENING = 0.25
 """Power of the inverse variance that a principal component is scaled by: 0 leaves it, 1 whitens."""
 RIDGE = 1e-3
 """Added to each component's variance before, as a share of the largest."""
+_OTHER_PART: dict[Part, tuple[str, ...]] = {"text": ("vision", "visual"), "image": ("text",)}
+"""What begins, in a model that reads both, the names of all that does not read this part of an item."""
 
 
 class EncoderFamily(Family):
@@ -75,7 +82,7 @@ class EncoderFamily(Family):
 
     def vision_parameters(self, model: Any) -> list[Any]:
         """All weights of the image encoder, running statistics too."""
-        return list(model.state_dict().values())
+        return list(weights_of(model, "image").values())
 
     def token_parameters(self, model: Any) -> list[Any]:
         return self.vision_parameters(model)
@@ -92,11 +99,14 @@ class EncoderFamily(Family):
 
 
 class DualEncoder(Backbone):
-    """A text encoder and an image encoder, frozen; one module where both are one model. Has no language model.
+    """A text encoder and an image encoder; one module where both are one model. Has no language model.
 
     Without both of them nothing is read of an item, and its vector has no numbers: the compact tower then knows items
     by their learned vectors alone, as SASRec does.
     """
+
+    tuned: frozenset[str] = frozenset()
+    """Names of the parameters that learn or have learned, since `tune`; those of a module that is both stand once."""
 
     def __init__(
         self, text: Any, image: Any, image_size_px: int, mean: list[float], std: list[float], pad_id: int
@@ -125,8 +135,76 @@ class DualEncoder(Backbone):
         return int(getattr(config, "text_config", config).max_position_embeddings)
 
     def train(self, mode: bool = True) -> DualEncoder:
-        """Frozen: no dropout, no running statistics, whatever the mode."""
+        """No dropout, no new running statistics, whatever the mode."""
         return super().train(False)
+
+    def tune(self, config: ModelConfig, seed: int) -> set[Part]:
+        """Let the encoders learn from now on, where they do not yet: by adapters in their attention (`config.lora`,
+        begun at `seed`), or with all weights. Returns which of them do.
+
+        One whose part of an item is not looked at stays as it is, and so does a frozen image encoder, or one without
+        attention where there are adapters. Raises ConfigError where nothing is left to learn.
+        """
+        lora = config.lora
+        learns: dict[Part, bool] = {
+            "text": config.modalities != "image" and not (lora.enabled and lora.targets == "vision"),
+            "image": config.modalities != "text"
+            and not config.freeze_vision
+            and not (lora.enabled and lora.targets == "language"),
+        }
+        parts = [part for part in learns if learns[part]]
+        if not parts:
+            raise ConfigError(
+                "train.joint finds nothing to learn in the encoders; change model.modalities, model.freeze_vision or "
+                "model.lora, or set train.joint.epochs to 0"
+            )
+        if lora.enabled and not self.tuned:
+            self._add_lora(lora, parts, seed)
+        reads = {part: self._weights(part) for part in parts}
+        if not self.tuned:
+            may = set[str]().union(*reads.values())
+            adapters = lora.enabled
+            named = {n: p for n, p in self.named_parameters() if n in may and (ADAPTER in n or not adapters)}
+            self.tuned = frozenset(named)
+            for parameter in named.values():  # a fused optimiser takes weight and gradient as they lie in memory
+                parameter.data = parameter.data.contiguous()
+        return {part for part in parts if reads[part] & self.tuned}
+
+    def _weights(self, part: Part) -> set[str]:
+        """Names of the weights that read this part of an item."""
+        module = self._encoder(part)
+        prefix = "text" if module is self.text else "model"
+        return {f"{prefix}.{name}" for name in weights_of(module, part)}
+
+    def _encoder(self, part: Part) -> Any:
+        return self.text if part == "text" else self.model
+
+    def _add_lora(self, config: LoraConfig, parts: Sequence[Part], seed: int) -> None:
+        """Insert adapters into the encoders of `parts`, each module once."""
+        from peft import inject_adapter_in_model
+
+        wanted: dict[nn.Module, list[str]] = {}
+        for part in parts:
+            module = self._encoder(part)
+            wanted.setdefault(module, []).extend(_adapted(module, part, config))
+        found = {name.rsplit(".", 1)[-1] for names in wanted.values() for name in names}
+        where = " and ".join(dict.fromkeys(type(module).__name__ for module in wanted))
+        for target in () if isinstance(config.targets, str) else config.targets:
+            if target not in found:
+                raise ConfigError(f"model.lora.targets names {target!r}, which matches no module of {where}")
+        if not found:
+            raise ConfigError(
+                f"model.lora.targets {config.targets} finds no attention to adapt in {where}; choose other targets or "
+                "another encoder, or train all weights with model.lora.enabled=false"
+            )
+        try:
+            with seeded(seed):
+                for module, names in wanted.items():
+                    if names:
+                        inject_adapter_in_model(lora_settings(config, names), module)
+        except ValueError as error:
+            raise ConfigError(f"model.lora.targets: {' '.join(str(error).split())[:200]}") from None
+        self.requires_grad_(False).eval()
 
     def texts(self, token_ids: Tensor, is_token: Tensor) -> Tensor:
         """Vectors (U, W) of texts (U, T), padded on the right; a sentence encoder's is the mean over its tokens."""
@@ -216,8 +294,8 @@ class EncoderTower(DualTower):
         return self._standardise(raw) if self.fitted else raw
 
     def search_vectors(self, content: Tensor) -> Tensor:
-        """Both parts of an item's vector (U, 2·R) as unit vectors, which no purchase has shaped: their product with a
-        query's is the sum of the cosines of text and picture."""
+        """Both parts of an item's vector (U, 2·R) as unit vectors, which no purchase has shaped unless by tuning the
+        encoders: their product with a query's is the sum of the cosines of text and picture."""
         return torch.cat([F.normalize(part, dim=-1) for part in content.chunk(2, dim=1)], dim=1)
 
     def fit(self, raw: Tensor) -> Tensor:
@@ -260,6 +338,26 @@ class EncoderTower(DualTower):
             if vector is not None:
                 vectors[row] = torch.from_numpy(vector[0].astype(np.float32))
         return vectors
+
+
+def weights_of(model: nn.Module, part: Part) -> dict[str, Tensor]:
+    """All that the vectors of texts, or of pictures, follow from in an encoder, by name; of one that reads both, what
+    is not named after the other part."""
+    return {name: tensor for name, tensor in model.state_dict().items() if _reads(model, name, part)}
+
+
+def _reads(model: nn.Module, name: str, part: Part) -> bool:
+    both = hasattr(model, "get_text_features") and hasattr(model, "get_image_features")
+    return not (both and name.startswith(_OTHER_PART[part]))
+
+
+def _adapted(model: nn.Module, part: Part, config: LoraConfig) -> list[str]:
+    """Names of the layers of an encoder that receive adapters: projections of its attention, or those named."""
+    modules = [(name, module) for name, module in model.named_modules() if _reads(model, name, part)]
+    if not isinstance(config.targets, str):
+        return [name for name, _ in modules if name.rsplit(".", 1)[-1] in config.targets]
+    # The projection of a torch.nn.MultiheadAttention, as SigLIP pools with, has a type of its own: it is never called.
+    return [name for name, module in modules if type(module) is nn.Linear and "att" in name.lower()]
 
 
 def text_key(token_ids: np.ndarray) -> bytes:

@@ -1,4 +1,4 @@
-"""The vectors of a frozen text encoder, computed once for each text, stored, and read in place of the encoder.
+"""The vectors of a text encoder that stands still, computed once for each text, stored, and read in place of it.
 
 They lie beside the picture tokens and in a store of the same kind (`pixrec.data.tokens`): a folder named by the
 fingerprint of the encoder, in which a text is found by the hash of its tokens. Kept as float16.
@@ -19,13 +19,13 @@ from pixrec.config import Config
 from pixrec.data.pictures import HASH_BYTES
 from pixrec.data.tokens import PictureTokens, open_folders, store_folder, store_schema, texts_place
 from pixrec.model.backbone import Backbone
-from pixrec.model.encoders import DualEncoder, text_key
+from pixrec.model.encoders import DualEncoder, text_key, weights_of
 
 
 def text_fingerprint(backbone: DualEncoder) -> str:
     """Hash of everything that a text's vector follows from, its tokens aside."""
     digest = hashlib.blake2b(repr(("text", type(backbone.text).__name__, HASH_BYTES)).encode(), digest_size=16)
-    for tensor in backbone.text.state_dict().values():
+    for tensor in weights_of(backbone.text, "text").values():
         digest.update(repr(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -1,4 +1,5 @@
-"""What a training of the interleaved towers would need, without training: parameters, tokens, memory, steps, time.
+"""What a training would need, without training. Of the interleaved towers: parameters, tokens, memory, steps, time. Of
+a compact tower on encoders, or on learned vectors alone: parameters, steps, memory but for activations.
 
 A step is taken on torch's `meta` device, where tensors have shapes and no content, so nothing is computed and no weight
 is read. Every tensor that is made is followed for as long as it lives; that gives the memory that activations and
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,7 +22,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pixrec.artifact import planned_model
+from pixrec.artifact import planned_model, untrained_model, with_compact
 from pixrec.config import Config
 from pixrec.data.images import largest_side
 from pixrec.data.items import load_texts
@@ -28,13 +30,15 @@ from pixrec.data.joined import join_datasets
 from pixrec.data.sequences import load_dataset
 from pixrec.model.backbone import TINY
 from pixrec.model.catalog import Catalog, distinct_rows
+from pixrec.model.encoders import DualEncoder
 from pixrec.model.families import Family
 from pixrec.model.families.qwen import SEGMENTS
 from pixrec.model.objective import Batch, TrainingTask
 from pixrec.model.towers import DualTower
 from pixrec.training.interleaved import choose_trainable, prepare_backbone
 from pixrec.training.reading import Collator, Pass, Reader
-from pixrec.training.windows import ShiftedWindows
+from pixrec.training.stages import check_joint, plan
+from pixrec.training.windows import RecentWindows, ShiftedWindows
 
 STEPS_LOOKED_AT = 3
 _NF4_BYTES = 0.516  # 4 bits, and for every 64 weights a scale of 8 bits, itself scaled in blocks of 256
@@ -96,11 +100,14 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: An
 
 
 def dry_run(data: Sequence[str], config: Config, tokens_per_second: float | None = None) -> dict[str, Any]:
-    """What a training of the interleaved towers on the data sets at `data` needs, for the line of JSON.
+    """What a training of the interleaved towers on the data sets at `data` needs, for the line of JSON; where there are
+    none, of the compact tower, and of the encoders that `train.joint` tunes.
 
     `tokens_per_second`: of one worker, as a run's log or `python -m benchmarks gpu` measured it. Raises PixRecError as
     the training itself would.
     """
+    if not config.model.trains_backbone:
+        return _compact_plan(data[0], config)
     texts = [text for uri in data for text in load_texts(uri)] if config.model.backbone == TINY else []
     model = planned_model(config, texts)
     tower, train = model.tower, config.train
@@ -140,8 +147,53 @@ def dry_run(data: Sequence[str], config: Config, tokens_per_second: float | None
     }
 
 
+def _compact_plan(data: str, config: Config) -> dict[str, Any]:
+    """As `dry_run`, of the phases after the interleaved one. Encoders are loaded for it."""
+    check_joint(config)
+    stages, dataset = plan(data, config), load_dataset(data)
+    trained = dataset.items.item_ids[: int((dataset.training_counts() > 0).sum())]
+    model = with_compact(untrained_model(config, []), trained)
+    compact, backbone = model.tower.compact, model.tower.backbone
+    assert compact is not None
+    assert isinstance(backbone, DualEncoder)
+    joint = any(stage.phase == "joint" for stage in stages)
+    if joint:
+        backbone.tune(config.model, config.train.seed)
+    tuned = sum(p.numel() for name, p in backbone.named_parameters() if name in backbone.tuned)
+    learned = sum(p.numel() for p in compact.parameters())
+    total = sum(p.numel() for p in model.tower.parameters())
+    source = RecentWindows(dataset.training_histories(), compact.user.max_history_items, config.train.compact, 0)
+    epoch = len(source.epoch(0))
+    held = {"weights": 4 * total, "gradients": 4 * (learned + tuned), "optimizer": _ADAMW_BYTES * (learned + tuned)}
+    return {
+        "dry_run": True,
+        "text_encoder": config.model.text_encoder,
+        "image_encoder": config.model.image_encoder,
+        "parameters": {"trained": learned + tuned, "of_encoders": tuned, "total": total},
+        "workers": max(1, config.train.num_workers),
+        "histories_per_step": config.train.compact.histories_per_step,
+        "memory_per_gpu_bytes": held,
+        "steps": {
+            "compact": min(epoch * config.train.compact.epochs, config.train.compact.max_steps or sys.maxsize),
+            "joint": epoch * config.train.joint.epochs,
+        },
+        "items_encoded_per_joint_step": config.train.joint.fresh_items_per_step if joint else 0,
+    }
+
+
 def table(found: dict[str, Any]) -> list[str]:
     """Lines for people."""
+    if "backbone" not in found:
+        parameters, steps = found["parameters"], found["steps"]
+        held = sum(found["memory_per_gpu_bytes"].values()) / 2**30
+        encoders = f"{found['text_encoder']} and {found['image_encoder']}" if found["text_encoder"] else "none"
+        return [
+            f"encoders      {encoders}",
+            f"parameters    {parameters['trained']:,} trained of {parameters['total']:,}, "
+            f"{parameters['of_encoders']:,} of them in the encoders",
+            f"memory a GPU  {held:.2f} GiB for weights, gradients and optimizer; activations not computed",
+            f"steps         at most {steps['compact']:,} of the compact tower, {steps['joint']:,} of both together",
+        ]
     memory, parameters = found["memory_per_gpu_bytes"], found["parameters"]
     gib = {name: f"{value / 2**30:.2f} GiB" for name, value in memory.items()}
     share = parameters["trained"] / max(1, parameters["total"])

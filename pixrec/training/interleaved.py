@@ -17,6 +17,7 @@ from pixrec.config import Config
 from pixrec.data.sequences import HeldOut
 from pixrec.model import gradcache
 from pixrec.model.backbone import compile_layers, learns_with_adapters
+from pixrec.model.encoders import DualEncoder
 from pixrec.model.losses import all_reduced_rows
 from pixrec.model.objective import PARTS, Extra, TrainingTask
 from pixrec.model.parallel import average_gradients, clip_gradients, shard
@@ -173,12 +174,14 @@ def choose_trainable(tower: DualTower, config: Config) -> None:
 
     A model that was read from its folder comes with all of it, or with frozen adapters.
     """
-    family, lora = tower.backbone.family, config.model.lora
-    for name, parameter in tower.backbone.named_parameters():
+    backbone, lora = tower.backbone, config.model.lora
+    family, tuned = backbone.family, backbone.tuned if isinstance(backbone, DualEncoder) else None
+    for name, parameter in backbone.named_parameters():
         if parameter.is_floating_point():  # those in 4 bits are not
-            parameter.requires_grad_(not lora.enabled or learns_with_adapters(name, lora, family.vision_parts))
-    if config.model.modalities == "text" or config.model.freeze_vision:
-        for parameter in family.vision_parameters(tower.backbone.model):
+            learns = not lora.enabled or learns_with_adapters(name, lora, family.vision_parts)
+            parameter.requires_grad_(learns if tuned is None else name in tuned)
+    if tuned is None and (config.model.modalities == "text" or config.model.freeze_vision):
+        for parameter in family.vision_parameters(backbone.model):
             parameter.requires_grad_(False)
     if not config.train.learnable_temperature:
         tower.log_temperature.requires_grad_(False)
@@ -192,4 +195,4 @@ def prepare_backbone(tower: DualTower, config: Config) -> None:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     if config.train.compile:
-        compile_layers(backbone.model)
+        compile_layers(backbone)

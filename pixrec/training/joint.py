@@ -13,6 +13,9 @@ just before the table was computed anew.
 Items are encoded in micro-batches (GradCache, Gao et al., RepL4NLP 2021): first without a graph; the loss gives the
 gradient of each vector; then once more, with a graph, to be sent that gradient. Memory grows with the micro-batch.
 
+The item tower may be two pretrained encoders (`DualEncoder.tune`): adapters in them learn, or all of their weights.
+They stay in evaluation mode while they do, without dropout and with the running statistics that they came with.
+
 No Ray, no file system. Every worker holds both towers and the table whole. Nothing is hidden from an item (no modality
 dropout): what is written back must be what the table holds.
 
@@ -26,6 +29,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixrec.config import Config, SequenceConfig
@@ -72,7 +76,7 @@ class JointTrainer(CompactTrainer):
             towers.compact,
             histories,
             counts,
-            torch.zeros(len(catalog), model.embedding_width),
+            torch.zeros(len(catalog), model.content_width),
             id_rows,
             _as_sequence(config),
             model.compact.id_dropout,
@@ -86,7 +90,7 @@ class JointTrainer(CompactTrainer):
         item = item_parameters(towers, config)
         self.item, self.gradient_clip = item, config.train.gradient_clip
         compact = {f"compact.{name}": parameter for name, parameter in self.named.items()}
-        groups = [*self._groups(compact), {"params": list(item.values()), "lr": settings.item_learning_rate}]
+        groups = [*self._groups(compact), {"params": list(item.values()), "lr": item_rate(config)}]
         self._optimise({**compact, **item}, groups, self.config.weight_decay)
         self._computed_at = torch.zeros(len(catalog), dtype=torch.int64, device=self.device)
         self._refreshed_at: int | None = None
@@ -170,11 +174,11 @@ class JointTrainer(CompactTrainer):
         """Content vectors (U, C) in training, the same dropout each time a step asks for micro-batch `index`."""
         reseed(seed_of([self.seed, 7, self.step, self.rank, index]), self.device)
         self.towers.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.item_precision == "bf16"):
-            return self._read(rows)
+        return self._read(rows)
 
     def _read(self, rows: np.ndarray) -> Tensor:
-        return self.towers.item_vectors(self.catalog.items(rows, self.modalities).to(self.device)).float()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.item_precision == "bf16"):
+            return self.towers.item_vectors(self.catalog.items(rows, self.modalities).to(self.device)).float()
 
     def _share(self, rows: np.ndarray) -> np.ndarray:
         return np.array_split(rows, self.world_size)[self.rank]
@@ -189,6 +193,17 @@ def item_parameters(towers: DualTower, config: Config) -> dict[str, nn.Parameter
     choose_trainable(towers, config)
     own = ("backbone.", "item_proj.")
     return {n: p for n, p in towers.named_parameters() if p.requires_grad and n.startswith(own)}
+
+
+def item_rate(config: Config) -> float:
+    """Peak rate of the item tower: of pretrained encoders a usual one for adapters, or for all weights of such models
+    (BERT, Devlin et al. 2019), unless `train.joint.item_learning_rate` says another."""
+    given = config.train.joint.item_learning_rate
+    if given is not None:
+        return given
+    if config.model.text_encoder is None:
+        return 1e-4
+    return 2e-4 if config.model.lora.enabled else 2e-5
 
 
 def _as_sequence(config: Config) -> SequenceConfig:
@@ -209,5 +224,5 @@ def _as_sequence(config: Config) -> SequenceConfig:
 
 
 def _distance(old: Tensor, new: Tensor) -> Tensor:
-    """Mean 1 - cosine of the rows of two tables of unit vectors."""
-    return (1 - (old * new).sum(1)).mean()
+    """Mean 1 - cosine of the rows of two tables; a row of zeros, an item without content, stays where it is."""
+    return (F.normalize(old, dim=1) - F.normalize(new, dim=1)).square().sum(1).mean() / 2

@@ -21,7 +21,7 @@ from pixrec.data.ids import IdIndex, only
 from pixrec.data.joined import TrainingData, join_datasets
 from pixrec.data.sequences import Dataset, HeldOut, load_dataset, sample_users
 from pixrec.model.catalog import Catalog
-from pixrec.model.encoders import EncoderTower
+from pixrec.model.encoders import DualEncoder, EncoderTower, Part
 from pixrec.model.texts import find_texts
 from pixrec.model.vision import find_tokens
 from pixrec.training.checkpoint import holds_shards, restore
@@ -59,17 +59,21 @@ def begin(
     checkpoint: str | None = None,
 ) -> Begun:
     """Begin a phase on the data sets at `data` with the weights of the model at `start`, or go on from the local folder
-    of a `checkpoint`. The compact and the joint phase take one data set, and a `start` except of encoders that stand
-    still; without one, a model is untrained, and has read the data sets of `vocabulary`."""
+    of a `checkpoint`. The compact and the joint phase take one data set, and a `start` except for the compact tower of
+    encoders; without one, a model is untrained, and has read the data sets of `vocabulary`."""
     datasets = [load_dataset(uri) for uri in data]
     joined = join_datasets(datasets)
     source, origin = start, config.train.start
     if checkpoint is not None and phase != "compact" and not holds_shards(checkpoint):
         source = checkpoint
     model = untrained_model(config, vocabulary, device) if source is None else load_model(source, device)
-    catalog = Catalog(joined.items, model.encoder, tokens=find_tokens(data, config, model.tower.backbone))
+    backbone, learning = model.tower.backbone, set[Part]()
+    if phase == "joint" and isinstance(backbone, DualEncoder):
+        learning = backbone.tune(config.model, config.train.seed)
+    tokens = None if "image" in learning else find_tokens(data, config, backbone)
+    catalog = Catalog(joined.items, model.encoder, tokens=tokens)
     if isinstance(model.tower, EncoderTower):
-        model.tower.stored_texts = find_texts(data, config, model.tower.backbone)
+        model.tower.stored_texts = None if "text" in learning else find_texts(data, config, backbone)
     trainer: Trainer[Any]
     if phase == "interleaved":
         model.tower.compact = None  # of the model at `train.start`; its own phase goes on with it

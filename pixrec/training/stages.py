@@ -14,11 +14,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from pixrec import storage
-from pixrec.artifact import MODEL_MARKER, knockout_uri
+from pixrec.artifact import MODEL_MARKER, knockout_uri, untrained_model
 from pixrec.config import Config, TrainConfig, dump_config, load_config, to_dict
 from pixrec.data.joined import TrainingData, count_leaks, join_datasets
 from pixrec.data.sequences import DATASET_MARKER, Dataset, load_dataset
 from pixrec.errors import ArtifactError, ConfigError, InputError
+from pixrec.model.encoders import DualEncoder
 from pixrec.training.windows import ShiftedWindows
 
 Phase = Literal["interleaved", "compact", "joint"]
@@ -64,10 +65,15 @@ def plan(data: str, config: Config) -> list[Stage]:
     """All stages in their order: those of `train.stages`, the training on `data`, and what is set of the compact tower
     on its item vectors and of both towers together."""
     target = [storage.absolute(data)]
-    if not config.model.trains_backbone and (config.train.stages or config.train.joint.epochs):
+    if not config.model.content_width and (config.train.stages or config.train.joint.epochs):
         raise ConfigError(
-            "the item tower stands still with model.text_encoder, and without a model.backbone: train.stages and "
-            "train.joint have nothing to train; leave them out"
+            "model.backbone none leaves no item tower: train.stages and train.joint have nothing to train; leave them "
+            "out"
+        )
+    if not config.model.trains_backbone and config.train.stages:
+        raise ConfigError(
+            "train.stages trains a model.backbone, and model.text_encoder is tuned by train.joint alone; leave "
+            "train.stages out"
         )
     stages = [
         Stage(
@@ -135,8 +141,14 @@ def check_start(config: Config) -> None:
 
 
 def check_joint(config: Config) -> None:
-    """Raise ConfigError where train.joint asks for what there is not."""
+    """Raise ConfigError where train.joint asks for what there is not. Encoders that it tunes are loaded for that."""
+    encoders = config.model.text_encoder is not None
     if not config.train.joint.epochs:
+        if encoders and config.model.lora.enabled and config.train.start is None:
+            raise ConfigError(
+                "model.lora with model.text_encoder is trained by train.joint; set train.joint.epochs, or leave "
+                "model.lora out"
+            )
         return
     if config.model.user_tower != "compact":
         raise ConfigError(
@@ -148,6 +160,16 @@ def check_joint(config: Config) -> None:
             "train.joint keeps whole towers on every worker, so not with train.parallel fsdp2; set it to ddp, or "
             "train.joint.epochs to 0"
         )
+    if encoders and config.train.activation_checkpointing:
+        raise ConfigError(
+            "train.activation_checkpointing does not reach model.text_encoder, which is in evaluation mode; lower "
+            "train.joint.micro_batch_items, and leave it out"
+        )
+    for part in (config.model.modalities, *config.train.knockouts) if encoders else ():
+        settings = dataclasses.replace(config.model, modalities=part)
+        backbone = untrained_model(dataclasses.replace(config, model=settings), []).tower.backbone
+        assert isinstance(backbone, DualEncoder)
+        backbone.tune(settings, config.train.seed)  # raises where nothing is left to learn
 
 
 def work_folder(out: str) -> str:
@@ -226,7 +248,7 @@ def check_stages(stages: list[Stage], target: Dataset) -> None:
     """Raise where a data set is no prepared one, where a stage has nothing to learn from, or where a set other than
     `target` has held-out events of it among its training events (see `count_leaks` for what is not found)."""
     for stage in stages:
-        if stage.phase != "interleaved" and stage.config.model.trains_backbone:
+        if stage.phase == "joint" or (stage.phase == "compact" and stage.config.model.trains_backbone):
             continue
         if not stage.name or stage.phase == "compact":
             check_learnable(target.uri, join_datasets([target]), stage.config)

@@ -11,15 +11,16 @@ import pytest
 from fakes import small_encoders, tiny_config, tiny_dataset, tiny_items, write_prepared, write_tokens
 
 from pixrec import storage
-from pixrec.artifact import untrained_model
+from pixrec.artifact import save_model, untrained_model
 from pixrec.cluster import vision
 from pixrec.cluster.vision import PictureEncoder, TextEncoder, frozen_once
 from pixrec.config import dump_config
 from pixrec.data.items import load_items
 from pixrec.data.tokens import index_parts, stored_pictures
-from pixrec.model.texts import text_schema
+from pixrec.model.texts import text_fingerprint, text_schema
 from pixrec.model.vision import find_tokens, fitting_store, token_schema
 from pixrec.schema import IMAGE
+from pixrec.training.phases import begin
 
 CONFIG = tiny_config(model={"freeze_vision": True}, embed={"batch_size": 4, "threads_per_actor": 1})
 
@@ -53,6 +54,22 @@ def test_an_actor_passes_over_texts_that_are_stored(tmp_path: Path):
     assert index_parts(folder, text_schema(encoder._model.tower.backbone)) == len(texts)
     again = TextEncoder(dump_config(config), [data], folder)
     assert again(files).column("texts").to_pylist() == [0]
+
+
+def test_texts_are_stored_as_the_encoder_reads_them_that_training_begins_with(tmp_path: Path):
+    data, folder, start = (str(tmp_path / name) for name in ("data", "store", "start"))
+    write_prepared(data, tiny_dataset())
+    config = tiny_config(model=small_encoders(tmp_path / "encoders"), train={"joint": {"epochs": 1}})
+    save_model(str(tmp_path / "frozen"), begin("compact", [data], config, "cpu").model, {})
+    tuned = begin("joint", [data], config, "cpu", start=str(tmp_path / "frozen"))
+    tuned.trainer.train_epoch()
+    save_model(start, tuned.model, {})
+    further = tiny_config(model=small_encoders(tmp_path / "encoders"), train={"start": start})
+    encoder = TextEncoder(dump_config(further), [data], folder)
+    encoder(pa.table({"file": [str(file) for file in storage.table_files(storage.join(data, "items"))]}))
+    wanted = text_fingerprint(tuned.model.tower.backbone)
+    assert text_fingerprint(encoder._model.tower.backbone) == wanted
+    assert text_fingerprint(untrained_model(further, [data]).tower.backbone) != wanted
 
 
 def test_a_store_grows(

@@ -5,14 +5,15 @@ import json
 
 import pytest
 import torch
-from fakes import tiny_config, tiny_dataset, write_prepared
+from fakes import small_encoders, tiny_config, tiny_dataset, write_prepared
 from transformers import AutoModelForImageTextToText, LlamaConfig, SmolVLMConfig
 
 from benchmarks import shapes
 from pixrec import cli
 from pixrec.artifact import new_model, planned_model
 from pixrec.model.catalog import Catalog
-from pixrec.training.dry_run import LiveTensors, collator_batch, dry_run, plan_memory, step_memory
+from pixrec.training.dry_run import LiveTensors, collator_batch, dry_run, plan_memory, step_memory, table
+from pixrec.training.phases import begin
 from pixrec.training.reading import Collator, Reader
 from pixrec.training.windows import ShiftedWindows
 
@@ -129,3 +130,20 @@ def test_the_command_plans_and_stops(dataset, tmp_path, capsys):
     assert summary["memory_per_gpu_bytes"]["total"] > 0
     assert "memory a GPU" in said.err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_of_encoders_the_plan_counts_what_learns_and_the_steps_of_both_phases(dataset, tmp_path, lora):
+    settings = {**small_encoders(tmp_path), "lora": {"enabled": lora}}
+    joint = {"epochs": 2 if lora else 0}
+    config = tiny_config(model=settings, train={"compact": {"epochs": 3, "histories_per_step": 4}, "joint": joint})
+    found = dry_run([dataset.uri], config)
+    compact = begin("compact", [dataset.uri], config, "cpu")
+    assert found["steps"] == {"compact": compact.trainer.total_steps, "joint": joint["epochs"] * 3}
+    learned = sum(parameter.numel() for parameter in compact.trainer.named.values())
+    of_encoders = 16 * 8 * (32 + 32) if lora else 0  # 2 layers of 4 matrices in each encoder, rank 8
+    assert found["parameters"]["of_encoders"] == of_encoders
+    assert found["parameters"]["trained"] == learned + of_encoders
+    assert found["parameters"]["total"] > learned + of_encoders
+    assert f"{of_encoders:,} of them in the encoders" in table(found)[1]
+    json.dumps(found)

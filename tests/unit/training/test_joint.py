@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from fakes import tiny_config, tiny_dataset, tiny_items, tiny_model
+from fakes import small_encoders, tiny_config, tiny_dataset, tiny_items, tiny_model
 
 from pixrec.artifact import load_model, save_model
 from pixrec.errors import InputError
 from pixrec.model.catalog import Catalog
-from pixrec.training.joint import JointTrainer
+from pixrec.model.encoders import EncoderTower
+from pixrec.model.seeding import seeded
+from pixrec.training.joint import JointTrainer, item_rate
 
 NO_CLIP = 1e9
 WINDOWS = [np.array([0, 1, 2, 3]), np.array([4, 5]), np.array([2, 6, 1])]
@@ -27,6 +29,11 @@ def trainer(*, joint=(), compact=(), model=(), train=(), items=None):
     )
     dataset = tiny_dataset(items or tiny_items(), num_events=7)
     made = tiny_model(config, dataset.items)
+    if isinstance(made.tower, EncoderTower):
+        with torch.no_grad():
+            rows = np.arange(len(dataset.items))
+            made.tower.fit(made.tower.item_vectors(Catalog(dataset.items, made.encoder).items(rows)))
+        made.tower.backbone.tune(config.model, 0)
     known = np.where(np.arange(len(dataset.items)) < len(made.embedded_ids), np.arange(len(dataset.items)), -1)
     training = JointTrainer(
         made.tower,
@@ -73,6 +80,48 @@ def test_the_gradient_is_plain_autograds_where_every_item_is_fresh(micro_batch):
     assert {name.split(".")[0] for name in expected} == {"compact", "backbone", "item_proj"}
     assert any("vision" in name for name in expected)
     assert_close(gradients(training), expected)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_gradient_of_encoders_is_plain_autograds_too(tmp_path, adapters):
+    lora = {"enabled": adapters, "rank": 2}
+    settings = {**small_encoders(tmp_path), "lora": lora, "compact": {"dropout": 0.0, "id_dropout": 0.0}}
+    training, _, _ = trainer(joint={"micro_batch_items": 3}, model=settings)
+    reference, _, _ = trainer(model=settings)
+    for one in (training, reference):
+        one.warm = torch.arange(7)
+    training._step(WINDOWS)
+    expected = autograd(reference)
+    assert {".".join(name.split(".")[:2]) for name in expected} >= {"backbone.text", "backbone.model"}
+    assert_close(gradients(training), expected, 1e-4)
+    assert training.item.keys() >= {name for name in expected if name.startswith("backbone.")}
+
+
+def test_staleness_is_of_directions_whatever_the_length_of_content_vectors(tmp_path):
+    rows, settings = [], small_encoders(tmp_path)
+    still, dataset, _ = trainer(joint={"item_learning_rate": 1e-12}, model=settings)
+    still.train_epoch(rows.append)
+    assert (still.content.norm(dim=1) - 1).abs().max() > 0.1
+    assert all(abs(row["staleness"]) < 1e-5 for row in rows)
+    assert still.validate(dataset.held_out("valid"))["table_staleness"] == pytest.approx(0, abs=1e-5)
+    training, _, made = trainer(model=settings)
+    training.refresh()
+    old = training.content.clone()
+    with torch.no_grad(), seeded(0):
+        for parameter in training.item.values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        new = made.tower.item_vectors(training.catalog.items(np.arange(len(old))))
+    moved = 1 - torch.nn.functional.cosine_similarity(old, new)
+    assert moved.mean() > 1e-3
+    assert training.refresh() == pytest.approx(float(moved.mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize(("lora", "given", "rate"), [(False, None, 2e-5), (True, None, 2e-4), (True, 1e-3, 1e-3)])
+def test_pretrained_encoders_have_usual_rates_unless_one_is_given(lora, given, rate):
+    settings = {"text_encoder": "a", "image_encoder": "b", "user_tower": "compact", "lora": {"enabled": lora}}
+    joint = {"epochs": 1, "item_learning_rate": given}
+    assert item_rate(tiny_config(model=settings, train={"joint": joint})) == rate
+    assert item_rate(tiny_config(train={"joint": joint})) == (given or 1e-4)
 
 
 def test_a_stale_row_gets_no_gradient_and_stays_as_it_is():
