@@ -42,6 +42,7 @@ RUN apt-get update \
 ENV PATH=/app/bin:/opt/pixrec/bin:$PATH \
     PYTHONPATH=/app \
     PYTHONUNBUFFERED=1 \
+    OMP_WAIT_POLICY=PASSIVE \
     RAY_USAGE_STATS_ENABLED=0 \
     RAY_AUTH_MODE=token
 WORKDIR /app

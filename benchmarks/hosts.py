@@ -60,7 +60,9 @@ class Host:
         clear = "kill -9 -1; rm -rf /tmp/ray"
         shell = f'{mounts} || exit 1; for attempt in 1 2 3 4 5; do "$@" && exec sleep infinity; {clear}; done; exit 1'
         own = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", shell, "host"]
-        start = [str(BIN / "ray"), "start", f"--node-ip-address={self.address}", *ray]
+        # The log monitor sends each host's logs to drivers, which show none.
+        options = ["--include-log-monitor=false", f"--node-ip-address={self.address}"]
+        start = [str(BIN / "ray"), "start", *options, *ray]
         with open(self.folder / "ray.log", "ab") as log:
             self.process = subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *own, *start],
@@ -118,6 +120,7 @@ class Hosts:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_V2_ENABLED": "1",
+            "RAY_prestart_worker_first_driver": "0",  # processes in advance, one a CPU
             # a lost host is noticed after 5 s rather than 15 to 30
             "RAY_health_check_initial_delay_ms": "2000",
             "RAY_health_check_period_ms": "1000",

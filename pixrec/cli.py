@@ -31,6 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `cluster.session`; torch reads it when it is loaded
     arguments = _parser().parse_args(argv)
     try:
         with contextlib.redirect_stdout(sys.stderr), surfaced():

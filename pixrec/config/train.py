@@ -205,7 +205,7 @@ class TrainConfig:
     cpus_per_worker: float = 0.5
     """CPUs Ray reserves for each worker; where the workers take them all, nothing else can run."""
     threads_per_worker: int = 1
-    """Torch threads in each worker."""
+    """Torch threads in each worker. While they wait they sleep, unless OMP_WAIT_POLICY in the environment is ACTIVE."""
     use_gpu: bool = False
     """One GPU a worker, NCCL instead of gloo."""
     gpu_wait_seconds: float = 600.0

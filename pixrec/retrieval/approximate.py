@@ -61,6 +61,8 @@ def build(vectors: np.ndarray, codes: Codes, path: str, *, threads: int, seed: i
     with _threads(faiss, threads):
         index = faiss.index_factory(width, name, faiss.METRIC_INNER_PRODUCT)
         index.cp.niter, index.cp.seed, index.cp.spherical = _ROUNDS, seed + 1, True
+        if codes == "pq":
+            index.do_polysemous_training = False  # seconds for each byte of a code, for a search that is not done here
         for clustering in (index.cp, *([index.pq.cp] if codes == "pq" else [])):
             clustering.min_points_per_centroid = 1  # few are no reason for a warning: small catalogs are for tests
         index.train(np.ascontiguousarray(vectors[np.sort(chosen)], np.float32))

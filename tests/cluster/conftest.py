@@ -79,7 +79,7 @@ def ray_session(bucket: str, collector: Collector) -> Iterator[None]:
         # A process less in every Train run (each takes seconds), and no waiting for Train to hear what is reported.
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-        patch.setenv("LOG_NAME_UPDATE_INTERVAL_S", "60")  # nobody is shown what workers log
+        patch.setattr("ray._private.node.Node.start_log_monitor", lambda node: None)  # nobody is shown what workers log
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
         with connect(progress=False):

@@ -128,18 +128,6 @@ def changed(items: ItemTable, rows: list[int], *, removed: tuple[int, ...], brok
     return ItemTable(table.take([row for row in range(len(table)) if row not in removed]))
 
 
-def test_reading_and_embedding_overlap(ray_session: None, place: Place, monkeypatch: pytest.MonkeyPatch):
-    """Also where actors are allowed all CPUs: one is left to read and decode."""
-    runs, plain = [], embedding.pipeline
-    monkeypatch.setattr(embedding, "pipeline", lambda *args: runs.append(plain(*args)) or runs[-1])
-    cpus = int(ray.cluster_resources()["CPU"])
-    assert counts(place.embed(num_actors=cpus, cpus_per_actor=1.0, cpus_per_decode=1.0)) == (12, 0, 12, 0, 0)
-    operators = [line for line in runs[0].stats().splitlines() if line.startswith("Operator")]
-    assert len([line for line in operators if "decode_items" in line and "ItemEmbedder" not in line]) == 1
-    assert len([line for line in operators if "ItemEmbedder" in line and "decode_items" not in line]) == 1
-    place.check()
-
-
 def test_only_what_changed_is_computed(here: None, place: Place):
     assert counts(place.embed()) == (12, 0, 12, 0, 0)
     place.check()

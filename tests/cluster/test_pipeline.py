@@ -12,17 +12,20 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from fakes import TINY, tiny_dataset, tiny_items, tiny_model, write_model, write_prepared
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pixrec
 from pixrec import cli, storage
 from pixrec.artifact import Index, knockout_uri, list_versions, load_index, load_model
+from pixrec.cluster import embed as embedding
 from pixrec.cluster.embed import embed
 from pixrec.config import EmbedConfig, SyntheticConfig, dump_config
 from pixrec.data.items import ItemTable
@@ -146,9 +149,18 @@ def test_train(verb: Verb, place: str):
         assert best == pytest.approx(made.info["metrics"]["valid_ndcg@10"]), "the best checkpoint is the one published"
 
 
-def test_embed(verb: Verb, place: str):
-    summary = verb("embed", model=f"{place}/model", data=f"{place}/data", out=f"{place}/index")
-    assert (summary["rows"], summary["computed"]) == (WORLD.num_items, WORLD.num_items)
+def test_embed(verb: Verb, place: str, monkeypatch: pytest.MonkeyPatch):
+    """Reading and embedding overlap, also where actors are allowed all CPUs: one is left to read and decode."""
+    runs, plain = [], embedding.pipeline
+    monkeypatch.setattr(embedding, "pipeline", lambda *args: runs.append(plain(*args)) or runs[-1])
+    all_cpus = [f"--set=embed.num_actors={int(ray.cluster_resources()['CPU'])}"]
+    all_cpus += [f"--set=embed.{share}=1.0" for share in ("cpus_per_actor", "cpus_per_decode")]
+    summary = verb("embed", *all_cpus, model=f"{place}/model", data=f"{place}/data", out=f"{place}/index")
+    counts = [summary[name] for name in ("rows", "reused", "computed", "resumed", "redone")]
+    assert counts == [WORLD.num_items, 0, WORLD.num_items, 0, 0]
+    operators = [line for line in runs[0].stats().splitlines() if line.startswith("Operator")]
+    assert len([line for line in operators if "decode_items" in line and "ItemEmbedder" not in line]) == 1
+    assert len([line for line in operators if "ItemEmbedder" in line and "decode_items" not in line]) == 1
     version = storage.read_text(f"{place}/index/CURRENT")
     folder = f"{place}/index/versions/{version}"
     assert names(f"{place}/index") == {"CURRENT", "versions"}
@@ -252,7 +264,11 @@ def test_versions(verb: Verb, place: str):
     assert load_index(uri).version == second
 
 
-def test_one_run_of_everything_makes_what_the_verbs_made(verb: Verb, place: str, tmp_path: Path):
+def test_one_run_of_everything_makes_what_the_verbs_made(
+    verb: Verb, place: str, tmp_path: Path, slices_here: None, without_ray: Callable[[ModuleType], None]
+):
+    """In this process: the verbs had workers."""
+    without_ray(embedding)
     tables = {name: f"{place}/catalog/{name}.parquet" for name in ("items", "interactions")}
     options = ["--set=train.knockouts=[]", "--set=evaluate.bootstrap_samples=20"]
     summary = verb("pipeline", *options, **tables, out=f"{place}/nightly")

@@ -6,6 +6,7 @@ Ray is never reached here: whatever would start it fails the test.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -392,3 +393,14 @@ def test_stored_events_are_exported(tmp_path, capsys):
 def test_version(run: Run):
     ran = run("--version")
     assert (ran.code, ran.out) == (0, [f"pixrec {cli.__version__}"])
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_sleep_unless_somebody_says_otherwise(
+    run: Run, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], found: str
+):
+    """On processors that others want as well, threads that turn in circles make a training many times as long."""
+    others = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    monkeypatch.setattr(os, "environ", others | given)
+    run("--version")
+    assert os.environ["OMP_WAIT_POLICY"] == found
