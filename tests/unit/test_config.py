@@ -210,6 +210,11 @@ def test_an_override_names_a_key_of_a_section(override: str):
             ["model.lora.enabled=true", "model.lora.connector=true", "model.freeze_vision=true"],
             "model.lora.connector .*model.freeze_vision, which freezes the connector too, to false",
         ),
+        (
+            ["model.text_encoder=t", "model.image_encoder=i", "model.user_tower=compact"]
+            + ["model.lora.enabled=true", "model.lora.connector=true"],
+            "model.text_encoder has no connector",
+        ),
         (["model.lora.base=nf4"], "model.lora.base nf4 needs model.lora.enabled and a pretrained"),
         (["train.modality_dropout=0.6"], "train.modality_dropout is 0.6: must be between 0 and 0.5"),
         (["train.stages=[{epochs: 1}]"], "train.stages: the name '' of a stage must be of a-z"),
