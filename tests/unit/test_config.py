@@ -211,8 +211,7 @@ def test_an_override_names_a_key_of_a_section(override: str):
             "model.lora.connector .*model.freeze_vision, which freezes the connector too, to false",
         ),
         (
-            ["model.text_encoder=t", "model.image_encoder=i", "model.user_tower=compact"]
-            + ["model.lora.enabled=true", "model.lora.connector=true"],
+            ["model={text_encoder: t, image_encoder: i, user_tower: compact, lora: {enabled: true, connector: true}}"],
             "model.text_encoder has no connector",
         ),
         (["model.lora.base=nf4"], "model.lora.base nf4 needs model.lora.enabled and a pretrained"),
