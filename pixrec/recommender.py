@@ -99,11 +99,11 @@ class Recommender:
         self._temperature = model.temperature
         self._new_vectors: OrderedDict[bytes, np.ndarray] = OrderedDict()
 
-    def blend_with(self, dataset: Dataset) -> None:
+    def blend_with(self, dataset: Dataset, new_item_share: float | None = None) -> None:
         """Rank recommendations by the mixture of the model with what the data set behind the index counts, from now on;
-        its weights are taken from the validation events."""
-        scorer = TowerScorer("pixrec", self._embedder, self._catalog, self._vectors)
-        self.ranking.mixture = fitted_mixture(dataset, self._temperature, scorer.scores, self._content)
+        its weights are taken from the validation events. `new_item_share`: as `serve.new_item_share`."""
+        scores = TowerScorer("pixrec", self._embedder, self._catalog, self._vectors).scores
+        self.ranking.mixture = fitted_mixture(dataset, self._temperature, scores, self._content, new_item_share)
 
     def knows(self, item_id: str) -> bool:
         """Whether the item is one of the catalog or, by now, a live one."""
@@ -353,9 +353,10 @@ def load_recommender(
     blend: bool | None = None,
     version: str | None = None,
     half_life_days: float | None = None,
+    new_item_share: float | None = None,
 ) -> Recommender:
     """As `pixrec.load_recommender`; `version`: of the index, by default the current one; `half_life_days`: as
-    `serve.popularity_half_life_days`."""
+    `serve.popularity_half_life_days`; `new_item_share`: as `serve.new_item_share`, None: as the model's config says."""
     loaded = load_model(model)
     uri = data or data_of(index, index_manifest(index, version))
     info = read_info(uri)
@@ -371,8 +372,9 @@ def load_recommender(
     recommender = Recommender(
         loaded, found, items, counts, tokens, content, version_contents(index, found.manifest), px
     )
-    if loaded.config.serve.blend if blend is None else blend:
-        recommender.blend_with(load_dataset(uri))
+    settings = loaded.config.serve
+    if settings.blend if blend is None else blend:
+        recommender.blend_with(load_dataset(uri), settings.new_item_share if new_item_share is None else new_item_share)
     return recommender
 
 

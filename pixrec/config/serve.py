@@ -68,6 +68,9 @@ class ServeConfig:
     had before and what frozen encoders find alike, as the scorer `blend` of evaluation does. Its weights are taken when
     a replica starts, from the validation events of --data. None: where the model was trained by settings that say
     so."""
+    new_item_share: float | None = None
+    """What a blend gives to all items without a training event together, of a chance to be next of 1; the more, the
+    more places of a list are theirs. None: what the model, what is alike and the validation events say."""
     poll_seconds: float = 10.0
     """Time between two looks for a newly published version, which is loaded beside the one in use and takes its place;
     0: only when /admin/reload is called."""
@@ -133,7 +136,7 @@ class ServeConfig:
         at_least(self, 1, "max_events", "max_events_kept", "max_items", "max_live_items")
         at_least(self, 0, "num_retrieval_replicas", "cpus_per_retrieval", "min_replicas", "poll_seconds")
         at_least(self, 1, "retrieval_shards")
-        between(self, 0, 1, "canary_share", "traced_share")
+        between(self, 0, 1, "canary_share", "traced_share", "new_item_share")
         above_zero(self, "request_timeout_seconds", "load_timeout_seconds", "shard_timeout_seconds")
         if self.retrieval_shards > 1 and not self.num_retrieval_replicas:
             raise ConfigError(

@@ -55,6 +55,8 @@ class Mixture:
         self._neighbours = None if content is None else ContentNeighbours(content)
         self.parts = (*PARTS, *([] if self._neighbours is None else self._neighbours.parts))
         self.weights = torch.full((len(self.parts),), 1 / len(self.parts))
+        self.new_item_share: float | None = None
+        """What items without a training event get together, of 1; None: what the parts give them."""
 
     def probabilities(
         self, scores: torch.Tensor, histories: Sequence[np.ndarray], moved: Moved | None = None
@@ -64,7 +66,14 @@ class Mixture:
         Further columns of scores are items of which nothing was counted; `moved` has the content of these, and of items
         whose content is no longer that of the catalog.
         """
-        return self._mixed(self._bases(scores, histories, moved), self.weights)
+        mixed = self._mixed(self._bases(scores, histories, moved), self.weights)
+        if self.new_item_share is not None:
+            new = self._new(mixed.shape[1])
+            of_new = mixed[:, new]
+            share, total = self.new_item_share, of_new.sum(1, keepdim=True)
+            mixed *= _scale(1 - share, mixed.sum(1, keepdim=True) - total)
+            mixed[:, new] = of_new * _scale(share, total)
+        return mixed
 
     @torch.no_grad()
     def fit(self, held_out: HeldOut, scores: Callable[[Users], torch.Tensor]) -> dict[str, float]:
@@ -112,13 +121,17 @@ class Mixture:
             rest = popularity.double().sum() - own
             mixed.addcmul_(popularity, _scale(by_popularity, rest).float().unsqueeze(1))
         if of_cold:
-            cold = torch.cat([self._cold, torch.arange(len(self._popularity), model.shape[1])])
+            cold = self._new(model.shape[1])
             part = model[:, cold]
             mixed[:, cold] += part * _scale(of_cold, part.sum(1)).unsqueeze(1)
         totals = torch.zeros(len(again), users).index_add_(1, rows, again)
         scales = _scale(torch.tensor(of_again).unsqueeze(1), totals)
         mixed[rows, columns] = (again * scales[:, rows]).sum(0)
         return mixed
+
+    def _new(self, total: int) -> torch.Tensor:
+        """Rows of the items without a training event, those that are not of the catalog among them."""
+        return torch.cat([self._cold, torch.arange(len(self._popularity), total)])
 
 
 class _Bases(NamedTuple):
@@ -163,11 +176,16 @@ def fit_weights(likelihoods: torch.Tensor) -> torch.Tensor:
 
 
 def fitted_mixture(
-    dataset: Dataset, temperature: float, scores: Callable[[Users], torch.Tensor], content: np.ndarray | None = None
+    dataset: Dataset,
+    temperature: float,
+    scores: Callable[[Users], torch.Tensor],
+    content: np.ndarray | None = None,
+    new_item_share: float | None = None,
 ) -> Mixture:
     """The mixture for a model's `scores` on a data set: counts of its training events, weights of its validation;
-    `content` (N, C): of its items, as `ContentNeighbours` takes it."""
+    `content` (N, C): of its items, as `ContentNeighbours` takes it; `new_item_share`: as `serve.new_item_share`."""
     mixture = Mixture(dataset.training_histories(), dataset.training_counts(), temperature, content)
+    mixture.new_item_share = new_item_share
     users = min(USERS_FITTED, SCORES_FITTED // max(1, len(dataset.items)))
     mixture.fit(sample_users(dataset.held_out("valid"), users, 0), scores)
     return mixture

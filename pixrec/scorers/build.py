@@ -149,7 +149,8 @@ class ScorerFactory:
     def _blend(self) -> Scorer:
         model, scorer = self.inputs.model, self.make("pixrec")
         assert model is not None, "check_names has seen to it"
-        return Blend(scorer, fitted_mixture(self.dataset, model.temperature, scorer.scores, self._content))
+        share = self.config.serve.new_item_share
+        return Blend(scorer, fitted_mixture(self.dataset, model.temperature, scorer.scores, self._content, share))
 
     @cached_property
     def _content(self) -> np.ndarray | None:

@@ -45,7 +45,8 @@ def build_app(model: str, index: str, data: str | None, config: Config) -> serve
     data = None if data is None else storage.absolute(data)
     settings = with_keys(config).serve
     settings = dataclasses.replace(settings, store=store_place(settings.store, index))
-    return bind(Published(model, index, data, settings.blend, settings.popularity_half_life_days), settings)
+    ranking = (settings.blend, settings.popularity_half_life_days, settings.new_item_share)
+    return bind(Published(model, index, data, *ranking), settings)
 
 
 def builder(args: dict[str, Any]) -> serve.Application:

@@ -68,6 +68,8 @@ class Published:
     """As `serve.blend`."""
     half_life_days: float | None = None
     """As `serve.popularity_half_life_days`."""
+    new_item_share: float | None = None
+    """As `serve.new_item_share`."""
 
     def wanted(self) -> Manifest:
         return index_manifest(self.index, self.pinned())
@@ -83,7 +85,8 @@ class Published:
         from pixrec.recommender import load_recommender
 
         place, data, version = self._model_of(manifest), self._data_of(manifest), str(manifest["version"])
-        return load_recommender(place, self.index, data, self.blend, version, self.half_life_days)
+        settings = (self.blend, version, self.half_life_days, self.new_item_share)
+        return load_recommender(place, self.index, data, *settings)
 
     def load_shard(self, versions: Versions, number: int, shards: int) -> Shard:
         from pixrec.recommender import data_of

@@ -237,6 +237,7 @@ def test_an_override_names_a_key_of_a_section(override: str):
         (["serve.max_batch_size=9999"], r"serve.max_ongoing_requests \d+ is below serve.max_batch_size 9999"),
         (["demo.min_events=99"], r"demo.max_events \d+ is below demo.min_events 99"),
         (["demo.num_items=0"], "demo.num_items is 0: must be at least 1"),
+        (["serve.new_item_share=1.5"], "serve.new_item_share is 1.5: must be between 0 and 1"),
     ],
 )
 def test_values_that_cannot_work(overrides: list[str], message: str):

@@ -98,6 +98,21 @@ def test_a_blend_ranks_by_the_sum_of_what_its_parts_say(mixture):
     assert Blend(scorer, mixture).scores(users).isfinite().all()
 
 
+def test_new_items_get_the_share_that_is_wanted_in_the_order_they_had(mixture):
+    """Item 5 has no training event, nor has column 6, which the catalog lacks."""
+    scores, histories = torch.tensor([[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0]]), [np.array([0])]
+    weights_of(mixture, model=0.9, transition=0.1)
+    before = mixture.probabilities(scores, histories)[0]
+    mixture.new_item_share = 0.25
+    (after,) = mixture.probabilities(scores, histories)
+    assert after.sum().item() == pytest.approx(1, abs=1e-5)
+    assert after[[5, 6]].sum().item() == pytest.approx(0.25, abs=1e-6)
+    for rows in ([5, 6], [1, 2, 3, 4]):
+        assert (after / before)[rows].std() < 1e-5
+    mixture.new_item_share = None
+    assert torch.equal(mixture.probabilities(scores, histories)[0], before)
+
+
 def test_fitted_on_the_validation_events_of_a_data_set():
     dataset = tiny_dataset()  # everybody goes on to the next row
     mixture = fitted_mixture(dataset, 1.0, FixedScorer("flat", [0.0] * len(dataset.items)).scores)
