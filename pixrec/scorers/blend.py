@@ -70,7 +70,8 @@ class Mixture:
         if self.new_item_share is not None:
             new = self._new(mixed.shape[1])
             of_new = mixed[:, new]
-            share, total = self.new_item_share, of_new.sum(1, keepdim=True)
+            total = of_new.sum(1, keepdim=True)
+            share = self.new_item_share * (total > 0)  # nothing where there is nothing to give it to
             mixed *= _scale(1 - share, mixed.sum(1, keepdim=True) - total)
             mixed[:, new] = of_new * _scale(share, total)
         return mixed

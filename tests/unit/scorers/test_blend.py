@@ -109,6 +109,9 @@ def test_new_items_get_the_share_that_is_wanted_in_the_order_they_had(mixture):
     assert after[[5, 6]].sum().item() == pytest.approx(0.25, abs=1e-6)
     for rows in ([5, 6], [1, 2, 3, 4]):
         assert (after / before)[rows].std() < 1e-5
+    weights_of(mixture, transition_again=1.0)
+    assert mixture.probabilities(scores, histories).sum().item() == pytest.approx(1), "no new item has a chance"
+    weights_of(mixture, model=0.9, transition=0.1)
     mixture.new_item_share = None
     assert torch.equal(mixture.probabilities(scores, histories)[0], before)
 
