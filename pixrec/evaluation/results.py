@@ -22,8 +22,10 @@ SEEN: tuple[Seen, Seen] = ("allowed", "filtered")
 ALWAYS_REPORTED_KS = (1, 10)
 DIFFERENCE_METRICS = ("recall@1", "recall@10", "ndcg@10", "mrr")
 BUCKET_METRICS = ("recall@10", "ndcg@10")
-COLD = "target_cold"
-"""The bucket whose scorers are also compared with the first one, user by user."""
+COLD, TAIL = "target_cold", "target_tail"
+"""The buckets whose scorers are also compared user by user."""
+BLEND = "blend"
+"""The scorer that stands for what a model with `serve.blend` answers."""
 HEAD_SHARE = 0.2
 """Head items are this share of the items with training events, the most frequent ones (and what ties with them)."""
 
@@ -60,7 +62,8 @@ class Evaluation:
         """The content of metrics.json; every number a plain int or float.
 
         `results` is the setting `config.seen`, `results_other_seen` the other one. `differences` compares the first
-        scorer with each other one, user by user. `knockouts`: how each knockout of the model was made, as
+        scorer with each other one, user by user, `differences_of_blend` the blend, which is what a model with one
+        serves. `knockouts`: how each knockout of the model was made, as
         `build_scorers` tells it.
         """
         seen = self.config.seen
@@ -74,7 +77,7 @@ class Evaluation:
             "items": len(self.training_counts),
             "results": results,
             "results_other_seen": {"seen": other, "results": self._results(other)},
-            "differences": self._differences(),
+            **self._compared(),
             "buckets": self._buckets(),
             "guards": self._guards(knockouts or {}),
             "knockouts": dict(knockouts or {}),
@@ -107,15 +110,23 @@ class Evaluation:
             return {scorer: self._summary(values) for scorer, values in self._values.items()}
         return {scorer: self._summary(self._user_metrics(scorer, seen)) for scorer in self.outcomes}
 
-    def _differences(
+    def _compared(
         self, metrics: tuple[str, ...] = DIFFERENCE_METRICS, users: np.ndarray | slice = slice(None)
     ) -> dict[str, Any]:
-        """Mean difference of the first scorer to each other one over the same users, its interval and p-value.
+        """What is evaluated, and the blend where there is one, beside each other scorer."""
+        first = next(iter(self.outcomes))
+        compared = {"differences": self._differences(first, metrics, users)}
+        if first != BLEND and BLEND in self.outcomes:
+            compared["differences_of_blend"] = self._differences(BLEND, metrics, users)
+        return compared
+
+    def _differences(self, of: str, metrics: tuple[str, ...], users: np.ndarray | slice) -> dict[str, Any]:
+        """Mean difference of one scorer to each other one over the same users, its interval and p-value.
 
         `p` is that of a paired randomisation test, `p_holm` the same adjusted for the number of scorers.
         """
-        first, *others = self.outcomes
-        mine, result = self._values[first], dict[str, dict[str, Any]]()
+        others = [scorer for scorer in self.outcomes if scorer != of]
+        mine, result = self._values[of], dict[str, dict[str, Any]]()
         for scorer in others:
             pairs = {m: (mine[m][users], self._values[scorer][m][users]) for m in metrics}
             result[scorer] = {
@@ -126,7 +137,7 @@ class Evaluation:
         adjusted = {m: holm([result[s]["p"][m] for s in others]) for m in metrics}
         for i, scorer in enumerate(others):
             result[scorer]["p_holm"] = {m: values[i] for m, values in adjusted.items()}
-        return {"of": first, "minus": result}
+        return {"of": of, "minus": result}
 
     def _buckets(self) -> dict[str, Any]:
         """Users by what their target and their history are like: how many, and how well each scorer serves them."""
@@ -140,7 +151,7 @@ class Evaluation:
                 }
                 if mask.any()
                 else {},
-                **({"differences": self._differences(BUCKET_METRICS, mask)} if bucket == COLD and mask.any() else {}),
+                **(self._compared(BUCKET_METRICS, mask) if bucket in (COLD, TAIL) and mask.any() else {}),
             }
             for bucket, (meaning, mask) in self._members().items()
         }
@@ -159,7 +170,7 @@ class Evaluation:
             "target_warm": ("target occurs in training histories", ~self.cold[targets]),
             COLD: ("target occurs in no training history", self.cold[targets]),
             "target_head": (head, counts[targets] >= least),
-            "target_tail": ("target is a tail item (fewer, but at least one)", tail[targets]),
+            TAIL: ("target is a tail item (fewer, but at least one)", tail[targets]),
             "target_with_picture": ("target has a picture", self.with_image[targets]),
             "target_without_picture": ("target has no picture", ~self.with_image[targets]),
             "history_short": (f"history of at most {up_to}", lengths <= middle),

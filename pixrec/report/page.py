@@ -50,7 +50,7 @@ def write_report(
         seeds=_seeds(metrics.get("seeds")),
         plots=[plots.interval_plot(results, metric, ceiling) for metric in PLOTTED_METRICS],
         ceiling_name=ceiling.get("name", "ceiling") if ceiling else None,
-        differences=plots.difference_plot(metrics.get("differences")),
+        differences=plots.difference_plots(metrics),
         buckets=plots.bucket_plots(metrics.get("buckets", {})),
         trainings=plots.trainings(training_log or []),
         grids=[grid_view(grid, items) for grid in grids],

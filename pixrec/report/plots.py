@@ -80,9 +80,13 @@ def interval_plot(results: Mapping[str, Any], metric: str, ceiling: Mapping[str,
     }
 
 
-def difference_plot(differences: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if not differences or not differences["minus"]:
-        return None
+def difference_plots(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is evaluated minus each other scorer, then the blend minus each other one, where they were compared."""
+    compared = (metrics.get(key) for key in ("differences", "differences_of_blend"))
+    return [_difference_plot(differences) for differences in compared if differences and differences["minus"]]
+
+
+def _difference_plot(differences: Mapping[str, Any]) -> dict[str, Any]:
     ends = [end for d in differences["minus"].values() for end in d["ci95"]["recall@10"]]
     axis = _axis(min(0, *ends), max(0, *ends))
     rows = _marks(differences["minus"], "recall@10", axis["range"], signed)

@@ -59,9 +59,9 @@ def test_buckets_hold_every_user_once_a_pair():
     assert cold["ndcg@10"] == pytest.approx(1 / np.log2(7))
 
 
-def test_the_cold_bucket_compares_the_scorers_on_its_own_users():
+def test_the_buckets_of_rare_targets_compare_the_scorers_on_their_own_users():
     buckets = evaluate(ks=(2, 4)).metrics_json("x")["buckets"]
-    assert [name for name in buckets if "differences" in buckets[name]] == ["target_cold"]
+    assert [name for name in buckets if "differences" in buckets[name]] == ["target_cold", "target_tail"]
     found = buckets["target_cold"]["differences"]
     assert found["of"] == "pixrec"
     assert found["minus"]["popularity"]["ndcg@10"] == 0, "u1 alone: the target is last for both"
@@ -134,6 +134,16 @@ def test_differences_are_taken_from_the_first_scorer():
     assert 0 <= low < 0.25 < high < 1
     other = differences["minus"]["popularity"]
     assert 0 < other["p"]["mrr"] == other["p_holm"]["mrr"] <= 1
+
+
+def test_the_blend_is_compared_with_each_other_scorer_too():
+    assert "differences_of_blend" not in evaluate().metrics_json("x")
+    metrics = evaluate([FALLING, FLAT, FixedScorer("blend", [1.0] * 6)]).metrics_json("x")
+    assert metrics["differences"]["minus"].keys() == {"popularity", "blend"}
+    found = metrics["differences_of_blend"]
+    assert (found["of"], found["minus"].keys()) == ("blend", {"pixrec", "popularity"})
+    assert found["minus"]["pixrec"]["recall@1"] == -metrics["differences"]["minus"]["blend"]["recall@1"]
+    assert metrics["buckets"]["target_cold"]["differences_of_blend"]["of"] == "blend"
 
 
 def test_p_values_are_adjusted_for_the_number_of_scorers():
