@@ -42,9 +42,10 @@ SECRET_KEYS = {"api_key", "api_keys", "admin_key"}
 
 
 def load_config(text: str = "", overrides: typing.Sequence[str] = (), *, base: Config | None = None) -> Config:
-    """Build the tree from YAML `text`, then apply `overrides`, each `section.key=value` with a YAML value.
+    """Build the tree from YAML `text` with `overrides` on top, each `section.key=value` with a YAML value.
 
-    `base` supplies what neither names (default: the defaults above). Raises ConfigError on an unknown key,
+    `base` supplies what neither names (default: the defaults above). All of it is checked together, so settings that
+    need each other may come in any order. Raises ConfigError on an unknown key,
     naming the nearest known one, and on a value of the wrong type.
     """
     try:
@@ -55,7 +56,6 @@ def load_config(text: str = "", overrides: typing.Sequence[str] = (), *, base: C
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"the config file must hold a mapping of sections, not {type(tree).__name__}")
-    config = _build(Config, tree, "", base or Config())
     for override in overrides:
         path, equals, value = override.partition("=")
         if not equals or not path.strip():
@@ -64,8 +64,8 @@ def load_config(text: str = "", overrides: typing.Sequence[str] = (), *, base: C
             parsed = yaml.safe_load(value) if value.strip() else None
         except yaml.YAMLError:
             parsed = value
-        config = change_config(config, {path.strip(): parsed})
-    return config
+        _merge(tree, _nested(path.strip(), parsed))
+    return _build(Config, tree, "", base or Config())
 
 
 def change_config(config: Config, settings: typing.Mapping[str, Any]) -> Config:
@@ -76,11 +76,14 @@ def change_config(config: Config, settings: typing.Mapping[str, Any]) -> Config:
     """
     tree: dict[str, Any] = {}
     for path, value in settings.items():
-        nested = value
-        for key in reversed(str(path).split(".")):
-            nested = {key: nested}
-        _merge(tree, nested)
+        _merge(tree, _nested(str(path), value))
     return _build(Config, tree, "", config)
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return typing.cast("dict[str, Any]", value)
 
 
 def _merge(tree: dict[str, Any], more: typing.Mapping[str, Any]) -> None:

@@ -59,6 +59,14 @@ def test_nothing_said_means_the_defaults(text: str):
     assert load_config(text) == Config()
 
 
+def test_settings_that_need_each_other_may_come_in_any_order():
+    pair = ["model.user_tower=compact", "model.image_encoder=b", "model.text_encoder=a"]
+    model = load_config("", pair).model
+    assert (model.text_encoder, model.image_encoder) == ("a", "b")
+    alone = ["model={text_encoder: null, modalities: image}", "model.image_encoder="]
+    assert load_config("", alone, base=load_config("", pair)).model.image_encoder is None
+
+
 def test_a_file_then_the_overrides_in_order():
     text = "train:\n  epochs: 33\n  seed: 55\nmodel:\n  tiny:\n    num_layers: 9\n"
     made = load_config(text, ["train.epochs=77", "train.epochs=88", "model.lora.enabled=true"])
