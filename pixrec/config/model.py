@@ -91,6 +91,9 @@ class CompactConfig:
     """Probability, in a training step, that an item loses its id vector and is read and ranked by its content alone."""
     # Left out of `repr`, which a model's fingerprint hashes, so that models from before these fields keep theirs. The
     # weights already differ between the variants.
+    id_dropout_events: int | None = field(default=None, repr=False)
+    """Training events of an item at which the probability of `id_dropout` is halved: id_dropout · k / (k + events), so
+    that rare items learn to live by their content and frequent ones by themselves. None: the same for all items."""
     time: Literal["none", "gaps", "ages", "both"] = field(default="none", repr=False)
     """What the tower reads of the events' timestamps: `gaps`, the time since the event before, added to the input;
     `ages`, the time from each event to the newest one read, as a bias of attention."""
@@ -102,7 +105,7 @@ class CompactConfig:
     """Width of the tower's vectors; None: that of `model.embedding_width`."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "max_history_items", "layers", "heads", "feed_forward_multiple", "width")
+        at_least(self, 1, "max_history_items", "layers", "heads", "feed_forward_multiple", "width", "id_dropout_events")
         between(self, 0, 1, "dropout", "id_dropout", "time_dropout")
         if self.width is not None:
             self.check_width(self, "width")

@@ -54,11 +54,15 @@ class CompactTrainer(Trainer[CompactTower]):
         seed: int = 0,
         timestamps: Sequence[np.ndarray] | None = None,
         item_ids: Sequence[str] | None = None,
+        id_dropout_events: int | None = None,
     ) -> None:
         super().__init__(tower, seed, config.patience)
         self.config = config
         self.warmup_steps, self.item_ids = config.warmup_steps, item_ids or range(len(id_rows))
-        self.id_dropout = id_dropout if content is not None else 0.0
+        dropped = np.full(len(id_rows), 0.0 if content is None else id_dropout, np.float32)
+        if id_dropout_events is not None:
+            dropped *= (id_dropout_events / (id_dropout_events + counts)).astype(np.float32)
+        self.id_dropout = torch.from_numpy(dropped).to(self.device)
         events = timed(histories, timestamps) if tower.user.reads_times else histories
         self.source = RecentWindows(events, tower.user.max_history_items, config, seed)
         self.content = None if content is None else content.to(self.device)

@@ -83,6 +83,7 @@ class JointTrainer(CompactTrainer):
             config.train.seed,
             timestamps,
             catalog.table.item_ids,
+            model.compact.id_dropout_events,
         )
         self.towers, self.catalog, self.settings = towers, catalog, settings
         self.modalities, self.item_precision = model.modalities, config.train.precision

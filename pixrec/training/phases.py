@@ -128,6 +128,7 @@ def compact_trainer(
         content=content if content.shape[1] else None,
         config=config.train.compact,
         id_dropout=config.model.compact.id_dropout,
+        id_dropout_events=config.model.compact.id_dropout_events,
         seed=config.train.seed,
         item_ids=dataset.items.item_ids,
         **_learned_from(model, dataset, config),
