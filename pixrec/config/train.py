@@ -23,6 +23,10 @@ class SequenceConfig:
     """t of gBCE: 0 is plain binary cross-entropy, 1 gives calibrated probabilities."""
     learning_rate: float = 1e-3
     """Rate of AdamW after a linear warm-up."""
+    content_learning_rate: float | None = None
+    """Rate of the projection of content; None: `learning_rate`. Content vectors are long, so a step moves all items at
+    once and far: at the full rate content is learned before the ids are, which suits rare items; where items have many
+    events it keeps the ids from settling."""
     id_optimizer: Literal["auto", "adamw", "rowwise_adagrad"] = "auto"
     """What moves the learned id vectors. `adamw` moves all of them at every step and keeps 12 bytes for each number;
     `rowwise_adagrad` moves those that a step reads and keeps 4 bytes for each item. `auto`: the latter for 200,000
@@ -57,7 +61,7 @@ class SequenceConfig:
         at_least(self, 1, "max_validation_users", "max_steps", "validate_every_steps")
         at_least(self, 0, "warmup_steps", "weight_decay")
         between(self, 0, 1, "calibration", "averaging")
-        above_zero(self, "learning_rate", "id_learning_rate")
+        above_zero(self, "learning_rate", "content_learning_rate", "id_learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)

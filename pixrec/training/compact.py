@@ -77,8 +77,12 @@ class CompactTrainer(Trainer[CompactTower]):
 
     def _groups(self, named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
         """What the optimiser is told of the compact tower."""
-        others = [parameter for parameter in named.values() if parameter is not self.table]
+        rate, content = self.config.content_learning_rate, self.tower.content
+        projection = None if rate is None or content is None else content.weight
+        others = [p for p in named.values() if p is not self.table and p is not projection]
         groups: list[dict[str, Any]] = [{"params": others, "lr": self.config.learning_rate}]
+        if projection is not None:
+            groups.append({"params": [projection], "lr": rate})
         if self.table is not None:
             groups.append({"params": [self.table], "lr": self.config.id_learning_rate, "rowwise": True})
         return groups

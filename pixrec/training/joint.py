@@ -210,13 +210,15 @@ def item_rate(config: Config) -> float:
 def _as_sequence(config: Config) -> SequenceConfig:
     """train.compact with what train.joint says otherwise; the table follows the last weights, so no mean of them."""
     joint, compact = config.train.joint, config.train.compact
+    slower, content = joint.learning_rate / compact.learning_rate, compact.content_learning_rate
     return dataclasses.replace(
         compact,
         epochs=joint.epochs,
         max_steps=None,
         validate_every_steps=None,
         learning_rate=joint.learning_rate,
-        id_learning_rate=compact.id_learning_rate * joint.learning_rate / compact.learning_rate,
+        content_learning_rate=None if content is None else content * slower,
+        id_learning_rate=compact.id_learning_rate * slower,
         warmup_steps=joint.warmup_steps,
         validate_every_epochs=joint.validate_every_epochs,
         patience=joint.patience,

@@ -52,6 +52,27 @@ def test_an_item_without_identity_stands_for_its_content():
     assert not torch.allclose(vectors[:5], by_content[:5])
 
 
+def test_the_projection_of_content_has_a_rate_of_its_own():
+    moved = []
+    for rate in (None, FAST.learning_rate / 100):
+        training, _ = trainer(dataclasses.replace(FAST, content_learning_rate=rate))
+        before = training.tower.content.weight.detach().clone()
+        training.train_step()
+        moved.append((training.tower.content.weight - before).abs().max().item())
+    assert moved[1] == pytest.approx(moved[0] / 100, rel=0.01)
+    alone, _ = trainer(dataclasses.replace(FAST, content_learning_rate=1e-4), content=False)
+    assert len(alone.optimizer.param_groups) == 1
+
+
+def test_items_of_many_events_keep_their_vectors_more_often():
+    tower = CompactTower(16, SHAPE, 10, 3)
+    of_each = [np.array([0, 1, 2])]
+    counts, rows, content = np.array([0, 30, 270]), np.arange(3), torch.zeros(3, 10)
+    made = CompactTrainer(tower, of_each, counts, content, rows, FAST, 0.5, id_dropout_events=30)
+    assert made.id_dropout.tolist() == pytest.approx([0.5, 0.25, 0.05])
+    assert CompactTrainer(tower, of_each, counts, content, rows, FAST, 0.5).id_dropout.tolist() == [0.5] * 3
+
+
 def test_items_that_nobody_bought_are_no_candidates():
     """Their vectors get no gradient: being always a negative would teach that they are bad."""
     training, _ = trainer(content=False)
