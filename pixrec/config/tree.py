@@ -45,8 +45,8 @@ def load_config(text: str = "", overrides: typing.Sequence[str] = (), *, base: C
     """Build the tree from YAML `text` with `overrides` on top, each `section.key=value` with a YAML value.
 
     `base` supplies what neither names (default: the defaults above). All of it is checked together, so settings that
-    need each other may come in any order. Raises ConfigError on an unknown key,
-    naming the nearest known one, and on a value of the wrong type.
+    need each other may come in any order. Raises ConfigError on an unknown key, naming the nearest known one, and on a
+    value of the wrong type.
     """
     try:
         tree = yaml.safe_load(text) if text else {}

@@ -63,8 +63,7 @@ class Evaluation:
 
         `results` is the setting `config.seen`, `results_other_seen` the other one. `differences` compares the first
         scorer with each other one, user by user, `differences_of_blend` the blend, which is what a model with one
-        serves. `knockouts`: how each knockout of the model was made, as
-        `build_scorers` tells it.
+        serves. `knockouts`: how each knockout of the model was made, as `build_scorers` tells it.
         """
         seen = self.config.seen
         other = SEEN[1 - SEEN.index(seen)]
