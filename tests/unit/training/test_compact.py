@@ -152,18 +152,21 @@ def test_a_run_that_stopped_within_an_epoch_goes_on_there(settings):
     assert begun + [second.train_step()["loss"] for _ in range(4)] == expected
 
 
-def test_a_resumed_run_goes_on_as_the_undisturbed_one():
+@pytest.mark.parametrize("rate", [None, 1e-4], ids=["one rate", "content slower"])
+def test_a_resumed_run_goes_on_as_the_undisturbed_one(rate):
+    settings = dataclasses.replace(FAST, content_learning_rate=rate)
+
     def losses(training, epochs):
         rows = []
         for _ in range(epochs):
             training.train_epoch(rows.append)
         return [row["loss"] for row in rows]
 
-    whole, _ = trainer()
+    whole, _ = trainer(settings)
     expected = losses(whole, 4)
-    first, _ = trainer()
+    first, _ = trainer(settings)
     begun = losses(first, 2)
-    second, _ = trainer()
+    second, _ = trainer(settings)
     second.tower.load_state_dict(first.tower.state_dict())
     second.restore(first.position(), first.training_tensors())
     assert begun + losses(second, 2) == expected
