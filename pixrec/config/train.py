@@ -24,9 +24,9 @@ class SequenceConfig:
     learning_rate: float = 1e-3
     """Rate of AdamW after a linear warm-up."""
     content_learning_rate: float | None = None
-    """Rate of the projection of content; None: `learning_rate`. Content vectors are long, so a step moves all items at
-    once and far: at the full rate content is learned before the ids are, which suits rare items; where items have many
-    events it keeps the ids from settling."""
+    """Rate of the projection of content beside learned ids; None, or without ids: `learning_rate`. Content vectors are
+    long, so a step moves all items at once and far: at the full rate content is learned before the ids are, which suits
+    rare items; where items have many events it keeps the ids from settling."""
     id_optimizer: Literal["auto", "adamw", "rowwise_adagrad"] = "auto"
     """What moves the learned id vectors. `adamw` moves all of them at every step and keeps 12 bytes for each number;
     `rowwise_adagrad` moves those that a step reads and keeps 4 bytes for each item. `auto`: the latter for 200,000

@@ -78,7 +78,8 @@ class CompactTrainer(Trainer[CompactTower]):
     def _groups(self, named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
         """What the optimiser is told of the compact tower."""
         rate, content = self.config.content_learning_rate, self.tower.content
-        projection = None if rate is None or content is None else content.weight
+        alone = self.tower.id_embedding is None
+        projection = None if rate is None or content is None or alone else content.weight
         others = [p for p in named.values() if p is not self.table and p is not projection]
         groups: list[dict[str, Any]] = [{"params": others, "lr": self.config.learning_rate}]
         if projection is not None:
