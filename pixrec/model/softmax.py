@@ -17,6 +17,9 @@ from torch import Tensor
 
 BLOCK_SCORES = {"cpu": 2**19, "cuda": 2**27}
 """Scores made at a time: 2 MB of float32 stay in a processor's cache; a GPU wants few large kernels, half a GB each."""
+WHOLE_ROWS = 64
+"""The last block is filled up with zeros to a multiple of this many examples, so that steps share their shapes: oneDNN
+makes kernels for bfloat16 for each shape and keeps a thousand of them, which is gigabytes."""
 
 
 def catalog_softmax(states: Tensor, table: Tensor, target: Tensor, *, bfloat16: bool = False) -> Tensor:
@@ -36,18 +39,22 @@ class _CatalogSoftmax(torch.autograd.Function):
         to_states, to_table = torch.empty_like(states), torch.zeros_like(table)
         total = states.new_zeros((), dtype=torch.float32)
         items = table.to(kind)
-        block = max(1, BLOCK_SCORES.get(table.device.type, BLOCK_SCORES["cpu"]) // len(table))
-        for rows in torch.arange(len(states), device=states.device).split(block):
-            part, own = states[rows].to(kind), target[rows].unsqueeze(1)
+        most = max(1, BLOCK_SCORES.get(table.device.type, BLOCK_SCORES["cpu"]) // len(table))
+        whole = min(WHOLE_ROWS, most)
+        for rows in torch.arange(len(states), device=states.device).split(most // whole * whole):
+            count, spare = len(rows), -len(rows) % whole
+            part = F.pad(states[rows].to(kind), (0, 0, 0, spare))
+            own = F.pad(target[rows], (0, spare)).unsqueeze(1)
             scores = (part @ items.T).float()
             mine, largest = scores.gather(1, own), scores.amax(1, keepdim=True)
             weights = scores.sub_(largest).exp_()
             sums = weights.sum(1, keepdim=True)
-            total += (sums.log() + largest - mine).sum()
+            total += (sums.log() + largest - mine)[:count].sum()
             gradient = weights.div_(sums)  # of the scores: probability minus one for the example's own
             gradient.scatter_add_(1, own, -torch.ones_like(mine))
+            gradient[count:] = 0
             narrow = gradient.to(kind)
-            to_states[rows] = (narrow @ items).to(states.dtype)
+            to_states[rows] = (narrow @ items)[:count].to(states.dtype)
             to_table += narrow.T @ part
         ctx.save_for_backward(to_states, to_table)
         return total

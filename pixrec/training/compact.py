@@ -26,6 +26,8 @@ from pixrec.training.windows import RecentWindows, targets_of, timed
 
 USERS_PER_PASS, ITEMS_PER_PASS = 256, 65_536
 MAX_SCORES = 2**25  # of a pass over a large catalog: 128 MB
+WHOLE_EVENTS = 8
+"""Histories of a step are padded to a multiple of this many events, so that few steps have a shape of their own."""
 ROWWISE_FROM = 200_000
 """Learned id vectors from which on `train.compact.id_optimizer` auto moves row by row."""
 
@@ -137,7 +139,7 @@ class CompactTrainer(Trainer[CompactTower]):
 
     def _loss(self, windows: Sequence[np.ndarray], negatives: Tensor, by_content_alone: Tensor) -> Tensor:
         """Sum of the loss over the examples of this worker's windows."""
-        rows, is_item, timestamps = self._padded(windows)
+        rows, is_item, timestamps = self._padded(windows, self.tower.user.max_history_items + 1)
         has_next, given = is_item.copy(), None if timestamps is None else timestamps[:, :-1]
         has_next[is_item] = np.concatenate(targets_of(windows))
         has_next = has_next[:, 1:]
@@ -177,13 +179,15 @@ class CompactTrainer(Trainer[CompactTower]):
         if self.table is not None:
             sum_sparse_gradient(self.table)
 
-    def _padded(self, windows: Sequence[np.ndarray]) -> tuple[Tensor, np.ndarray, Tensor | None]:
+    def _padded(self, windows: Sequence[np.ndarray], most: int) -> tuple[Tensor, np.ndarray, Tensor | None]:
         """Rows (B, L), padded on the right with row 0, which of them are items (B, L), and their timestamps (B, L).
+        L is at most `most`.
 
         The mask stays with the processor: a GPU that is asked how many items there are has to be waited for.
         """
         lengths = np.array([len(w) for w in windows])
-        is_item = np.arange(int(lengths.max())) < lengths[:, None]
+        length = min(most, -(-int(lengths.max()) // WHOLE_EVENTS) * WHOLE_EVENTS)
+        is_item = np.arange(length) < lengths[:, None]
         events = np.zeros((*is_item.shape, *windows[0].shape[1:]), dtype=np.int64)
         events[is_item] = np.concatenate(windows)
         padded = torch.from_numpy(events).to(self.device)
@@ -208,7 +212,8 @@ class CompactTrainer(Trainer[CompactTower]):
         """Vectors (B, D) of whole histories, of which the last `max_history_items` are read."""
         self.tower.eval()
         events = timed(histories, timestamps) if self.tower.user.reads_times else histories
-        rows, is_item, padded = self._padded([h[-self.tower.user.max_history_items :] for h in events])
+        most = self.tower.user.max_history_items
+        rows, is_item, padded = self._padded([h[-most:] for h in events], most)
         last = torch.from_numpy(is_item.sum(1) - 1).to(self.device)
         return self.tower.user_vectors_at(table[rows], last, padded)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixrec.model import softmax
 from pixrec.model.softmax import catalog_softmax, generalised_bce, sampled_softmax
@@ -27,6 +28,23 @@ def test_blocks_equal_the_plain_cross_entropy(monkeypatch):
     assert ours.item() == pytest.approx(plain.item(), rel=1e-6)
     for mine, theirs in zip(gradients(ours, states, table), gradients(plain, states, table), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_steps_of_any_number_of_examples_multiply_few_shapes(monkeypatch):
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+            if call is torch.ops.aten.mm.default:
+                shapes.add(tuple(args[0].shape))
+            return call(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(softmax, "BLOCK_SCORES", {"cpu": 200 * 50})
+    found = []
+    for examples in (1, 60, 64, 120, 200, 393):
+        shapes: set[tuple[int, ...]] = set()
+        with Products():
+            catalog_softmax(*(t.detach() for t in tensors(examples)))
+        found.append(shapes)
+    assert set.union(*found) == {s for rows in (64, 128, 192) for s in ((rows, 8), (rows, 50), (50, rows))}
 
 
 def test_large_scores_do_not_overflow():

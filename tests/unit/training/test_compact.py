@@ -101,6 +101,19 @@ def test_the_vector_of_a_user_reads_the_newest_items_only_and_never_the_padding(
     torch.testing.assert_close(beside[1:], alone)
 
 
+def test_steps_share_their_lengths():
+    rng = np.random.default_rng(0)
+    histories = Histories.of([rng.integers(ITEMS, size=length) for length in range(2, 24)])
+    shape = dataclasses.replace(SHAPE, max_history_items=20)
+    tower = CompactTower(16, shape, None, ITEMS)
+    config = dataclasses.replace(FAST, histories_per_step=1)
+    training = CompactTrainer(tower, histories, np.ones(ITEMS, int), None, np.arange(ITEMS), config, 0.0, 0)
+    lengths = set()
+    tower.user.register_forward_pre_hook(lambda _, given: lengths.add(given[0].shape[1]))
+    training.train_epoch()
+    assert lengths == {7, 15, 20}
+
+
 @pytest.mark.parametrize("loss", ["sampled", "full"])
 def test_vectors_that_move_row_by_row_learn_the_next_item_too(loss):
     config = dataclasses.replace(FAST, loss=loss, negatives=6, id_optimizer="rowwise_adagrad", id_learning_rate=0.3)
