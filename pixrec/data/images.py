@@ -140,6 +140,14 @@ def decode_image(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> np.
     return np.ascontiguousarray(_upright(_resized(decoded, (size, size)), decoded.orientation))
 
 
+def middle(pixels: np.ndarray, share: float) -> np.ndarray:
+    """The middle of a decoded picture (height, width, 3), `share` of each of its sides, at the size of the whole."""
+    height, width, _ = pixels.shape
+    edge = (1 - share) / 2
+    box = (edge * width, edge * height, (1 - edge) * width, (1 - edge) * height)
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box))
+
+
 def shrink_image(data: bytes, longest_side_px: int, *, max_pixels: int = MAX_PIXELS) -> bytes:
     """The picture as a JPEG of at most `longest_side_px` on its longer side, aspect kept, never enlarged.
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from pixrec.config import Modalities
 from pixrec.data.ids import IdIndex
+from pixrec.data.images import middle
 from pixrec.data.items import ItemTable
 from pixrec.data.pictures import picture_hash
 from pixrec.data.tokens import PictureTokens
@@ -29,6 +30,10 @@ from pixrec.model.towers import DualTower
 
 TEXTS_KEPT = 200_000
 """Tokenised texts that a catalog keeps."""
+
+MIDDLE = 0.65
+"""Share of each side of a picture searched by that is looked at once more: a photograph shows its product among other
+things, mostly in the middle."""
 
 _Given = TypeVar("_Given")
 _Made = TypeVar("_Made")
@@ -156,9 +161,13 @@ class Embedder:
 
     def query(self, content: Content) -> np.ndarray | None:
         """What a search for this content compares with items' search vectors, (C,): the products are the mean cosine
-        over the parts that it has. None where item vectors are compared."""
-        _, found = self._both(self.encoder.items([content], self.modalities), None)
-        return None if found is None else found[0] / max(1.0, float(np.square(found[0]).sum()))
+        over the parts that it has, of a picture over the whole and its middle. None where item vectors are compared.
+        """
+        views = [content]
+        if content.pixels is not None:
+            views.append(Content(content.text, middle(content.pixels, MIDDLE)))
+        _, found = self._both(self.encoder.items(views, self.modalities), None)
+        return None if found is None else found.mean(0) / max(1.0, float(np.square(found[0]).sum()))
 
     def items(
         self,

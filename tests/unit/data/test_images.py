@@ -13,7 +13,15 @@ import simplejpeg
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from pixrec.data.images import PixelBudget, decode_image, decode_picture, largest_side, shrink_image, stored_size
+from pixrec.data.images import (
+    PixelBudget,
+    decode_image,
+    decode_picture,
+    largest_side,
+    middle,
+    shrink_image,
+    stored_size,
+)
 from pixrec.errors import UnreadableImage
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -165,6 +173,14 @@ def test_unreadable_bytes_say_why(case: str, read):
     with pytest.raises(UnreadableImage) as raised:
         read(data, 32)
     assert raised.value.reason == reason
+
+
+def test_the_middle_of_a_picture_fills_its_size():
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[5:15, 10:30] = 200
+    assert middle(pixels, 0.5).shape == pixels.shape
+    assert (middle(pixels, 0.4) > 190).all()
+    assert np.array_equal(middle(pixels, 1.0), pixels)
 
 
 def test_max_pixels_counts_exactly():

@@ -33,10 +33,10 @@ from transformers import (
 )
 
 from pixrec.artifact import fingerprint, load_model, save_model, untrained_model
-from pixrec.data.images import decode_image
+from pixrec.data.images import decode_image, middle
 from pixrec.data.tokens import complete_store, store_folder, tokens_place, write_part
 from pixrec.errors import ArtifactError, ConfigError, InputError
-from pixrec.model.catalog import Catalog
+from pixrec.model.catalog import MIDDLE, Catalog
 from pixrec.model.encoders import EfficientNetLite, Standardised
 from pixrec.model.encoding import Content, train_tokenizer
 from pixrec.model.packages import installed
@@ -175,6 +175,16 @@ def test_a_search_asks_the_encoders_and_not_what_purchases_made_of_them(pair, tm
     without = int(np.flatnonzero(~items.with_image)[0])
     assert score[items.item_ids[without]] == 0.0, "an item without a picture says nothing of a picture"
     assert recommender.search(items.text(without), k=1).items[0][1] == pytest.approx(1.0, abs=2e-3)
+
+
+def test_a_photograph_is_searched_by_its_whole_and_its_middle(pair):
+    embedder = untrained_model(config_of(pair), []).embedder()
+    photograph = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    views = [Content("", photograph), Content("", middle(photograph, MIDDLE))]
+    ((_, seen),) = embedder.content_batches([(views, ["", ""])])
+    assert seen is not None
+    np.testing.assert_allclose(embedder.query(views[0]), seen.mean(0), rtol=1e-5)
+    assert np.abs(seen[0] - seen[1]).max() > 1e-3
 
 
 def test_stored_pictures_are_read_in_place_of_pixels(pair, tmp_path, monkeypatch):
