@@ -20,7 +20,7 @@ _OBJECT_STORE_LEAST_BYTES = 100 * 1024**2  # Ray refuses less than 75 MiB
 _ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait sleep; by default they turn in circles, on processors others want
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a task without a GPU does not hide the GPUs; Ray warns when unset
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # Serve ends a proxy that busy cores start slower than this; 5 s
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # Serve ends a proxy that takes longer to start; 5 s by default
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how long a worker's report waits to be heard; 2 s by default
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
